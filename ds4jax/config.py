@@ -1,0 +1,100 @@
+"""The one description of a DeepSeek-V4 model's shape; everything else derives from it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Hyper-parameters of one model; the defaults are V4-Flash's.
+
+    Hashable, so that it can be a static argument of a jitted function.
+
+    Attributes:
+        compress_ratios: one entry a layer and then one for each MTP layer. 0 attends to the window alone, 4 adds overlapping
+            compressed rows chosen by the indexer, any other ratio adds plain compressed rows.
+        n_hash_layers: the first layers, which choose experts by token id from a table.
+        n_mtp: 1 when the weights hold an MTP block, else 0.
+        qat: simulate the FP8 rows and FP4 indexer keys that published weights were trained with.
+
+    Raises:
+        ValueError: a field that no model can have; the message names it.
+
+    Source: `inference/config.json` and `config.json` of the V4-Flash checkpoint.
+    """
+
+    vocab_size: int = 129280
+    dim: int = 4096
+    n_layers: int = 43
+    n_heads: int = 64
+    head_dim: int = 512
+    rope_dim: int = 64
+    q_lora_rank: int = 1024
+    o_groups: int = 8
+    o_lora_rank: int = 1024
+    window: int = 128
+    n_experts: int = 256
+    n_active: int = 6
+    moe_dim: int = 2048
+    n_hash_layers: int = 3
+    route_scale: float = 1.5
+    swiglu_limit: float = 10.0
+    compress_ratios: tuple[int, ...] = (0, 0) + (4, 128) * 20 + (4, 0)
+    n_mtp: int = 1
+    rope_theta: float = 10000.0
+    compress_rope_theta: float = 160000.0
+    rope_factor: float = 16.0
+    original_context: int = 65536
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    index_heads: int = 64
+    index_dim: int = 128
+    index_topk: int = 512
+    hc_mult: int = 4
+    hc_iters: int = 20
+    hc_eps: float = 1e-6
+    norm_eps: float = 1e-6
+    max_context: int = 1048576
+    bos_id: int = 0
+    eos_id: int = 1
+    qat: bool = True
+
+    def __post_init__(self) -> None:
+        may_be_zero = {"n_hash_layers", "n_mtp", "bos_id", "eos_id", "qat"}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and field.name not in may_be_zero and not value > 0:
+                raise ValueError(f"{field.name} is {value}; it must be above 0")
+        if self.n_mtp not in (0, 1):
+            raise ValueError(f"n_mtp is {self.n_mtp}; models have at most one MTP block")
+        if len(self.compress_ratios) < self.n_layers + self.n_mtp:
+            raise ValueError(f"compress_ratios has {len(self.compress_ratios)} entries for {self.n_layers} layers and {self.n_mtp} MTP block(s)")
+        if any(ratio < 0 or ratio == 1 for ratio in self.compress_ratios):
+            raise ValueError(f"compress_ratios holds {min(self.compress_ratios)}; a ratio is 0 or at least 2")
+        for part, whole in (("o_groups", "n_heads"), ("n_active", "n_experts"), ("rope_dim", "head_dim"), ("rope_dim", "index_dim")):
+            if getattr(self, part) > getattr(self, whole):
+                raise ValueError(f"{part} is {getattr(self, part)}, more than {whole} ({getattr(self, whole)})")
+        if self.n_heads % self.o_groups:
+            raise ValueError(f"o_groups is {self.o_groups}, which does not divide n_heads ({self.n_heads})")
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim is {self.rope_dim}; rotation needs pairs")
+        if self.index_dim & (self.index_dim - 1):
+            raise ValueError(f"index_dim is {self.index_dim}; the indexer's Hadamard transform needs a power of two")
+        if self.n_hash_layers > self.n_layers:
+            raise ValueError(f"n_hash_layers is {self.n_hash_layers}, more than n_layers ({self.n_layers})")
+
+    @property
+    def layer_ratios(self) -> tuple[int, ...]:
+        """Compression ratio of each main layer, [L]."""
+        return self.compress_ratios[: self.n_layers]
+
+    @property
+    def mtp_ratio(self) -> int:
+        """Compression ratio of the MTP block."""
+        return self.compress_ratios[self.n_layers]
+
+    @property
+    def hc_mixes(self) -> int:
+        """Rows of a hyper-connection function: pre and post weights and the mixing matrix of the streams."""
+        return (2 + self.hc_mult) * self.hc_mult

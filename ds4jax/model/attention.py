@@ -1,0 +1,133 @@
+"""Attention of one layer: a window of recent rows, a sink, and the compressed rows that the layer's ratio gives it.
+
+Keys and values are one shared row per token; queries and the output go through low-rank projections. Source: `Attention` of the
+reference inference code and the V4 report's compressed sparse and heavily compressed attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ds4jax.cache import OVERLAP_RATIO, LayerCache, Rows, held_positions, with_ring, write_ring
+from ds4jax.config import Config
+from ds4jax.model import fake_quant
+from ds4jax.model.compressor import Compressor, visible_blocks
+from ds4jax.model.indexer import Indexer
+from ds4jax.model.layers import GroupedLinear, Linear, RMSNorm, parameter, rms_scale
+from ds4jax.model.rope import inverse_frequencies, rotate
+from ds4jax.model.tape import Record, ignore, under
+
+# Above this many rows a masked product over all compressed rows is cheaper than gathering each query's own.
+GATHER_ROWS = 8
+
+Segment = tuple[jax.Array, jax.Array]
+
+
+def attend(q_THQ: jax.Array, segments: list[Segment], sink_H: jax.Array, scale: float) -> tuple[jax.Array, list[jax.Array]]:
+    """Softmax attention with a sink over several sets of rows that are keys and values at once.
+
+    Args:
+        q_THQ: float32 [T, H, Q].
+        segments: pairs of rows, [S, Q] shared by the queries or [T, S, Q] each query's own, and which of them each query sees,
+            bool [T, S]. Every query must see at least one row.
+        sink_H: one logit a head, which takes part in the denominator alone.
+
+    Returns:
+        float32 [T, H, Q], and the attention probabilities [T, H, S] of each segment.
+    """
+    scores = []
+    for rows, visible in segments:
+        keys = "sq" if rows.ndim == 2 else "tsq"
+        score = jnp.einsum(f"thq,{keys}->ths", q_THQ, rows, preferred_element_type=jnp.float32) * scale
+        scores.append(jnp.where(visible[:, None, :], score, -jnp.inf))
+    top = jnp.max(jnp.concatenate(scores, axis=-1), axis=-1, keepdims=True)
+    top = jnp.maximum(top, sink_H[None, :, None])
+    weights = [jnp.exp(score - top) for score in scores]
+    total = jnp.exp(sink_H[None, :, None] - top) + sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+    weights = [w / total for w in weights]
+    out = jnp.zeros_like(q_THQ)
+    for (rows, _), weight in zip(segments, weights, strict=True):
+        keys = "sq" if rows.ndim == 2 else "tsq"
+        out += jnp.einsum(f"ths,{keys}->thq", weight, rows, preferred_element_type=jnp.float32)
+    return out, weights
+
+
+class Attention(nnx.Module):
+    """One layer's attention; `ratio` 0, 4 or anything larger selects what it sees beyond the window."""
+
+    def __init__(self, config: Config, ratio: int, *, rngs: nnx.Rngs):
+        heads = config.n_heads * config.head_dim
+        self.attn_sink = parameter(rngs, config.n_heads)
+        self.wq_a = Linear(config.q_lora_rank, config.dim, rngs=rngs)
+        self.q_norm = RMSNorm(config.q_lora_rank, config.norm_eps, rngs=rngs)
+        self.wq_b = Linear(heads, config.q_lora_rank, rngs=rngs)
+        self.wkv = Linear(config.head_dim, config.dim, rngs=rngs)
+        self.kv_norm = RMSNorm(config.head_dim, config.norm_eps, rngs=rngs)
+        self.wo_a = GroupedLinear(config.o_groups, config.o_lora_rank, heads // config.o_groups, rngs=rngs)
+        self.wo_b = Linear(config.dim, config.o_groups * config.o_lora_rank, rngs=rngs)
+        if ratio:
+            self.compressor = Compressor(config, ratio, config.head_dim, rngs=rngs)
+        if ratio == OVERLAP_RATIO:
+            self.indexer = Indexer(config, ratio, rngs=rngs)
+        self.config, self.ratio = config, ratio
+
+    def __call__(
+        self, x_TD: jax.Array, rows: Rows, cache: LayerCache, record: Record = ignore
+    ) -> tuple[jax.Array, LayerCache]:
+        """Attend from the call's rows, float32 [T, D] → [T, D], and take them into the cache."""
+        config = self.config
+        frequencies = inverse_frequencies(config, compressed=self.ratio > 0)
+        q_low_TL = self.q_norm(self.wq_a(x_TD))
+        record("q_low", q_low_TL)
+        q_THQ = self.wq_b(q_low_TL).reshape(-1, config.n_heads, config.head_dim)
+        q_THQ = rotate(q_THQ * rms_scale(q_THQ, config.norm_eps), rows.position, frequencies)
+        kv_TQ = self._finish_rows(rotate(self.kv_norm(self.wkv(x_TD)), rows.position, frequencies))
+
+        segments = [self._window(kv_TQ, rows, cache)]
+        compressed, cache = self._compressed(x_TD, q_low_TL, rows, cache, record)
+        segments += compressed
+        cache = dataclasses.replace(cache, window=write_ring(cache.window, kv_TQ, rows))
+        sink_H = self.attn_sink.get_value().astype(jnp.float32)
+        out_THQ, weights = attend(q_THQ, segments, sink_H, config.head_dim**-0.5)
+        for name, weight in zip(("window", "compressed"), weights, strict=False):
+            record(f"{name}_weights", weight)
+        out_THQ = rotate(out_THQ, rows.position, frequencies, inverse=True)
+        return self.wo_b(self.wo_a(out_THQ.reshape(x_TD.shape[0], -1))), cache
+
+    def _finish_rows(self, x: jax.Array) -> jax.Array:
+        """Round the part of rows [.., Q] that does not rotate, as training did."""
+        if not self.config.qat:
+            return x
+        still, turning = jnp.split(x, [x.shape[-1] - self.config.rope_dim], axis=-1)
+        return jnp.concatenate([fake_quant.fp8(still), turning], axis=-1)
+
+    def _window(self, kv_TQ: jax.Array, rows: Rows, cache: LayerCache) -> Segment:
+        position, sequence = held_positions(cache.window.shape[1], rows)
+        age = rows.position[:, None] - position[None, :]
+        seen = (age >= 0) & (age < self.config.window) & (position >= 0)[None, :]
+        return with_ring(cache.window, kv_TQ), seen & (sequence[None, :] == rows.sequence[:, None])
+
+    def _compressed(
+        self, x_TD: jax.Array, q_low_TL: jax.Array, rows: Rows, cache: LayerCache, record: Record
+    ) -> tuple[list[Segment], LayerCache]:
+        if cache.compressor is None:
+            return [], cache
+        compressor = self.compressor(
+            x_TD, rows, cache.compressor, finish=self._finish_rows, record=under(record, "compressor")
+        )
+        cache = dataclasses.replace(cache, compressor=compressor)
+        rows_SQ = compressor.rows.reshape(-1, self.config.head_dim)
+        if cache.indexer is None:
+            return [(rows_SQ, visible_blocks(compressor.rows.shape[1], self.ratio, rows))], cache
+        index_TK, visible_TK, indexer = self.indexer(x_TD, q_low_TL, rows, cache.indexer, under(record, "indexer"))
+        cache = dataclasses.replace(cache, indexer=indexer)
+        record("indexer.selected", jnp.where(visible_TK, index_TK, -1))
+        if x_TD.shape[0] <= GATHER_ROWS:
+            return [(rows_SQ[index_TK], visible_TK)], cache
+        query = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None]
+        chosen = jnp.zeros((x_TD.shape[0], rows_SQ.shape[0]), bool).at[query, index_TK].max(visible_TK)
+        return [(rows_SQ, chosen)], cache

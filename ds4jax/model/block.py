@@ -1,0 +1,62 @@
+"""One block: hyper-connections around attention, hyper-connections around the experts."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ds4jax.cache import LayerCache, Rows
+from ds4jax.config import Config
+from ds4jax.model import hyper_connections as hc
+from ds4jax.model.attention import Attention
+from ds4jax.model.layers import RMSNorm, parameter
+from ds4jax.model.moe import MoE
+from ds4jax.model.tape import Record, ignore, under
+
+
+def _initial_base(config: Config, layer: int) -> jax.Array:
+    """Biases under which each sub-layer reads mostly one stream and the streams mostly keep to themselves.
+
+    Only a start for training: equal streams would stay equal without it.
+    """
+    n = config.hc_mult
+    pre = jnp.where(jnp.arange(n) == layer % n, 2.0, -2.0)
+    return jnp.concatenate([pre, jnp.zeros(n), (4.0 * jnp.eye(n)).reshape(-1)]).astype(jnp.float32)
+
+
+class Block(nnx.Module):
+    """A layer of the model, or the body of the MTP block."""
+
+    def __init__(self, config: Config, layer: int, ratio: int, *, hashed: bool, rngs: nnx.Rngs):
+        streams = config.hc_mult * config.dim
+        for part in ("attn", "ffn"):
+            setattr(self, f"hc_{part}_fn", parameter(rngs, config.hc_mixes, streams, scale=streams**-0.5))
+            setattr(self, f"hc_{part}_base", nnx.Param(_initial_base(config, layer)))
+            setattr(self, f"hc_{part}_scale", parameter(rngs, 3, mean=0.1))
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
+        self.attn = Attention(config, ratio, rngs=rngs)
+        self.ffn = MoE(config, hashed, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self, h_TND: jax.Array, ids_T: jax.Array, rows: Rows, cache: LayerCache, record: Record = ignore
+    ) -> tuple[jax.Array, LayerCache]:
+        """Streams float32 [T, N, D] through the block; ids choose the experts of a hash-routed layer."""
+        with jax.named_scope("attention"):
+            x_TD, post, comb = self._collapse("attn", h_TND, record)
+            y_TD, cache = self.attn(self.attn_norm(x_TD), rows, cache, under(record, "attn"))
+            h_TND = hc.expand(y_TD, h_TND, post, comb)
+        with jax.named_scope("experts"):
+            x_TD, post, comb = self._collapse("ffn", h_TND, record)
+            y_TD = self.ffn(self.ffn_norm(x_TD), ids_T, under(record, "ffn"))
+            h_TND = hc.expand(y_TD, h_TND, post, comb)
+        record("streams", h_TND)
+        return h_TND, cache
+
+    def _collapse(self, part: str, h_TND: jax.Array, record: Record) -> tuple[jax.Array, jax.Array, jax.Array]:
+        fn, base, scale = (getattr(self, f"hc_{part}_{name}").get_value() for name in ("fn", "base", "scale"))
+        pre, post, comb = hc.split(hc.mixes(h_TND, fn, self.config.norm_eps), scale, base, self.config)
+        record(f"hc_{part}_comb", comb)
+        return hc.collapse(h_TND, pre), post, comb

@@ -1,0 +1,94 @@
+"""The compressor: one row for every `ratio` tokens, pooled per channel by learned gates.
+
+Source: architecture of `Compressor` in the reference inference code; ratio 4 pools over the previous block too.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ds4jax.cache import OVERLAP_RATIO, CompressorCache, Rows, with_ring, write_ring
+from ds4jax.config import Config
+from ds4jax.model.layers import Linear, RMSNorm, parameter
+from ds4jax.model.rope import inverse_frequencies, rotate
+from ds4jax.model.tape import Record, ignore
+
+
+class Compressor(nnx.Module):
+    """Pools finished blocks of tokens into rows of `width` and keeps them in its cache."""
+
+    def __init__(self, config: Config, ratio: int, width: int, *, rngs: nnx.Rngs):
+        self.overlap = 2 if ratio == OVERLAP_RATIO else 1
+        self.ape = parameter(rngs, ratio, self.overlap * width, scale=0.02)
+        self.wkv = Linear(self.overlap * width, config.dim, rngs=rngs)
+        self.wgate = Linear(self.overlap * width, config.dim, rngs=rngs)
+        self.norm = RMSNorm(width, config.norm_eps, rngs=rngs)
+        self.config, self.ratio, self.width = config, ratio, width
+
+    def __call__(self, x_TD: jax.Array, rows: Rows, cache: CompressorCache, *, finish, record: Record = ignore) -> CompressorCache:
+        """Take in the call's tokens and write the rows of the blocks that they close.
+
+        Args:
+            x_TD: float32 [T, D], the layer's normed input.
+            finish: what becomes of the rotated rows [n, width]: the simulated rounding of rows or keys.
+        """
+        values = self.wkv(x_TD)
+        gates = self.wgate(x_TD) + self.ape.get_value().astype(jnp.float32)[rows.position % self.ratio]
+        closing, closed = closing_rows(rows, self.ratio)
+        position, sequence = rows.position[closing], rows.sequence[closing]
+        pooled = self._pool(values, gates, closing, rows, cache)
+        record("pooled", pooled)
+        normed = self.norm(pooled)
+        record("normed", normed)
+        first = position - (self.ratio - 1)
+        entries = finish(rotate(normed, first, inverse_frequencies(self.config, compressed=True)))
+        block = jnp.where(closed, position // self.ratio, cache.rows.shape[1])
+        return CompressorCache(
+            write_ring(cache.values, values, rows),
+            write_ring(cache.gates, gates, rows),
+            cache.rows.at[sequence, block].set(entries, mode="drop"),
+        )
+
+    def _pool(self, values, gates, closing: jax.Array, rows: Rows, cache: CompressorCache) -> jax.Array:
+        """Gate-weighted mean of the tokens of each block that closes: [n, width]."""
+        span = self.overlap * self.ratio
+        back = jnp.arange(span - 1, -1, -1, dtype=jnp.int32)
+        position = rows.position[closing][:, None] - back
+        sequence = rows.sequence[closing][:, None]
+        size = cache.values.shape[1]
+        in_ring = sequence * size + position % max(size, 1)
+        in_call = cache.values.shape[0] * size + closing[:, None] - back
+        index = jnp.where(position < rows.start[sequence], in_ring, in_call)
+        index = jnp.maximum(index, 0)
+        a = with_ring(cache.values, values)[index]
+        g = with_ring(cache.gates, gates)[index]
+        if self.overlap == 2:
+            a, g = previous_then_current(a, self.ratio), previous_then_current(g, self.ratio)
+        g = jnp.where(position[..., None] >= 0, g, -jnp.inf)
+        return jnp.sum(jax.nn.softmax(g, axis=1) * a, axis=1)
+
+
+def closing_rows(rows: Rows, ratio: int) -> tuple[jax.Array, jax.Array]:
+    """Rows of the call that close a block: indices [n] with n the most that T rows can close, and which of them are real."""
+    width = rows.position.shape[0]
+    closes = rows.live & ((rows.position + 1) % ratio == 0)
+    index = jnp.nonzero(closes, size=-(-width // ratio), fill_value=width)[0].astype(jnp.int32)
+    return jnp.minimum(index, width - 1), index < width
+
+
+def previous_then_current(x: jax.Array, ratio: int) -> jax.Array:
+    """Of [n, 2·ratio, 2·w], the first half of the channels for the previous block's tokens and the second for the current's."""
+    previous, current = jnp.split(x, [ratio], axis=1)
+    half = x.shape[-1] // 2
+    return jnp.concatenate([previous[..., :half], current[..., half:]], axis=1)
+
+
+def visible_blocks(count: int, ratio: int, rows: Rows) -> jax.Array:
+    """Which of the compressed rows [B·S] each query may see, bool [T, B·S]: those of blocks closed at its own position."""
+    block = jnp.arange(count, dtype=jnp.int32)
+    sequence = jnp.arange(rows.start.shape[0], dtype=jnp.int32)
+    mine = sequence[None, :, None] == rows.sequence[:, None, None]
+    closed = block[None, None, :] < ((rows.position + 1) // ratio)[:, None, None]
+    return (mine & closed).reshape(rows.position.shape[0], -1)

@@ -1,0 +1,65 @@
+"""The lightning indexer of the ratio-4 layers: which compressed rows a query attends to.
+
+Source: `Indexer` of the reference inference code; DeepSeek-V3.2's lightning indexer on compressed keys.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ds4jax.cache import CompressorCache, Rows
+from ds4jax.config import Config
+from ds4jax.model import fake_quant
+from ds4jax.model.compressor import Compressor, visible_blocks
+from ds4jax.model.layers import Linear
+from ds4jax.model.rope import inverse_frequencies, rotate
+from ds4jax.model.tape import Record, ignore, under
+
+
+def finish_keys(config: Config, x: jax.Array) -> jax.Array:
+    """Hadamard transform and FP4 rounding of rotated queries or keys.
+
+    Without the rounding the transform would cancel in every product, and is left out.
+    """
+    return fake_quant.fp4(fake_quant.hadamard(x)) if config.qat else x
+
+
+class Indexer(nnx.Module):
+    """Scores compressed rows against small queries and keeps the best `index_topk` of the visible ones."""
+
+    def __init__(self, config: Config, ratio: int, *, rngs: nnx.Rngs):
+        self.wq_b = Linear(config.index_heads * config.index_dim, config.q_lora_rank, rngs=rngs)
+        self.weights_proj = Linear(config.index_heads, config.dim, rngs=rngs)
+        self.compressor = Compressor(config, ratio, config.index_dim, rngs=rngs)
+        self.config, self.ratio = config, ratio
+
+    def __call__(
+        self, x_TD: jax.Array, q_low_TL: jax.Array, rows: Rows, cache: CompressorCache, record: Record = ignore
+    ) -> tuple[jax.Array, jax.Array, CompressorCache]:
+        """Choose compressed rows for each query.
+
+        Args:
+            x_TD: float32 [T, D], the layer's normed input.
+            q_low_TL: float32 [T, q_lora_rank], the attention's low-rank query.
+
+        Returns:
+            Indices int32 [T, k] into the flattened rows [B·S] with k = min(index_topk, B·S), whether each is visible, bool
+            [T, k], and the cache. Equal scores keep the lower index.
+        """
+        config = self.config
+        finish = functools.partial(finish_keys, config)
+        cache = self.compressor(x_TD, rows, cache, finish=finish, record=under(record, "compressor"))
+        q_THI = self.wq_b(q_low_TL).reshape(-1, config.index_heads, config.index_dim)
+        q_THI = finish(rotate(q_THI, rows.position, inverse_frequencies(config, compressed=True)))
+        weights_TH = self.weights_proj(x_TD) * (config.index_dim**-0.5 * config.index_heads**-0.5)
+        keys_SI = cache.rows.reshape(-1, config.index_dim)
+        products = jnp.einsum("thi,si->ths", q_THI, keys_SI, preferred_element_type=jnp.float32)
+        score_TS = jnp.einsum("ths,th->ts", jax.nn.relu(products), weights_TH, preferred_element_type=jnp.float32)
+        score_TS = jnp.where(visible_blocks(cache.rows.shape[1], self.ratio, rows), score_TS, -jnp.inf)
+        record("score", score_TS)
+        best, index = jax.lax.top_k(score_TS, min(config.index_topk, score_TS.shape[1]))
+        return index, best > -jnp.inf, cache

@@ -1,0 +1,64 @@
+"""The parts that every block uses: linear maps, norms, the embedding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import ops
+from pallas_kernels.formats import Q8_0
+
+
+def parameter(rngs: nnx.Rngs, *shape: int, scale: float = 0.0, mean: float = 0.0) -> nnx.Param:
+    """A float32 parameter of normal random values; loading a checkpoint replaces it."""
+    return nnx.Param(mean + scale * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def rms_scale(x: jax.Array, eps: float) -> jax.Array:
+    """1 / sqrt(mean(x²) + eps) over the last axis, kept."""
+    return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nnx.Module):
+    """x [..., D] → weight · x / sqrt(mean(x²) + eps), float32."""
+
+    def __init__(self, dim: int, eps: float, *, rngs: nnx.Rngs):
+        self.weight = parameter(rngs, dim, mean=1.0)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * rms_scale(x, self.eps) * self.weight.get_value().astype(jnp.float32)
+
+
+class Linear(nnx.Module):
+    """x [T, K] → x Wᵀ [T, N]; the weight [N, K] stays float32, bfloat16 or Q8_0."""
+
+    def __init__(self, n_out: int, n_in: int, *, rngs: nnx.Rngs):
+        self.weight = parameter(rngs, n_out, n_in, scale=n_in**-0.5)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ops.matmul(x, self.weight.get_value())
+
+
+class GroupedLinear(nnx.Module):
+    """x [T, G·K] → [T, G·N]: each group of K inputs has its own N outputs (the low-rank output projection)."""
+
+    def __init__(self, groups: int, n_out: int, n_in: int, *, rngs: nnx.Rngs):
+        self.weight = parameter(rngs, groups * n_out, n_in, scale=n_in**-0.5)
+        self.groups = groups
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x_TGK = x.reshape(x.shape[0], self.groups, -1)
+        return ops.grouped_matmul(x_TGK, self.weight.get_value()).reshape(x.shape[0], -1)
+
+
+class Embedding(nnx.Module):
+    """Token ids [T] → rows of the table [V, D] in float32."""
+
+    def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs):
+        self.weight = parameter(rngs, vocab_size, dim, scale=0.02)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        table = self.weight.get_value()
+        return table.take(ids).dequantize() if isinstance(table, Q8_0) else table[ids].astype(jnp.float32)

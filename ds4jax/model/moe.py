@@ -1,0 +1,124 @@
+"""Mixture of experts: hash and score routing, clamped SwiGLU experts, one shared expert.
+
+Source: `Gate`, `Expert` and `MoE` of the reference inference code; the shared expert is clamped as in its July revision.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ds4jax.config import Config
+from ds4jax.model.layers import Linear, parameter
+from ds4jax.model.tape import Record, ignore
+from pallas_kernels.formats import Q8_0
+from pallas_kernels.reference import as_float32
+
+# Up to this many rows each reads its own experts; above it every expert is read once and serves all rows.
+GATHER_ROWS = 8
+LEAST_WEIGHT_SUM = 2.0**-14
+
+
+def swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+    """silu(min(gate, limit)) · clip(up, ±limit): the gate is clamped from above only."""
+    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+
+
+class Router(nnx.Module):
+    """Chooses K experts a token and weighs them; `hashed` layers take the choice from a table of token ids."""
+
+    def __init__(self, config: Config, hashed: bool, *, rngs: nnx.Rngs):
+        self.weight = parameter(rngs, config.n_experts, config.dim, scale=config.dim**-0.5)
+        if hashed:
+            self.tid2eid = nnx.Param(jnp.zeros((config.vocab_size, config.n_active), jnp.int32))
+        else:
+            self.bias = parameter(rngs, config.n_experts)
+        self.config, self.hashed = config, hashed
+
+    def __call__(self, x_TD: jax.Array, ids_T: jax.Array, record: Record = ignore) -> tuple[jax.Array, jax.Array]:
+        """Expert ids int32 [T, K] and weights float32 [T, K]; the bias decides the choice and never the weight."""
+        weight_ED = self.weight.get_value().astype(jnp.float32)
+        logits = jax.lax.dot_general(x_TD, weight_ED, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        scores_TE = jnp.sqrt(jax.nn.softplus(logits))
+        if self.hashed:
+            chosen_TK = self.tid2eid.get_value()[ids_T]
+        else:
+            _, chosen_TK = jax.lax.top_k(scores_TE + self.bias.get_value(), self.config.n_active)
+        weights_TK = jnp.take_along_axis(scores_TE, chosen_TK, axis=1)
+        total = jnp.maximum(jnp.sum(weights_TK, axis=1, keepdims=True), LEAST_WEIGHT_SUM)
+        record("scores", scores_TE)
+        record("chosen", chosen_TK)
+        return chosen_TK, weights_TK / total * self.config.route_scale
+
+
+class Stack(nnx.Module):
+    """One matrix of every expert: weight [E, N, K]."""
+
+    def __init__(self, config: Config, n_out: int, n_in: int, *, rngs: nnx.Rngs):
+        self.weight = parameter(rngs, config.n_experts, n_out, n_in, scale=n_in**-0.5)
+
+
+class Experts(nnx.Module):
+    """The routed experts of one layer: gate w1, up w3 [E, F, D] and down w2 [E, D, F]."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.w1 = Stack(config, config.moe_dim, config.dim, rngs=rngs)
+        self.w2 = Stack(config, config.dim, config.moe_dim, rngs=rngs)
+        self.w3 = Stack(config, config.moe_dim, config.dim, rngs=rngs)
+        self.config = config
+
+    def __call__(self, x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
+        """Weighted sum of the chosen experts' outputs, [T, D]; the weight is applied before w2."""
+        each = self._gathered if x_TD.shape[0] <= GATHER_ROWS else self._one_by_one
+        return each(x_TD, chosen_TK, weights_TK)
+
+    def _gathered(self, x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
+        def of_chosen(stack: Stack) -> jax.Array:
+            weight = stack.weight.get_value()
+            return as_float32(weight.take(chosen_TK) if isinstance(weight, Q8_0) else weight[chosen_TK])
+
+        gate = jnp.einsum("td,tkfd->tkf", x_TD, of_chosen(self.w1), preferred_element_type=jnp.float32)
+        up = jnp.einsum("td,tkfd->tkf", x_TD, of_chosen(self.w3), preferred_element_type=jnp.float32)
+        hidden = swiglu(gate, up, self.config.swiglu_limit) * weights_TK[..., None]
+        return jnp.einsum("tkf,tkdf->td", hidden, of_chosen(self.w2), preferred_element_type=jnp.float32)
+
+    def _one_by_one(self, x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
+        query = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None]
+        share_TE = jnp.zeros((x_TD.shape[0], self.config.n_experts), jnp.float32).at[query, chosen_TK].add(weights_TK)
+
+        def add_expert(y_TD, expert):
+            w1, w2, w3, share_T = expert
+            gate = jnp.einsum("td,fd->tf", x_TD, as_float32(w1), preferred_element_type=jnp.float32)
+            up = jnp.einsum("td,fd->tf", x_TD, as_float32(w3), preferred_element_type=jnp.float32)
+            hidden = swiglu(gate, up, self.config.swiglu_limit) * share_T[:, None]
+            return y_TD + jnp.einsum("tf,df->td", hidden, as_float32(w2), preferred_element_type=jnp.float32), None
+
+        stacks = (self.w1.weight.get_value(), self.w2.weight.get_value(), self.w3.weight.get_value(), share_TE.T)
+        return jax.lax.scan(add_expert, jnp.zeros_like(x_TD), stacks)[0]
+
+
+class SharedExpert(nnx.Module):
+    """The expert that every token uses, unweighted and clamped like the others."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.w1 = Linear(config.moe_dim, config.dim, rngs=rngs)
+        self.w2 = Linear(config.dim, config.moe_dim, rngs=rngs)
+        self.w3 = Linear(config.moe_dim, config.dim, rngs=rngs)
+        self.limit = config.swiglu_limit
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        return self.w2(swiglu(self.w1(x_TD), self.w3(x_TD), self.limit))
+
+
+class MoE(nnx.Module):
+    """Router, routed experts and shared expert of one layer, float32 [T, D] → [T, D]."""
+
+    def __init__(self, config: Config, hashed: bool, *, rngs: nnx.Rngs):
+        self.gate = Router(config, hashed, rngs=rngs)
+        self.experts = Experts(config, rngs=rngs)
+        self.shared_experts = SharedExpert(config, rngs=rngs)
+
+    def __call__(self, x_TD: jax.Array, ids_T: jax.Array, record: Record = ignore) -> jax.Array:
+        chosen_TK, weights_TK = self.gate(x_TD, ids_T, record)
+        return self.experts(x_TD, chosen_TK, weights_TK) + self.shared_experts(x_TD)

@@ -1,0 +1,57 @@
+"""The multi-token-prediction block: from the streams at t and the token at t+1 to a prediction of t+2.
+
+Source: `MTPBlock` of the reference inference code; DeepSeek-V3 report (arXiv 2412.19437) §2.2.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from ds4jax.cache import LayerCache, Rows
+from ds4jax.config import Config
+from ds4jax.model import hyper_connections as hc
+from ds4jax.model.block import Block
+from ds4jax.model.layers import Linear, RMSNorm, parameter
+from ds4jax.model.tape import Record, ignore
+
+
+class MTP(Block):
+    """A block with its own cache, fed with the main model's streams and the next token's embedding."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        super().__init__(config, config.n_layers, config.mtp_ratio, hashed=False, rngs=rngs)
+        self.e_proj = Linear(config.dim, config.dim, rngs=rngs)
+        self.h_proj = Linear(config.dim, config.dim, rngs=rngs)
+        self.enorm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
+        self.hnorm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
+        self.norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
+        self.hc_head_fn = parameter(rngs, config.hc_mult, config.hc_mult * config.dim, scale=0.01)
+        self.hc_head_base = parameter(rngs, config.hc_mult)
+        self.hc_head_scale = parameter(rngs, 1, mean=0.1)
+
+    def advance(
+        self,
+        h_TND: jax.Array,
+        embedded_TD: jax.Array,
+        ids_T: jax.Array,
+        rows: Rows,
+        cache: LayerCache,
+        record: Record = ignore,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Run the block over rows of positions t.
+
+        Args:
+            h_TND: float32 [T, N, D], the main model's streams after its last layer, or this block's own for deeper drafts.
+            embedded_TD: float32 [T, D], embeddings of the tokens at t+1, and ids_T their ids.
+        """
+        t, n, d = h_TND.shape
+        projected = self.h_proj(self.hnorm(h_TND).reshape(t * n, d)).reshape(t, n, d)
+        mixed = self.e_proj(self.enorm(embedded_TD))[:, None, :] + projected
+        record("input", mixed)
+        return self(mixed, ids_T, rows, cache, record)
+
+    def collapse(self, h_TND: jax.Array) -> jax.Array:
+        """Streams [T, N, D] → normed [T, D], ready for the main model's head."""
+        fn, base, scale = self.hc_head_fn.get_value(), self.hc_head_base.get_value(), self.hc_head_scale.get_value()
+        return self.norm(hc.head(h_TND, fn, scale, base, self.config))
