@@ -69,10 +69,12 @@ class Config:
         if self.n_mtp not in (0, 1):
             raise ValueError(f"n_mtp is {self.n_mtp}; models have at most one MTP block")
         if len(self.compress_ratios) < self.n_layers + self.n_mtp:
-            raise ValueError(f"compress_ratios has {len(self.compress_ratios)} entries for {self.n_layers} layers and {self.n_mtp} MTP block(s)")
+            needed = self.n_layers + self.n_mtp
+            raise ValueError(f"compress_ratios has {len(self.compress_ratios)} entries; layers and MTP block need {needed}")
         if any(ratio < 0 or ratio == 1 for ratio in self.compress_ratios):
             raise ValueError(f"compress_ratios holds {min(self.compress_ratios)}; a ratio is 0 or at least 2")
-        for part, whole in (("o_groups", "n_heads"), ("n_active", "n_experts"), ("rope_dim", "head_dim"), ("rope_dim", "index_dim")):
+        parts = (("o_groups", "n_heads"), ("n_active", "n_experts"), ("rope_dim", "head_dim"), ("rope_dim", "index_dim"))
+        for part, whole in parts:
             if getattr(self, part) > getattr(self, whole):
                 raise ValueError(f"{part} is {getattr(self, part)}, more than {whole} ({getattr(self, whole)})")
         if self.n_heads % self.o_groups:

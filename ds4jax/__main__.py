@@ -1,0 +1,8 @@
+"""`python -m ds4jax` is the command `ds4jax`."""
+
+import sys
+
+from ds4jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

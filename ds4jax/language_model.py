@@ -1,0 +1,170 @@
+"""A loaded model as its users meet it: score a sequence, generate, stream."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ds4jax import cache as caches
+from ds4jax.buckets import capacity_for, chunks, padded
+from ds4jax.config import Config
+from ds4jax.decode import extend
+from ds4jax.errors import InputError
+from ds4jax.generation import Generation, Prompt, Result
+from ds4jax.loading import open_checkpoint
+from ds4jax.model.parameters import build
+from ds4jax.model.transformer import Transformer
+from ds4jax.sampling import Sampling
+
+if TYPE_CHECKING:
+    from ds4jax.tokenizer import Tokenizer
+
+SHIPPED = Path(__file__).parent / "assets" / "tiny.gguf"
+
+
+class LanguageModel:
+    """Weights, configuration and tokenizer of one model, ready to run.
+
+    Attributes:
+        config, tokenizer, path: what was loaded and from where; the tokenizer is None where the files hold none.
+        graph, weights: the Flax module split into its static and its array part, for jitted functions of your own.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None, path: Path | None = None):
+        self.config: Config = model.config
+        self.tokenizer = tokenizer
+        self.path = path
+        self.graph, self.weights = nnx.split(model)
+
+    def __call__(self, ids: Sequence[int] | np.ndarray) -> Float[Array, "T V"]:
+        """Logits float32 [T, V] at every position of a sequence.
+
+        Raises:
+            InputError: an empty sequence, one longer than the context, or a token outside the vocabulary.
+        """
+        return jnp.asarray(self.logits(ids)["logits"])
+
+    def logits(
+        self, ids: Sequence[int] | np.ndarray, *, decode_from: int | None = None, mtp: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Score a sequence through prefill and cached decode.
+
+        Args:
+            ids: T token ids.
+            decode_from: positions from this one on are computed one token at a time, as generation does.
+            mtp: also score with the MTP block.
+
+        Returns:
+            `ids` int32 [T], `logits` float32 [T, V], and with `mtp` `mtp_logits` [T-1, V]: row t uses the streams at t and the
+            token at t+1, and predicts the token at t+2.
+
+        Raises:
+            InputError: as for `model(ids)`, a `decode_from` outside the sequence, or no MTP block in the model.
+        """
+        ids_T = self.checked(ids)
+        total = len(ids_T)
+        if decode_from is not None and not 0 <= decode_from <= total:
+            raise InputError(f"decode-from is {decode_from}; the sequence has {total} tokens")
+        if mtp and not self.config.n_mtp:
+            raise InputError(f"{self.path or 'the model'}: mtp: these weights have no MTP block")
+        cache = caches.empty(self.config, capacity_for(total, self.config.max_context))
+        logits, mtp_logits = [], []
+        for start, width, count in chunks(total, total if decode_from is None else decode_from):
+            mtp_count = max(min(count, total - 1 - start), 0)
+            cache, chunk, mtp_chunk = extend(
+                self.graph,
+                self.weights,
+                cache,
+                padded(ids_T, start, width),
+                padded(ids_T, start + 1, width),
+                jnp.int32(count),
+                jnp.int32(mtp_count),
+                want_logits=True,
+                want_mtp=mtp,
+            )
+            logits.append(np.asarray(chunk)[:count])
+            if mtp:
+                mtp_logits.append(np.asarray(mtp_chunk)[:mtp_count])
+        arrays = {"ids": ids_T, "logits": np.concatenate(logits)}
+        return arrays | ({"mtp_logits": np.concatenate(mtp_logits)} if mtp else {})
+
+    def generate(
+        self, prompt: Prompt, *, max_new_tokens: int = 128, sampling: Sampling | None = None, ignore_eos: bool = False
+    ) -> Result:
+        """Continue a prompt, text or token ids, in one call of the compiled loop.
+
+        Raises:
+            InputError: a prompt that is empty, longer than the context or outside the vocabulary, a text without a tokenizer,
+                or `max_new_tokens` below 1.
+        """
+        generation = Generation(self, prompt, max_new_tokens, sampling or Sampling(), ignore_eos)
+        generation.advance(max_new_tokens)
+        return generation.result()
+
+    def stream(
+        self, prompt: Prompt, *, max_new_tokens: int = 128, sampling: Sampling | None = None, ignore_eos: bool = False
+    ) -> Generation:
+        """Like `generate`, a few tokens at a time: iterate over the result for lists of new ids, and stop whenever you like."""
+        return Generation(self, prompt, max_new_tokens, sampling or Sampling(), ignore_eos)
+
+    def encode(self, prompt: Prompt) -> np.ndarray:
+        """The tokens of a prompt, int32 [T], begin-of-sentence first when it is a text.
+
+        Raises:
+            InputError: as for `generate`.
+        """
+        if not isinstance(prompt, str):
+            return self.checked(prompt)
+        if self.tokenizer is None:
+            raise InputError(f"{self.path or 'the model'}: tokenizer: none in these files; give the prompt as token ids")
+        if not prompt:
+            raise InputError("prompt is empty; give at least one character")
+        return self.checked([self.config.bos_id, *self.tokenizer.encode(prompt)])
+
+    def checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Token ids as int32 [T].
+
+        Raises:
+            InputError: not a list of integers, empty, longer than the context, or an id outside the vocabulary.
+        """
+        array = np.asarray(ids)
+        if array.size == 0:
+            raise InputError("prompt is empty; give at least one token")
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise InputError(f"token ids are {array.dtype}{list(array.shape)}; they must be a list of integers")
+        if len(array) > self.config.max_context:
+            raise InputError(f"prompt has {len(array)} tokens; the model's context is {self.config.max_context}")
+        outside = array[(array < 0) | (array >= self.config.vocab_size)]
+        if len(outside):
+            raise InputError(f"token id {outside[0]} is outside the vocabulary of {self.config.vocab_size}")
+        return array.astype(np.int32)
+
+
+def load(path: str | Path | None = None, *, qat: bool | None = None) -> LanguageModel:
+    """Load a GGUF file or a checkpoint directory in the hub's form, tensor by tensor, weights as they are stored.
+
+    Args:
+        path: None loads the tiny model that ships with the package.
+        qat: overrides whether the FP8 and FP4 rounding of published weights is simulated.
+
+    Raises:
+        InputError: anything about the files that keeps them from being used, in one line.
+    """
+    checkpoint = open_checkpoint(Path(path) if path is not None else SHIPPED)
+    config = checkpoint.config if qat is None else dataclasses.replace(checkpoint.config, qat=qat)
+    model = build(config, ((tensor.name, tensor.read()) for tensor in checkpoint.tensors))
+    return LanguageModel(model, checkpoint.tokenizer, checkpoint.path)
+
+
+def generate(
+    model: LanguageModel, prompt: Prompt, *, max_new_tokens: int = 128, sampling: Sampling | None = None, ignore_eos: bool = False
+) -> Result:
+    """`model.generate(prompt, ...)` as a function."""
+    return model.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, ignore_eos=ignore_eos)
