@@ -18,7 +18,6 @@ from ds4jax.config import Config
 from ds4jax.decode import extend
 from ds4jax.errors import InputError
 from ds4jax.generation import Generation, Prompt, Result
-from ds4jax.loading import open_checkpoint
 from ds4jax.model.parameters import build
 from ds4jax.model.transformer import Transformer
 from ds4jax.sampling import Sampling
@@ -157,6 +156,8 @@ def load(path: str | Path | None = None, *, qat: bool | None = None) -> Language
     Raises:
         InputError: anything about the files that keeps them from being used, in one line.
     """
+    from ds4jax.loading import open_checkpoint
+
     checkpoint = open_checkpoint(Path(path) if path is not None else SHIPPED)
     config = checkpoint.config if qat is None else dataclasses.replace(checkpoint.config, qat=qat)
     model = build(config, ((tensor.name, tensor.read()) for tensor in checkpoint.tensors))

@@ -75,9 +75,7 @@ class Attention(nnx.Module):
             self.indexer = Indexer(config, ratio, rngs=rngs)
         self.config, self.ratio = config, ratio
 
-    def __call__(
-        self, x_TD: jax.Array, rows: Rows, cache: LayerCache, record: Record = ignore
-    ) -> tuple[jax.Array, LayerCache]:
+    def __call__(self, x_TD: jax.Array, rows: Rows, cache: LayerCache, record: Record = ignore) -> tuple[jax.Array, LayerCache]:
         """Attend from the call's rows, float32 [T, D] → [T, D], and take them into the cache."""
         config = self.config
         frequencies = inverse_frequencies(config, compressed=self.ratio > 0)
@@ -116,9 +114,7 @@ class Attention(nnx.Module):
     ) -> tuple[list[Segment], LayerCache]:
         if cache.compressor is None:
             return [], cache
-        compressor = self.compressor(
-            x_TD, rows, cache.compressor, finish=self._finish_rows, record=under(record, "compressor")
-        )
+        compressor = self.compressor(x_TD, rows, cache.compressor, finish=self._finish_rows, record=under(record, "compressor"))
         cache = dataclasses.replace(cache, compressor=compressor)
         rows_SQ = compressor.rows.reshape(-1, self.config.head_dim)
         if cache.indexer is None:

@@ -5,6 +5,8 @@ Source: architecture of `Compressor` in the reference inference code; ratio 4 po
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +16,8 @@ from ds4jax.config import Config
 from ds4jax.model.layers import Linear, RMSNorm, parameter
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import Record, ignore
+
+Finish = Callable[[jax.Array], jax.Array]
 
 
 class Compressor(nnx.Module):
@@ -27,7 +31,9 @@ class Compressor(nnx.Module):
         self.norm = RMSNorm(width, config.norm_eps, rngs=rngs)
         self.config, self.ratio, self.width = config, ratio, width
 
-    def __call__(self, x_TD: jax.Array, rows: Rows, cache: CompressorCache, *, finish, record: Record = ignore) -> CompressorCache:
+    def __call__(
+        self, x_TD: jax.Array, rows: Rows, cache: CompressorCache, *, finish: Finish, record: Record = ignore
+    ) -> CompressorCache:
         """Take in the call's tokens and write the rows of the blocks that they close.
 
         Args:
@@ -51,7 +57,7 @@ class Compressor(nnx.Module):
             cache.rows.at[sequence, block].set(entries, mode="drop"),
         )
 
-    def _pool(self, values, gates, closing: jax.Array, rows: Rows, cache: CompressorCache) -> jax.Array:
+    def _pool(self, values: jax.Array, gates: jax.Array, closing: jax.Array, rows: Rows, cache: CompressorCache) -> jax.Array:
         """Gate-weighted mean of the tokens of each block that closes: [n, width]."""
         span = self.overlap * self.ratio
         back = jnp.arange(span - 1, -1, -1, dtype=jnp.int32)

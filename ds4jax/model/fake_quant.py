@@ -46,7 +46,10 @@ def fp8(x: jax.Array, block: int = 64) -> jax.Array:
 
 
 def fp4(x: jax.Array, block: int = 32) -> jax.Array:
-    """Round x [..., K] to E2M1 in blocks along K, scale 2^ceil(log2(amax / 6)). Source: `fp4_act_quant` of the reference's kernels."""
+    """Round x [..., K] to E2M1 in blocks along K, scale 2^ceil(log2(amax / 6)).
+
+    Source: `fp4_act_quant` of the reference's kernels.
+    """
     return _round_blocks(x, block, 6 * 2.0**-120, 6.0, mantissa_bits=1, min_exponent=0)
 
 

@@ -24,7 +24,9 @@ def inverse_frequencies(config: Config, compressed: bool) -> np.ndarray:
     """
     theta = config.compress_rope_theta if compressed else config.rope_theta
     exponent = np.arange(0, config.rope_dim, 2, dtype=np.float32) / np.float32(config.rope_dim)
-    plain = np.float32(1.0) / np.power(np.float32(theta), exponent)
+    # numpy's own float32 power is off by one unit here and there; the correctly rounded one has the reference's bits.
+    power = np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
+    plain = np.float32(1.0) / power
     if not compressed:
         return plain
 

@@ -23,10 +23,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.embed = Embedding(config.vocab_size, config.dim, rngs=rngs)
         self.layers = nnx.List(
-            [
-                Block(config, i, ratio, hashed=i < config.n_hash_layers, rngs=rngs)
-                for i, ratio in enumerate(config.layer_ratios)
-            ]
+            [Block(config, i, ratio, hashed=i < config.n_hash_layers, rngs=rngs) for i, ratio in enumerate(config.layer_ratios)]
         )
         self.norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
         self.head = Linear(config.vocab_size, config.dim, rngs=rngs)
