@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,9 @@ from flax import nnx
 
 from ds4jax.cache import Cache, Rows
 from ds4jax.sampling import Filters, choose
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @jax.tree_util.register_dataclass
@@ -37,11 +42,11 @@ class DecodeState:
     stopped: jax.Array
 
 
-def precise(function):
+def precise(function: Callable[P, R]) -> Callable[P, R]:
     """Run a compiled function with full float32 products, also where the hardware's default is a shorter type."""
 
     @functools.wraps(function)
-    def wrapper(*args, **kwargs):
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         with jax.default_matmul_precision("highest"):
             return function(*args, **kwargs)
 

@@ -122,9 +122,7 @@ def test_the_loop_updates_the_cache_in_place():
     cache = caches.empty(model.config, 512)
     ids, one = jnp.zeros(1, jnp.int32), jnp.int32(1)
     with jax.default_matmul_precision("highest"):
-        lowered = extend.__wrapped__.lower(
-            model.graph, model.weights, cache, ids, ids, one, one, want_logits=True, want_mtp=True
-        )
+        lowered = extend.__wrapped__.lower(model.graph, model.weights, cache, ids, ids, one, one, want_logits=True, want_mtp=True)
     memory = lowered.compile().memory_analysis()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes >= size

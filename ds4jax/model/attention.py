@@ -17,7 +17,7 @@ from ds4jax.config import Config
 from ds4jax.model import fake_quant
 from ds4jax.model.compressor import Compressor, visible_blocks
 from ds4jax.model.indexer import Indexer
-from ds4jax.model.layers import GroupedLinear, Linear, RMSNorm, parameter, rms_scale
+from ds4jax.model.layers import GroupedLinear, Linear, RMSNorm, Rngs, parameter, rms_scale
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import Record, ignore, under
 
@@ -59,7 +59,7 @@ def attend(q_THQ: jax.Array, segments: list[Segment], sink_H: jax.Array, scale: 
 class Attention(nnx.Module):
     """One layer's attention; `ratio` 0, 4 or anything larger selects what it sees beyond the window."""
 
-    def __init__(self, config: Config, ratio: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, ratio: int, *, rngs: Rngs):
         heads = config.n_heads * config.head_dim
         self.attn_sink = parameter(rngs, config.n_heads)
         self.wq_a = Linear(config.q_lora_rank, config.dim, rngs=rngs)

@@ -10,7 +10,7 @@ from ds4jax.cache import LayerCache, Rows
 from ds4jax.config import Config
 from ds4jax.model import hyper_connections as hc
 from ds4jax.model.attention import Attention
-from ds4jax.model.layers import RMSNorm, parameter
+from ds4jax.model.layers import RMSNorm, Rngs, parameter
 from ds4jax.model.moe import MoE
 from ds4jax.model.tape import Record, ignore, under
 
@@ -28,7 +28,7 @@ def _initial_base(config: Config, layer: int) -> jax.Array:
 class Block(nnx.Module):
     """A layer of the model, or the body of the MTP block."""
 
-    def __init__(self, config: Config, layer: int, ratio: int, *, hashed: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Config, layer: int, ratio: int, *, hashed: bool, rngs: Rngs):
         streams = config.hc_mult * config.dim
         for part in ("attn", "ffn"):
             setattr(self, f"hc_{part}_fn", parameter(rngs, config.hc_mixes, streams, scale=streams**-0.5))

@@ -13,7 +13,7 @@ from flax import nnx
 
 from ds4jax.cache import OVERLAP_RATIO, CompressorCache, Rows, with_ring, write_ring
 from ds4jax.config import Config
-from ds4jax.model.layers import Linear, RMSNorm, parameter
+from ds4jax.model.layers import Linear, RMSNorm, Rngs, parameter
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import Record, ignore
 
@@ -23,7 +23,7 @@ Finish = Callable[[jax.Array], jax.Array]
 class Compressor(nnx.Module):
     """Pools finished blocks of tokens into rows of `width` and keeps them in its cache."""
 
-    def __init__(self, config: Config, ratio: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, ratio: int, width: int, *, rngs: Rngs):
         self.overlap = 2 if ratio == OVERLAP_RATIO else 1
         self.ape = parameter(rngs, ratio, self.overlap * width, scale=0.02)
         self.wkv = Linear(self.overlap * width, config.dim, rngs=rngs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,9 @@ from ds4jax.model.tape import into
 from ds4jax.model.transformer import Transformer
 
 
-def score(model: Transformer, ids_T: jax.Array, *, tape: dict[str, jax.Array] | None = None, mtp: bool = False):
+def score(
+    model: Transformer, ids_T: jax.Array, *, tape: dict[str, jax.Array] | None = None, mtp: bool = False
+) -> Any:
     """Logits at every position of one sequence that starts at position 0; differentiable, and made for `jax.vmap`.
 
     Args:

@@ -15,7 +15,7 @@ from ds4jax.cache import CompressorCache, Rows
 from ds4jax.config import Config
 from ds4jax.model import fake_quant
 from ds4jax.model.compressor import Compressor, visible_blocks
-from ds4jax.model.layers import Linear
+from ds4jax.model.layers import Linear, Rngs
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import Record, ignore, under
 
@@ -31,7 +31,7 @@ def finish_keys(config: Config, x: jax.Array) -> jax.Array:
 class Indexer(nnx.Module):
     """Scores compressed rows against small queries and keeps the best `index_topk` of the visible ones."""
 
-    def __init__(self, config: Config, ratio: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, ratio: int, *, rngs: Rngs):
         self.wq_b = Linear(config.index_heads * config.index_dim, config.q_lora_rank, rngs=rngs)
         self.weights_proj = Linear(config.index_heads, config.dim, rngs=rngs)
         self.compressor = Compressor(config, ratio, config.index_dim, rngs=rngs)

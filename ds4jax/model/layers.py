@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +12,14 @@ from pallas_kernels import ops
 from pallas_kernels.formats import Q8_0
 
 
-def parameter(rngs: nnx.Rngs, *shape: int, scale: float = 0.0, mean: float = 0.0) -> nnx.Param:
+class Rngs(Protocol):
+    """Whatever yields keys for parameters; `nnx.Rngs` does."""
+
+    def params(self) -> jax.Array:
+        """The next key."""
+
+
+def parameter(rngs: Rngs, *shape: int, scale: float = 0.0, mean: float = 0.0) -> nnx.Param:
     """A float32 parameter of normal random values; loading a checkpoint replaces it."""
     return nnx.Param(mean + scale * jax.random.normal(rngs.params(), shape, jnp.float32))
 
@@ -23,7 +32,7 @@ def rms_scale(x: jax.Array, eps: float) -> jax.Array:
 class RMSNorm(nnx.Module):
     """x [..., D] → weight · x / sqrt(mean(x²) + eps), float32."""
 
-    def __init__(self, dim: int, eps: float, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, eps: float, *, rngs: Rngs):
         self.weight = parameter(rngs, dim, mean=1.0)
         self.eps = eps
 
@@ -34,7 +43,7 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """x [T, K] → x Wᵀ [T, N]; the weight [N, K] stays float32, bfloat16 or Q8_0."""
 
-    def __init__(self, n_out: int, n_in: int, *, rngs: nnx.Rngs):
+    def __init__(self, n_out: int, n_in: int, *, rngs: Rngs):
         self.weight = parameter(rngs, n_out, n_in, scale=n_in**-0.5)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -44,7 +53,7 @@ class Linear(nnx.Module):
 class GroupedLinear(nnx.Module):
     """x [T, G·K] → [T, G·N]: each group of K inputs has its own N outputs (the low-rank output projection)."""
 
-    def __init__(self, groups: int, n_out: int, n_in: int, *, rngs: nnx.Rngs):
+    def __init__(self, groups: int, n_out: int, n_in: int, *, rngs: Rngs):
         self.weight = parameter(rngs, groups * n_out, n_in, scale=n_in**-0.5)
         self.groups = groups
 
@@ -56,7 +65,7 @@ class GroupedLinear(nnx.Module):
 class Embedding(nnx.Module):
     """Token ids [T] → rows of the table [V, D] in float32."""
 
-    def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, vocab_size: int, dim: int, *, rngs: Rngs):
         self.weight = parameter(rngs, vocab_size, dim, scale=0.02)
 
     def __call__(self, ids: jax.Array) -> jax.Array:

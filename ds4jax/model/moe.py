@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ds4jax.config import Config
-from ds4jax.model.layers import Linear, parameter
+from ds4jax.model.layers import Linear, Rngs, parameter
 from ds4jax.model.tape import Record, ignore
 from pallas_kernels.formats import Q8_0
 from pallas_kernels.reference import as_float32
@@ -28,7 +28,7 @@ def swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
 class Router(nnx.Module):
     """Chooses K experts a token and weighs them; `hashed` layers take the choice from a table of token ids."""
 
-    def __init__(self, config: Config, hashed: bool, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, hashed: bool, *, rngs: Rngs):
         self.weight = parameter(rngs, config.n_experts, config.dim, scale=config.dim**-0.5)
         if hashed:
             self.tid2eid = nnx.Param(jnp.zeros((config.vocab_size, config.n_active), jnp.int32))
@@ -55,14 +55,14 @@ class Router(nnx.Module):
 class Stack(nnx.Module):
     """One matrix of every expert: weight [E, N, K]."""
 
-    def __init__(self, config: Config, n_out: int, n_in: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, n_out: int, n_in: int, *, rngs: Rngs):
         self.weight = parameter(rngs, config.n_experts, n_out, n_in, scale=n_in**-0.5)
 
 
 class Experts(nnx.Module):
     """The routed experts of one layer: gate w1, up w3 [E, F, D] and down w2 [E, D, F]."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, rngs: Rngs):
         self.w1 = Stack(config, config.moe_dim, config.dim, rngs=rngs)
         self.w2 = Stack(config, config.dim, config.moe_dim, rngs=rngs)
         self.w3 = Stack(config, config.moe_dim, config.dim, rngs=rngs)
@@ -87,7 +87,7 @@ class Experts(nnx.Module):
         query = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None]
         share_TE = jnp.zeros((x_TD.shape[0], self.config.n_experts), jnp.float32).at[query, chosen_TK].add(weights_TK)
 
-        def add_expert(y_TD, expert):
+        def add_expert(y_TD: jax.Array, expert: tuple) -> tuple[jax.Array, None]:
             w1, w2, w3, share_T = expert
             gate = jnp.einsum("td,fd->tf", x_TD, as_float32(w1), preferred_element_type=jnp.float32)
             up = jnp.einsum("td,fd->tf", x_TD, as_float32(w3), preferred_element_type=jnp.float32)
@@ -101,7 +101,7 @@ class Experts(nnx.Module):
 class SharedExpert(nnx.Module):
     """The expert that every token uses, unweighted and clamped like the others."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, rngs: Rngs):
         self.w1 = Linear(config.moe_dim, config.dim, rngs=rngs)
         self.w2 = Linear(config.dim, config.moe_dim, rngs=rngs)
         self.w3 = Linear(config.moe_dim, config.dim, rngs=rngs)
@@ -114,7 +114,7 @@ class SharedExpert(nnx.Module):
 class MoE(nnx.Module):
     """Router, routed experts and shared expert of one layer, float32 [T, D] → [T, D]."""
 
-    def __init__(self, config: Config, hashed: bool, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, hashed: bool, *, rngs: Rngs):
         self.gate = Router(config, hashed, rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
         self.shared_experts = SharedExpert(config, rngs=rngs)

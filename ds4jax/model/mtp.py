@@ -6,20 +6,19 @@ Source: `MTPBlock` of the reference inference code; DeepSeek-V3 report (arXiv 24
 from __future__ import annotations
 
 import jax
-from flax import nnx
 
 from ds4jax.cache import LayerCache, Rows
 from ds4jax.config import Config
 from ds4jax.model import hyper_connections as hc
 from ds4jax.model.block import Block
-from ds4jax.model.layers import Linear, RMSNorm, parameter
+from ds4jax.model.layers import Linear, RMSNorm, Rngs, parameter
 from ds4jax.model.tape import Record, ignore
 
 
 class MTP(Block):
     """A block with its own cache, fed with the main model's streams and the next token's embedding."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, rngs: Rngs):
         super().__init__(config, config.n_layers, config.mtp_ratio, hashed=False, rngs=rngs)
         self.e_proj = Linear(config.dim, config.dim, rngs=rngs)
         self.h_proj = Linear(config.dim, config.dim, rngs=rngs)

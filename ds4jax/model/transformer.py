@@ -12,7 +12,7 @@ from ds4jax.cache import Cache, Rows
 from ds4jax.config import Config
 from ds4jax.model import hyper_connections as hc
 from ds4jax.model.block import Block
-from ds4jax.model.layers import Embedding, Linear, RMSNorm, parameter
+from ds4jax.model.layers import Embedding, Linear, RMSNorm, Rngs, parameter
 from ds4jax.model.mtp import MTP
 from ds4jax.model.tape import Record, ignore, under
 
@@ -20,7 +20,7 @@ from ds4jax.model.tape import Record, ignore, under
 class Transformer(nnx.Module):
     """DeepSeek-V4 with the parameter names of the published checkpoint; experts of a layer are stacked."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, rngs: Rngs):
         self.embed = Embedding(config.vocab_size, config.dim, rngs=rngs)
         self.layers = nnx.List(
             [Block(config, i, ratio, hashed=i < config.n_hash_layers, rngs=rngs) for i, ratio in enumerate(config.layer_ratios)]
@@ -66,6 +66,7 @@ class Transformer(nnx.Module):
 
         `rows` counts the block's own rows, one behind the main model's.
         """
+        assert cache.mtp is not None
         with jax.named_scope("mtp"):
             embedded_TD = self.embed(next_ids_T)
             h_TND, mtp = self.mtp[0].advance(h_TND, embedded_TD, next_ids_T, rows, cache.mtp, under(record, "mtp.0"))

@@ -1,0 +1,55 @@
+"""What every loader returns: the configuration and a list of tensors that have not been read yet."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from ds4jax.config import Config
+from pallas_kernels.formats import Q8_0
+
+if TYPE_CHECKING:
+    from ds4jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One parameter before it is read.
+
+    Attributes:
+        name: its name in the published checkpoint, experts of a layer stacked.
+        stored: how the file holds it, "F32", "Q8_0", "F8_E4M3" and so on.
+        nbytes: its bytes in the file.
+        read: reads it onto the default device; raises InputError where the stored values cannot be used.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored: str
+    nbytes: int
+    read: Callable[[], jax.Array | Q8_0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened model: headers were read and every name, type and shape agrees with the configuration.
+
+    Attributes:
+        kind: "gguf" or "hub".
+        tensors: every parameter of the model once, in the order in which reading them is fastest.
+        tokenizer: None where the files hold none.
+        metadata: what the files say beyond tensors, by key.
+        ignored: tensors in the files that the model has no use for.
+    """
+
+    path: Path
+    kind: str
+    config: Config
+    tensors: tuple[Tensor, ...]
+    tokenizer: Tokenizer | None
+    metadata: dict[str, Any]
+    ignored: tuple[str, ...] = ()

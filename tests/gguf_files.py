@@ -1,0 +1,71 @@
+"""GGUF files that the tests of the loader share."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds4jax.config import Config
+from ds4jax.loading.gguf_names import slots
+from ds4jax.loading.gguf_write import write_gguf
+
+GOLDEN = Path(__file__).parent / "golden" / "gguf"
+SMALL = Config(
+    vocab_size=640,
+    dim=64,
+    n_layers=3,
+    n_heads=2,
+    head_dim=32,
+    rope_dim=16,
+    q_lora_rank=32,
+    o_groups=2,
+    o_lora_rank=16,
+    window=8,
+    n_experts=4,
+    n_active=2,
+    moe_dim=32,
+    n_hash_layers=1,
+    compress_ratios=(0, 4, 128, 0),
+    original_context=64,
+    index_heads=2,
+    index_dim=16,
+    index_topk=4,
+    max_context=1024,
+    qat=False,
+)
+
+
+@functools.cache
+def vocabulary() -> dict[str, list[Any]]:
+    """Tokens, merges and token types of the golden model, as `write_gguf` takes them."""
+    return json.loads((GOLDEN / "vocabulary.json").read_text("utf-8"))
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    """A file of the golden set of broken files, unpacked into a folder."""
+    path = folder / name.removesuffix(".gz")
+    path.write_bytes(gzip.decompress((GOLDEN / "bad" / name).read_bytes()))
+    return path
+
+
+def random_tensors(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """A float32 value of every parameter, expert tables int32."""
+    random = np.random.default_rng(seed)
+    return {
+        slot.name: random.integers(0, config.n_experts, slot.shape, np.int32)
+        if slot.name.endswith("tid2eid")
+        else random.standard_normal(slot.shape, np.float32)
+        for slot in slots(config)
+    }
+
+
+def write_small(path: Path, config: Config = SMALL, **options: Any) -> dict[str, np.ndarray]:
+    """Write a small model with the golden vocabulary; returns the values before they were stored."""
+    tensors = random_tensors(config)
+    write_gguf(path, config, tensors, **vocabulary(), **options)
+    return tensors

@@ -1,0 +1,157 @@
+"""The header reader against the `gguf` package, on a large vocabulary, and on mutated headers."""
+
+from __future__ import annotations
+
+import struct
+import time
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf_files import SMALL, unpacked, write_small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds4jax.errors import InputError
+from ds4jax.loading import open_checkpoint
+from ds4jax.loading.gguf_header import TENSOR_TYPES, read_header
+
+
+def string(text: str | bytes) -> bytes:
+    raw = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def header(*entries: bytes, tensors: tuple[bytes, ...] = ()) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries)) + b"".join(entries) + b"".join(tensors)
+
+
+def strings(key: str, values: list[str]) -> bytes:
+    return string(key) + struct.pack("<IIQ", 9, 8, len(values)) + b"".join(map(string, values))
+
+
+def test_equal_to_the_gguf_package(tmp_path: Path) -> None:
+    path = unpacked("ok_control.gguf.gz", tmp_path)
+    reader, ours = gguf.GGUFReader(path), read_header(path)
+    theirs = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert ours.metadata.keys() == theirs.keys()
+    for key, value in ours.metadata.items():
+        plain = value.value.tolist() if isinstance(value.value, np.ndarray) else value.value
+        assert plain == theirs[key], key
+    assert list(ours.tensors) == [tensor.name for tensor in reader.tensors]
+    for tensor in reader.tensors:
+        info = ours.tensors[tensor.name]
+        assert (info.type, info.shape) == (tensor.tensor_type.name, tuple(tensor.shape[::-1].tolist()))
+        assert ours.raw(info).tobytes() == tensor.data.tobytes()
+
+
+def test_block_sizes_are_ggmls() -> None:
+    for type_id, (name, block, block_bytes) in TENSOR_TYPES.items():
+        theirs = gguf.GGMLQuantizationType(type_id)
+        assert (name, (block, block_bytes)) == (theirs.name, gguf.GGML_QUANT_SIZES[theirs])
+
+
+def test_a_vocabulary_of_129280_tokens_is_read_in_under_a_second(tmp_path: Path) -> None:
+    tokens, merges = [f"token{i:06}" for i in range(129280)], [f"left{i} right{i}" for i in range(127741)]
+    path = tmp_path / "vocabulary.gguf"
+    path.write_bytes(header(strings("tokenizer.ggml.tokens", tokens), strings("tokenizer.ggml.merges", merges)))
+    start = time.process_time()
+    found = read_header(path).metadata
+    assert time.process_time() - start < 1
+    assert found["tokenizer.ggml.tokens"].value == tokens
+    assert found["tokenizer.ggml.merges"].value == merges
+
+
+KEY = string("a.key")
+WRONG = {
+    "invalid UTF-8 in a key": (header(string(b"\xff\xfe") + bytes(5)), "metadata key 0: not valid UTF-8"),
+    "invalid UTF-8 in a value": (header(KEY + struct.pack("<I", 8) + string(b"a\xff")), "a.key: not valid UTF-8 at byte 1"),
+    "invalid UTF-8 in an array": (header(KEY + struct.pack("<IIQ", 9, 8, 1) + string(b"\xff")), "a.key: not valid UTF-8"),
+    "array of arrays": (header(KEY + struct.pack("<IIQ", 9, 9, 0)), "a.key: arrays of arrays"),
+    "array of an unknown type": (header(KEY + struct.pack("<IIQ", 9, 13, 0)), "a.key: unknown metadata value type 13"),
+    "bool of 2": (header(KEY + struct.pack("<IB", 7, 2)), "a.key: a bool"),
+    "array cut off": (header(KEY + struct.pack("<IIQQ", 9, 8, 1, 9) + b"12345678"), r"a.key\[0\]: truncated"),
+    "array cut off in a length": (header(KEY + struct.pack("<IIQQ", 9, 8, 2, 7) + b"1234567" + b"\0"), r"a.key\[1\]: truncated"),
+    "long key": (header(string(b"k" * 65536) + struct.pack("<IB", 0, 0)), "metadata key 0: string length is 65536"),
+    "alignment 0": (header(string("general.alignment") + struct.pack("<II", 4, 0)), "general.alignment"),
+    "alignment 24": (header(string("general.alignment") + struct.pack("<II", 4, 24)), "general.alignment"),
+    "alignment as u64": (header(string("general.alignment") + struct.pack("<IQ", 10, 32)), "general.alignment"),
+    "no dimensions": (header(tensors=(string("t") + struct.pack("<IIQ8x", 0, 0, 0),)), "t: 0 dimensions"),
+    "empty dimension": (header(tensors=(string("t") + struct.pack("<IQIQ", 1, 0, 0, 0),)), "t: dimensions"),
+    "name with a line break": (header(string("a\nb") + struct.pack("<I", 99)), r"'a\\nb': unknown metadata value type 99"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_header(case: str, tmp_path: Path) -> None:
+    raw, message = WRONG[case]
+    path = tmp_path / "wrong.gguf"
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=message) as error:
+        read_header(path)
+    assert "\n" not in str(error.value)
+
+
+def test_alignment_is_obeyed(tmp_path: Path) -> None:
+    entry = string("general.alignment") + struct.pack("<II", 4, 128)
+    raw = header(entry, tensors=(string("t") + struct.pack("<IQIQ", 1, 1, 0, 128),))
+    path = tmp_path / "aligned.gguf"
+    path.write_bytes(raw + bytes(128 - len(raw) % 128) + bytes(128) + struct.pack("<f", 1.5))
+    found = read_header(path)
+    assert found.raw(found.tensors["t"]).view("<f4").tolist() == [1.5]
+
+
+def test_empty_arrays_at_the_end_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "empty.gguf"
+    path.write_bytes(header(strings("a", []), string("b") + struct.pack("<IIQ", 9, 4, 0)))
+    found = read_header(path).metadata
+    assert (found["a"].value, found["b"].value.tolist()) == ([], [])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, int]:
+    """A folder, a whole file, and where its tensor data begins."""
+    folder = tmp_path_factory.mktemp("small")
+    path = folder / "small.gguf"
+    write_small(path, SMALL, quantize=True)
+    return folder, path.read_bytes(), min(info.offset for info in read_header(path).tensors.values())
+
+
+# Values that a count, length, type or offset may turn into.
+INTERESTING = [0, 1, 2, 3, 8, 9, 12, 31, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**60, 2**62, 2**63 - 1, 2**64 - 1]
+
+
+def mutation(end: int) -> st.SearchStrategy[tuple[int, bytes]]:
+    number = st.sampled_from(INTERESTING)
+    patch = st.one_of(
+        st.binary(min_size=1, max_size=8),
+        number.map(lambda value: struct.pack("<I", value & 0xFFFFFFFF)),
+        number.map(lambda value: struct.pack("<Q", value)),
+    )
+    return st.tuples(st.integers(0, end - 1), patch)
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_a_mutated_header_opens_or_is_refused(small: tuple[Path, bytes, int], data: st.DataObject) -> None:
+    folder, whole, end = small
+    raw = bytearray(whole)
+    for offset, patch in data.draw(st.lists(mutation(end), min_size=1, max_size=3)):
+        raw[offset : offset + len(patch)] = patch
+    # Most of the header is vocabulary: aim half of the cases at what comes before and after it.
+    if data.draw(st.booleans()):
+        offset, patch = data.draw(mutation(2000))
+        raw[offset : offset + len(patch)] = patch
+    del raw[data.draw(st.one_of(st.just(len(raw)), st.integers(0, len(raw)))) :]
+    path = folder / "mutated.gguf"
+    path.write_bytes(raw)
+    message = ""
+    start = time.process_time()
+    try:
+        open_checkpoint(path)
+    except InputError as error:
+        message = str(error)
+    assert time.process_time() - start < 1
+    assert not message or message.startswith(f"{path}: ")
+    assert "\n" not in message

@@ -1,0 +1,178 @@
+"""Write, open, read: values equal to the `gguf` package's, names and shapes equal to the model's."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf_files import SMALL, random_tensors, vocabulary, write_small
+
+from ds4jax.config import Config
+from ds4jax.errors import InputError
+from ds4jax.loading import open_checkpoint
+from ds4jax.loading.gguf_names import slots
+from ds4jax.loading.gguf_write import write_gguf
+from ds4jax.model.parameters import build, shapes
+from pallas_kernels.formats import Q8_0
+
+# One file of each mixture that a writer may choose.
+OPTIONS = {
+    "float": {},
+    "as published": {"quantize": True},
+    "quantised embedding": {"quantize": True, "embedding": "Q8_0", "small": "F32"},
+    "bfloat16": {"embedding": "BF16", "small": "BF16"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_values_equal_the_gguf_packages(options: dict, tmp_path: Path) -> None:
+    path = tmp_path / "small.gguf"
+    write_small(path, **options)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    gguf_names = {slot.name: slot.gguf_name for slot in slots(SMALL)}
+    checkpoint = open_checkpoint(path)
+    assert {tensor.name for tensor in checkpoint.tensors} == gguf_names.keys()
+    for tensor in checkpoint.tensors:
+        theirs = stored[gguf_names[tensor.name]]
+        value = tensor.read()
+        assert (tensor.stored, tensor.nbytes) == (theirs.tensor_type.name, theirs.n_bytes)
+        assert isinstance(value, Q8_0) == (tensor.stored == "Q8_0")
+        found = value.dequantize() if isinstance(value, Q8_0) else value
+        dtype = {"BF16": jnp.bfloat16, "I32": jnp.int32}.get(tensor.stored, jnp.float32)
+        assert (found.shape, found.dtype) == (tensor.shape, dtype)
+        expected = theirs.data if tensor.stored == "I32" else gguf.quants.dequantize(theirs.data, theirs.tensor_type)
+        np.testing.assert_array_equal(np.asarray(found.astype(expected.dtype)), expected.reshape(tensor.shape))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_stored_values_are_the_given_ones(options: dict, tmp_path: Path) -> None:
+    path = tmp_path / "small.gguf"
+    given = write_small(path, **options)
+    for tensor in open_checkpoint(path).tensors:
+        value, expected = tensor.read(), given[tensor.name]
+        found = np.asarray((value.dequantize() if isinstance(value, Q8_0) else value).astype(expected.dtype))
+        # Half a step of the type, relative to the largest value; for Q8_0 also that of its float16 scale.
+        bound = {"Q8_0": 1 / 254 + 2.0**-11, "F16": 2.0**-11, "BF16": 2.0**-8}.get(tensor.stored, 0)
+        assert np.abs(found - expected).max() <= bound * np.abs(expected).max(), tensor.name
+
+
+def test_a_model_given_as_q8_0_and_bfloat16_is_stored_as_it_is(tmp_path: Path) -> None:
+    def narrow(name: str, value: np.ndarray) -> jax.Array | Q8_0 | np.ndarray:
+        if "experts" in name:
+            return Q8_0.quantize(value)
+        return jnp.asarray(value, jnp.bfloat16) if ".attn.wq_" in name else value
+
+    given = {name: narrow(name, value) for name, value in random_tensors(SMALL).items()}
+    path = tmp_path / "small.gguf"
+    write_gguf(path, SMALL, given, **vocabulary())
+    for tensor in open_checkpoint(path).tensors:
+        expected, found = given[tensor.name], tensor.read()
+        if isinstance(expected, Q8_0 | jax.Array):
+            assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and jnp.array_equal(a, b), found, expected))
+
+
+@pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, n_mtp=0, compress_ratios=(128, 0, 4), o_groups=1)])
+def test_shapes_are_the_models(config: Config) -> None:
+    assert {slot.name: slot.shape for slot in slots(config)} == shapes(config)
+
+
+def test_config_tokenizer_and_metadata_return(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, hc_eps=3e-7, route_scale=1.7, swiglu_limit=7.3, eos_id=2, beta_fast=31.5)
+    path = tmp_path / "small.gguf"
+    write_small(path, config, metadata={"general.name": "small", "ds4jax.steps": 50, "ds4jax.loss": 1.25, "ds4jax.done": True})
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config == config
+    assert (checkpoint.kind, checkpoint.path, checkpoint.ignored) == ("gguf", path, ())
+    names = ("general.name", "ds4jax.steps", "ds4jax.loss", "ds4jax.done", "ds4jax.qat")
+    assert [checkpoint.metadata[name] for name in names] == ["small", 50, 1.25, True, False]
+    tokenizer = checkpoint.tokenizer
+    assert tokenizer is not None
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (640, 0, 2)
+
+
+def test_without_tokenizer_and_mtp(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, n_mtp=0)
+    path = tmp_path / "small.gguf"
+    write_gguf(path, config, random_tensors(config))
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.tokenizer is None
+    assert checkpoint.config == config
+    build(config, ((tensor.name, tensor.read()) for tensor in checkpoint.tensors))
+
+
+def test_tensors_come_in_file_order_and_strangers_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "small.gguf"
+    write_small(path)
+    reader = gguf.GGUFReader(path)
+    # The same file again, tensors backwards and one more.
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "deepseek4")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
+    writer.add_tensor("blk.9.stranger.weight", np.zeros(4, np.float32))
+    for tensor in reversed(reader.tensors):
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint, first = open_checkpoint(tmp_path / "other.gguf"), open_checkpoint(path)
+    assert checkpoint.ignored == ("blk.9.stranger.weight",)
+    assert [tensor.name for tensor in checkpoint.tensors] == [tensor.name for tensor in first.tensors][::-1]
+    assert checkpoint.config == first.config
+
+
+def remove(tensors: dict[str, np.ndarray]) -> None:
+    del tensors["layers.1.attn.wkv.weight"]
+
+
+def add(tensors: dict[str, np.ndarray]) -> None:
+    tensors["layers.1.attn.other"] = np.zeros(1, np.float32)
+
+
+def reshape(tensors: dict[str, np.ndarray]) -> None:
+    tensors["layers.1.attn.wkv.weight"] = tensors["layers.1.attn.wkv.weight"].T
+
+
+def overflow(tensors: dict[str, np.ndarray]) -> None:
+    tensors["layers.1.ffn.gate.weight"] = tensors["layers.1.ffn.gate.weight"] * np.float32(1e6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove, r"layers\.1\.attn\.wkv\.weight: no value"),
+        (add, r"layers\.1\.attn\.other: the model has no such"),
+        (reshape, r"layers\.1\.attn\.wkv\.weight: shape \[64, 32\]"),
+        (overflow, r"layers\.1\.ffn\.gate\.weight: value \[0, 0\] is not finite"),
+    ],
+)
+def test_writer_refuses(change: Callable[[dict[str, np.ndarray]], None], message: str, tmp_path: Path) -> None:
+    tensors = random_tensors(SMALL)
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        write_gguf(tmp_path / "small.gguf", SMALL, tensors)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "small.gguf"
+    path.write_bytes(b"before")
+
+    def fail(self: gguf.GGUFWriter) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", fail)
+    with pytest.raises(InputError, match=r"small\.gguf: cannot be written: No space left"):
+        write_small(path)
+    assert os.listdir(tmp_path) == ["small.gguf"]
+    assert path.read_bytes() == b"before"
+    with pytest.raises(InputError, match="cannot be written: Not a directory"):
+        write_small(path / "below.gguf")

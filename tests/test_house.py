@@ -1,0 +1,79 @@
+"""What the conventions ask of the code and no linter checks."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import pytest
+
+import ds4jax
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = sorted(path for package in ("ds4jax", "pallas_kernels") for path in (ROOT / package).rglob("*.py"))
+MOST_LINES = 400
+MOST_LINES_OF_A_FUNCTION = 60
+
+
+def name(path: Path) -> str:
+    """A path as test ids show it."""
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=name)
+def test_size_and_docstrings(path: Path) -> None:
+    source = path.read_text()
+    tree = ast.parse(source)
+    found = [] if source.count("\n") <= MOST_LINES else [f"{source.count(chr(10))} lines"]
+    if source.strip() and not ast.get_docstring(tree):
+        found.append("no docstring")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= MOST_LINES_OF_A_FUNCTION:
+            found.append(f"{node.name}: {node.end_lineno - node.lineno + 1} lines")
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
+            found.append(f"{node.name}: no docstring")
+    assert found == []
+
+
+def printed(program: str) -> list[str]:
+    """Lines that a fresh interpreter prints."""
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.splitlines()
+
+
+def test_kernels_stand_alone() -> None:
+    names = ", ".join(f"pallas_kernels.{path.stem}" for path in (ROOT / "pallas_kernels").glob("[!_]*.py"))
+    modules = printed(f"import sys, {names}; print(*sys.modules)")[0].split()
+    assert "pallas_kernels.ops" in modules
+    assert [module for module in modules if module.split(".")[0] in ("ds4jax", "flax")] == []
+
+
+def test_importing_ds4jax_starts_nothing() -> None:
+    modules, backends = printed(
+        "import ds4jax, sys; print(*sys.modules); ds4jax.load; from jax._src import xla_bridge; print(len(xla_bridge._backends))"
+    )
+    assert not {"jax", "flax", "numpy"} & set(modules.split())
+    assert backends == "0"
+
+
+def test_public_names_are_there() -> None:
+    assert [public for public in ds4jax.__all__ if not hasattr(ds4jax, public)] == []
+
+
+def test_tests_are_strict_and_share_a_cache() -> None:
+    with pytest.raises(jax.dtypes.TypePromotionError):
+        _ = jax.numpy.int32(1) + jax.numpy.float32(1)
+    assert jax.config.jax_compilation_cache_dir
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+
+
+def test_python_and_jax_versions() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=3.11"
+    assert "jax>=0.10.2,!=0.11.0,!=0.11.1,<0.13" in project["dependencies"]
