@@ -1,0 +1,106 @@
+"""Generation: one executable however it is called, exact ends, clear errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numerics import arrays, golden_model
+
+from ds4jax.decode import run
+from ds4jax.errors import InputError
+from ds4jax.generation import Generation
+from ds4jax.sampling import Sampling
+
+TOKENS = 40
+
+
+def prompt() -> np.ndarray:
+    return arrays("golden")["greedy_prompt"]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_k=50, seed=3)])
+def test_streaming_says_what_generate_says_with_the_same_executable(sampling):
+    model = golden_model()
+    whole = model.generate(prompt(), max_new_tokens=TOKENS, sampling=sampling, ignore_eos=True)
+    compiled = run.__wrapped__._cache_size()
+    parts = list(model.stream(prompt(), max_new_tokens=TOKENS, sampling=sampling, ignore_eos=True))
+    assert len(parts) > 1
+    assert sum(parts, []) == list(whole.ids)
+    one_by_one = model.stream(prompt(), max_new_tokens=TOKENS, sampling=sampling, ignore_eos=True)
+    assert [one_by_one.advance(1) for _ in range(TOKENS)] == [[token] for token in whole.ids]
+    assert run.__wrapped__._cache_size() == compiled
+
+
+def test_the_same_seed_draws_the_same_tokens():
+    def ids(seed: int) -> tuple[int, ...]:
+        return golden_model().generate(prompt(), max_new_tokens=12, sampling=Sampling(1.0, seed=seed), ignore_eos=True).ids
+
+    assert ids(5) == ids(5)
+    assert ids(5) != ids(6)
+
+
+def test_prompt_of_one_token():
+    model = golden_model()
+    result = model.generate([17], max_new_tokens=3, ignore_eos=True)
+    expected = [17]
+    for _ in range(3):
+        expected.append(int(np.argmax(model.logits(expected)["logits"][-1])))
+    assert list(result.ids) == expected[1:]
+
+
+def test_stop_token_ends_the_text_and_is_not_part_of_it(monkeypatch):
+    model = golden_model()
+    free = model.generate(prompt(), max_new_tokens=TOKENS, ignore_eos=True).ids
+    stop = next(token for token in free[5:] if free.index(token) >= 5)
+    monkeypatch.setattr(model, "config", model.config.__class__(**{**vars(model.config), "eos_id": stop}))
+    result = model.generate(prompt(), max_new_tokens=TOKENS)
+    assert result.finish_reason == "stop"
+    assert result.ids == free[: free.index(stop)]
+    generation = model.stream(prompt(), max_new_tokens=TOKENS)
+    assert sum(generation, []) == list(result.ids)
+    assert generation.finish_reason == "stop"
+
+
+def test_a_stream_left_early_keeps_what_it_said():
+    generation = golden_model().stream(prompt(), max_new_tokens=TOKENS, ignore_eos=True)
+    first = next(iter(generation))
+    result = generation.result()
+    assert result.finish_reason == "interrupted"
+    assert list(result.ids) == first
+
+
+def test_the_context_ends_the_text():
+    model = golden_model()
+    ids = np.resize(arrays("golden")["ids"], model.config.max_context - 5)
+    result = model.generate(ids, max_new_tokens=50, ignore_eos=True)
+    assert result.finish_reason == "length"
+    assert len(result.ids) == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "empty"),
+        (np.zeros((2, 2), np.int32), "list of integers"),
+        ([1.5], "list of integers"),
+        ([512], "outside the vocabulary"),
+        ([-1], "outside the vocabulary"),
+        (np.zeros(1025, np.int32), "context"),
+        (np.zeros(1024, np.int32), "context"),
+        ("text", "tokenizer"),
+    ],
+)
+def test_bad_prompts(given, said):
+    with pytest.raises(InputError, match=said):
+        golden_model().generate(given, max_new_tokens=1)
+
+
+def test_bad_budget():
+    with pytest.raises(InputError, match="max-new-tokens"):
+        Generation(golden_model(), [1], 0, Sampling(), False)
+
+
+@pytest.mark.parametrize("decode_from", [-1, 4])
+def test_decode_from_outside_the_sequence(decode_from):
+    with pytest.raises(InputError, match="decode-from"):
+        golden_model().logits([1, 2, 3], decode_from=decode_from)
