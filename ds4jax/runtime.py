@@ -27,7 +27,8 @@ def configure() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir and not os.environ.get("DS4JAX_CACHE"):
+    kept = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if kept and not os.environ.get("DS4JAX_CACHE"):
         return
     try:
         folder = cache_dir()

@@ -1,0 +1,69 @@
+"""`ds4jax logits`: score a sequence and write what the model said at every position."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds4jax import cli_options
+from ds4jax.commands import model as models
+from ds4jax.errors import InputError
+
+DESCRIPTION = """\
+Score a sequence and write a .npz file with `ids` int32 [T] and `logits` float32 [T, V]; with --mtp also `mtp_logits` float32
+[T-1, V], row t from the streams at t and the token at t+1, predicting the token at t+2."""
+
+EXAMPLES = """\
+examples:
+  ds4jax logits --prompt "In the beginning" --out logits.npz
+  ds4jax logits --model checkpoint/ --ids ids.npy --decode-from 37 --mtp --no-qat --out logits.npz"""
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the sub-command."""
+    parser = commands.add_parser("logits", help="score a sequence into a .npz file", description=DESCRIPTION, epilog=EXAMPLES)
+    models.add_options(parser)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", type=cli_options.prompt, metavar="TEXT", help="the sequence as text")
+    given.add_argument("--ids", type=cli_options.ids_file, metavar="FILE.npy", help="the sequence as token ids, integers [T]")
+    parser.add_argument(
+        "--decode-from", type=cli_options.position, metavar="N", help="compute positions from N on by one-token decode steps"
+    )
+    parser.add_argument("--mtp", action="store_true", help="also score with the MTP block")
+    parser.add_argument("--strict", action="store_true", help="use no Pallas kernel (so far none is used in any case)")
+    parser.add_argument("--out", type=cli_options.output_file, required=True, metavar="FILE.npz", help="the file to write")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry the command out; returns 0.
+
+    Raises:
+        InputError: the model or the sequence cannot be used.
+    """
+    total = len(options.ids) if options.ids is not None else None
+    if total is not None and options.decode_from is not None and options.decode_from > total:
+        raise InputError(f"--decode-from is {options.decode_from}; the sequence has {total} tokens")
+    model = models.open_model(options)
+    ids = model.encode(options.prompt if options.ids is None else options.ids)
+    with models.status(f"scoring {len(ids)} tokens"):
+        arrays = model.logits(ids, decode_from=options.decode_from, mtp=options.mtp)
+    _save(options.out, arrays)
+    print(f"{options.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()), file=sys.stderr)
+    return 0
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write all or nothing: a reader never meets half a file, and a failure leaves the old one."""
+    part = cli_options.beside(path)
+    try:
+        with part.open("xb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,207 @@
+"""The commands on the tiny model that ships with the package."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ds4jax
+from ds4jax import cli
+from ds4jax.commands.eval import EXTRACT, HELDOUT
+from ds4jax.generation import Generation
+
+PROMPT = "In the beginning"
+COMMAND = [sys.executable, "-m", "ds4jax"]
+# Takes seconds, so that a test which has read a few bytes can still act; a longer one would compile for a larger buffer.
+LONG = [*COMMAND, "generate", PROMPT, "--ignore-eos", "--max-new-tokens", "480", "--temperature", "1"]
+
+
+@pytest.fixture(scope="module")
+def model() -> ds4jax.LanguageModel:
+    return ds4jax.load()
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[str, str]:
+    """What a command that succeeds prints on stdout and stderr."""
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr()
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line of a command that refuses its input."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+    return err
+
+
+def test_generate_streams_the_continuation_alone(capsys: pytest.CaptureFixture[str], model: ds4jax.LanguageModel) -> None:
+    done = subprocess.run([*COMMAND, "generate", PROMPT, "--max-new-tokens", "24", "--stats"], capture_output=True, check=True)
+    expected = model.generate(PROMPT, max_new_tokens=24)
+    assert done.stdout.decode() == expected.text
+    assert f"{len(expected.ids)} new tokens" in done.stderr.decode()
+    assert "tokens/s" in done.stderr.decode()
+    out, err = output(capsys, "generate", PROMPT, "--max-new-tokens", "24")
+    assert (out, err) == (expected.text, "")
+
+
+def test_generate_json(capsys: pytest.CaptureFixture[str], model: ds4jax.LanguageModel, tmp_path: Path) -> None:
+    out, err = output(capsys, "generate", PROMPT, "--max-new-tokens", "24", "--json")
+    told = json.loads(out)
+    expected = model.generate(PROMPT, max_new_tokens=24)
+    assert err == ""
+    assert list(told) == ["prompt_tokens", "tokens", "text", "tokens_per_second", "finish_reason"]
+    assert told["prompt_tokens"] == [model.config.bos_id, *model.tokenizer.encode(PROMPT)]
+    assert tuple(told["tokens"]) == expected.ids
+    assert told["text"] == expected.text
+    assert told["finish_reason"] == expected.finish_reason
+    assert told["tokens_per_second"] > 0
+
+    np.save(tmp_path / "ids.npy", np.array(told["prompt_tokens"]))
+    from_ids = json.loads(output(capsys, "generate", "--ids", tmp_path / "ids.npy", "--max-new-tokens", "24", "--json")[0])
+    del told["tokens_per_second"], from_ids["tokens_per_second"]
+    assert from_ids == told
+
+
+def test_seeds_reproduce(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["generate", PROMPT, "--max-new-tokens", "24", "--temperature", "1.5", "--top-k", "40", "--min-p", "0.01", "--seed"]
+    first, again, other = (output(capsys, *line, seed)[0] for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_ctrl_c_ends_with_the_text_so_far() -> None:
+    with subprocess.Popen([*LONG, "--stats"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        begun = process.stdout.read(8)
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len((begun + rest).decode()) >= 8
+    assert re.fullmatch(r"\d+ prompt tokens, \d+ new tokens .* ended by: interrupted\n", err.decode())
+
+
+def test_ctrl_c_leaves_a_whole_object(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: ds4jax.LanguageModel
+) -> None:
+    advance, calls = Generation.advance, []
+
+    def interrupted(generation: Generation, budget: int) -> list[int]:
+        calls.append(budget)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return advance(generation, budget)
+
+    monkeypatch.setattr(Generation, "advance", interrupted)
+    assert cli.main(["generate", PROMPT, "--max-new-tokens", "50", "--ignore-eos", "--json"]) == 130
+    told = json.loads(capsys.readouterr().out)
+    assert told["finish_reason"] == "interrupted"
+    assert len(told["tokens"]) == sum(calls[:2])
+    assert told["text"] == model.tokenizer.decode(told["tokens"])
+
+
+def test_a_reader_who_leaves() -> None:
+    with subprocess.Popen(LONG, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(4)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 141
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "inspect"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("ds4jax: error: ")
+
+
+def test_prompts_that_the_model_cannot_take(
+    capsys: pytest.CaptureFixture[str], model: ds4jax.LanguageModel, tmp_path: Path
+) -> None:
+    config, ids, out = model.config, tmp_path / "ids.npy", tmp_path / "out.npz"
+    np.save(ids, np.array([1, config.vocab_size]))
+    assert f"token id {config.vocab_size} is outside" in error(capsys, "generate", "--ids", ids)
+    assert f"token id {config.vocab_size} is outside" in error(capsys, "logits", "--ids", ids, "--out", out)
+    np.save(ids, np.ones(config.max_context + 1, np.int32))
+    assert f"context is {config.max_context}" in error(capsys, "generate", "--ids", ids)
+    assert f"context is {config.max_context}" in error(capsys, "logits", "--ids", ids, "--out", out)
+    np.save(ids, np.ones(config.max_context, np.int32))
+    assert "context" in error(capsys, "generate", "--ids", ids)
+    assert "decode-from is 99" in error(capsys, "logits", "--prompt", PROMPT, "--decode-from", "99", "--out", out)
+    assert sorted(tmp_path.iterdir()) == [ids]
+
+
+def test_logits(capsys: pytest.CaptureFixture[str], model: ds4jax.LanguageModel, tmp_path: Path) -> None:
+    path = tmp_path / "scores"
+    path.write_text("an older file")
+    out, _ = output(capsys, "logits", "--prompt", PROMPT, "--mtp", "--decode-from", "2", "--out", path)
+    ids = model.encode(PROMPT)
+    with np.load(path) as arrays:
+        assert set(arrays) == {"ids", "logits", "mtp_logits"}
+        assert arrays["ids"].dtype == np.int32
+        assert arrays["logits"].dtype == arrays["mtp_logits"].dtype == np.float32
+        assert arrays["mtp_logits"].shape == (len(ids) - 1, model.config.vocab_size)
+        for name, expected in model.logits(ids, decode_from=2, mtp=True).items():
+            np.testing.assert_array_equal(arrays[name], expected)
+    assert out == ""
+    assert list(tmp_path.iterdir()) == [path]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_inspect(capsys: pytest.CaptureFixture[str], model: ds4jax.LanguageModel) -> None:
+    told = json.loads(output(capsys, "inspect", "--json")[0])
+    assert told["kind"] == "gguf"
+    assert told["config"]["dim"] == model.config.dim
+    assert told["config"]["compress_ratios"] == list(model.config.compress_ratios)
+    assert told["vocabulary"] == model.config.vocab_size
+    assert told["bytes"] == sum(row["bytes"] for row in told["tensors"].values()) <= model.path.stat().st_size
+    assert told["tensors"]["Q8_0"]["bytes"] * 32 == told["tensors"]["Q8_0"]["values"] * 34
+    text, err = output(capsys, "inspect", model.path)
+    assert err == ""
+    for part in ("config", "dim", "Q8_0", f"{told['tensors']['Q8_0']['bytes']:,}", f"{model.config.vocab_size:,} tokens"):
+        assert part in text
+
+
+def test_eval(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(HELDOUT.read_bytes()[:1500])
+    told = json.loads(output(capsys, "eval", "--text", text, "--json")[0])
+    assert told["bytes"] == 1500
+    assert 0 < told["bits_per_byte"] < 8
+    assert 0 < told["baseline_bits_per_byte"] < 8
+    assert "extract" in told["baseline_trained_on"]
+    assert 0 <= told["mtp_agreement"] <= 1
+    shown, _ = output(capsys, "eval", "--text", text)
+    assert f"{told['bits_per_byte']:.4f} bits per byte" in shown
+    assert f"{told['mtp_agreement']:.1%}" in shown
+
+
+def test_eval_of_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads(output(capsys, "eval", "--json")[0])
+    assert told["bytes"] == HELDOUT.stat().st_size
+    assert told["bits_per_byte"] <= 1.65
+    assert told["bits_per_byte"] < told["baseline_bits_per_byte"]
+    assert told["mtp_agreement"] >= 0.45
+    assert "records" in told["baseline_trained_on"]
+
+
+def test_what_was_held_out_is_not_in_the_extract() -> None:
+    assert HELDOUT.read_text()[1000:1200] not in EXTRACT.read_text()
+
+
+@pytest.mark.parametrize("command", ["generate", "logits", "inspect", "eval"])
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"examples:\n  ds4jax {command}" in capsys.readouterr().out

@@ -1,0 +1,44 @@
+"""The compilation cache: where it is, and that doing without costs nothing but time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from ds4jax import runtime
+
+
+def test_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS4JAX_CACHE", "/some/where")
+    assert runtime.cache_dir() == Path("/some/where")
+    monkeypatch.delenv("DS4JAX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert runtime.cache_dir() == Path("/cache/ds4jax/jax")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/someone")
+    assert runtime.cache_dir() == Path("/someone/.cache/ds4jax/jax")
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("DS4JAX_CACHE", str(tmp_path / "file" / "jax"))
+    runtime.configure()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ds4jax: note: nothing compiled is kept")
+    assert err.count("\n") == 1
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_cache_that_jax_has_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv("DS4JAX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    runtime.configure()
+    assert jax.config.jax_compilation_cache_dir == before
+    assert list(tmp_path.iterdir()) == []

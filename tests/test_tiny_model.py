@@ -1,0 +1,77 @@
+"""The shipped model: real sizes of window and blocks, and the file itself."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numerics import assert_close
+
+import ds4jax
+from ds4jax.language_model import SHIPPED, LanguageModel
+from ds4jax.loading import open_checkpoint
+
+ASSETS = Path(ds4jax.__file__).parent / "assets"
+STEPS = 3
+
+# One each side of: blocks of 4, the window and the blocks of 128, the indexer's choice of 32 rows, every prefill bucket.
+BOUNDARIES = sorted({n + d for n in (4, 32, 64, 128, 256, 384, 512, 640) for d in (-1, 0, 1)})
+
+
+@functools.cache
+def model() -> LanguageModel:
+    return ds4jax.load()
+
+
+@functools.cache
+def ids() -> np.ndarray:
+    text = (ASSETS / "heldout.txt").read_text()
+    return model().encode(text[:4000])[: BOUNDARIES[-1] + STEPS]
+
+
+@functools.cache
+def whole() -> dict[str, np.ndarray]:
+    return model().logits(ids(), mtp=True)
+
+
+@pytest.mark.parametrize("n", BOUNDARIES)
+def test_prefill_then_decode(n):
+    split = model().logits(ids()[: n + STEPS], decode_from=n, mtp=True)
+    assert_close(split["logits"], whole()["logits"][: n + STEPS])
+    assert_close(split["mtp_logits"], whole()["mtp_logits"][: n + STEPS - 1])
+
+
+def test_every_part_of_the_architecture_is_there():
+    config = model().config
+    assert {0, 4, 128} <= set(config.layer_ratios)
+    assert config.n_hash_layers >= 1
+    assert config.hc_mult == 4
+    assert config.n_mtp == 1
+    assert config.n_layers <= 12
+    assert not config.qat
+    assert config.index_topk < 512 // 4, "the indexer leaves rows out within a training window"
+
+
+def test_the_file_is_small_and_says_how_it_was_made():
+    checkpoint = open_checkpoint(SHIPPED)
+    assert SHIPPED.stat().st_size <= 10e6
+    stored = {tensor.name: tensor.stored for tensor in checkpoint.tensors}
+    assert stored["layers.0.ffn.experts.w1.weight"] == stored["layers.0.attn.wq_b.weight"] == stored["head.weight"] == "Q8_0"
+    said = checkpoint.metadata["ds4jax.trained_with"]
+    assert said.startswith("python -m ds4jax.train")
+    assert "/" not in said, "a path of the machine that trained it"
+
+
+def test_it_continues_a_text_it_knows():
+    """A verse that recurs through the training text: the model has learned English, not noise."""
+    result = model().generate("And it came to", max_new_tokens=1)
+    assert result.text == " pass"
+
+
+def test_greedy_text_is_the_argmax_of_its_own_logits():
+    prompt = ids()[:100]
+    result = model().generate(prompt, max_new_tokens=20, ignore_eos=True)
+    logits = model().logits([*prompt, *result.ids])["logits"]
+    np.testing.assert_array_equal(logits[99:-1].argmax(-1), result.ids)
