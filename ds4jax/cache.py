@@ -31,6 +31,7 @@ class Rows:
         live: bool [T].
         start: int32 [B], rows of each sequence already in the cache.
         end: int32 [B], rows in the cache after this call.
+        strict: static; the call's products are float32 and free of Pallas kernels.
     """
 
     position: jax.Array
@@ -38,14 +39,16 @@ class Rows:
     live: jax.Array
     start: jax.Array
     end: jax.Array
+    strict: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
-    def following(cls, start: jax.Array, width: int, count: jax.Array | int) -> Rows:
+    def following(cls, start: jax.Array, width: int, count: jax.Array | int, *, strict: bool = False) -> Rows:
         """The next `count` rows of one sequence that holds `start` rows, in a call of `width` rows; the rest clones the last."""
         offset = jnp.minimum(jnp.arange(width, dtype=jnp.int32), jnp.maximum(count - 1, 0))
         live = jnp.arange(width, dtype=jnp.int32) < count
         start = jnp.asarray(start, jnp.int32).reshape(1)
-        return cls(start[0] + offset, jnp.zeros(width, jnp.int32), live, start, start + jnp.asarray(count, jnp.int32))
+        end = start + jnp.asarray(count, jnp.int32)
+        return cls(start[0] + offset, jnp.zeros(width, jnp.int32), live, start, end, strict)
 
 
 @jax.tree_util.register_dataclass

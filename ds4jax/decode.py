@@ -54,7 +54,7 @@ def precise(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @precise
-@functools.partial(jax.jit, static_argnames=("graph", "want_logits", "want_mtp"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("graph", "strict", "want_logits", "want_mtp"), donate_argnames="cache")
 def extend(
     graph: nnx.GraphDef,
     weights: nnx.State,
@@ -64,6 +64,7 @@ def extend(
     count: jax.Array,
     mtp_count: jax.Array,
     *,
+    strict: bool,
     want_logits: bool,
     want_mtp: bool,
 ) -> tuple[Cache, jax.Array | None, jax.Array | None]:
@@ -73,6 +74,7 @@ def extend(
         ids_T: int32 [T], of which the first `count` are real; the rest is padding of any value.
         next_ids_T: int32 [T], the token after each, for the MTP block.
         count, mtp_count: int32, rows for the model and for its MTP block.
+        strict: static; float32 products without Pallas kernels.
         want_logits, want_mtp: static; what is computed besides the cache.
 
     Returns:
@@ -80,16 +82,17 @@ def extend(
     """
     model = nnx.merge(graph, weights)
     start, width = cache.length[0], ids_T.shape[0]
-    h_TND, cache = model.streams(ids_T, Rows.following(start, width, count), cache)
-    logits_TV = model.logits(h_TND) if want_logits else None
+    h_TND, cache = model.streams(ids_T, Rows.following(start, width, count, strict=strict), cache)
+    logits_TV = model.logits(h_TND, strict=strict) if want_logits else None
     if not want_mtp:
         return cache, logits_TV, None
-    mtp_TND, cache = model.mtp_streams(h_TND, next_ids_T, Rows.following(start, width, mtp_count), cache)
-    return cache, logits_TV, model.mtp_logits(mtp_TND)
+    mtp_rows = Rows.following(start, width, mtp_count, strict=strict)
+    mtp_TND, cache = model.mtp_streams(h_TND, next_ids_T, mtp_rows, cache)
+    return cache, logits_TV, model.mtp_logits(mtp_TND, strict=strict)
 
 
 @precise
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("graph", "strict"), donate_argnames="state")
 def run(
     graph: nnx.GraphDef,
     weights: nnx.State,
@@ -97,12 +100,15 @@ def run(
     budget: jax.Array,
     stop_ids: jax.Array,
     filters: Filters,
+    *,
+    strict: bool,
 ) -> DecodeState:
     """Generate until `budget` new tokens, a stop token or a full buffer.
 
     Args:
         budget: int32, tokens that this call may add.
         stop_ids: int32 [n], tokens that end the generation; a stop token is committed and counted.
+        strict: static; float32 products without Pallas kernels.
     """
     model = nnx.merge(graph, weights)
     goal = jnp.minimum(state.count + budget, state.tokens.shape[0])
@@ -112,8 +118,9 @@ def run(
 
     def step(state: DecodeState) -> DecodeState:
         position = state.cache.length[0]
-        h_TND, cache = model.streams(state.last[None], Rows.following(position, 1, 1), state.cache)
-        token = choose(model.logits(h_TND)[0], filters, position)
+        rows = Rows.following(position, 1, 1, strict=strict)
+        h_TND, cache = model.streams(state.last[None], rows, state.cache)
+        token = choose(model.logits(h_TND, strict=strict)[0], filters, position)
         tokens = state.tokens.at[state.count].set(token, mode="drop")
         return DecodeState(cache, token, tokens, state.count + 1, jnp.any(token == stop_ids))
 

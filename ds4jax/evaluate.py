@@ -72,7 +72,8 @@ def evaluate(model: LanguageModel, text: str, *, progress: bool = False) -> Scor
     mtp = bool(model.config.n_mtp)
     bits, agreed = 0.0, 0
     for start, stop, first in _shown(list(windows(count, min(model.config.max_context, WINDOW))), progress):
-        arrays = model.logits(ids[start:stop], mtp=mtp)
+        # Strict: the few rows at a window's end are scored like the rest, with the weights as they are stored.
+        arrays = model.logits(ids[start:stop], mtp=mtp, strict=True)
         logits_TV = arrays["logits"]
         bits += _bits(logits_TV[first - start :], ids[first + 1 : stop + 1])
         if mtp:

@@ -54,10 +54,13 @@ class Generation:
         finish_reason: "stop" or "length" once it has ended, "interrupted" before.
     """
 
-    def __init__(self, model: LanguageModel, prompt: Prompt, max_new_tokens: int, sampling: Sampling, ignore_eos: bool):
+    def __init__(
+        self, model: LanguageModel, prompt: Prompt, max_new_tokens: int, sampling: Sampling, ignore_eos: bool, strict: bool
+    ):
         if max_new_tokens < 1:
             raise InputError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
         self._model = model
+        self._strict = strict
         self.prompt_ids = model.encode(prompt)
         room = model.config.max_context - len(self.prompt_ids)
         if room < 1:
@@ -88,6 +91,7 @@ class Generation:
                 padded(self.prompt_ids, start + 1, width),
                 jnp.int32(count),
                 jnp.int32(count),
+                strict=self._strict,
                 want_logits=False,
                 want_mtp=False,
             )
@@ -101,7 +105,9 @@ class Generation:
             return []
         began = time.perf_counter()
         model = self._model
-        self._state = run(model.graph, model.weights, self._state, jnp.int32(budget), self._stop_ids, self._filters)
+        self._state = run(
+            model.graph, model.weights, self._state, jnp.int32(budget), self._stop_ids, self._filters, strict=self._strict
+        )
         count, stopped = int(self._state.count), bool(self._state.stopped)
         new = np.asarray(self._state.tokens)[self._counted : count - stopped].tolist()
         self._seconds += time.perf_counter() - began

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +51,7 @@ class LanguageModel:
         return jnp.asarray(self.logits(ids)["logits"])
 
     def logits(
-        self, ids: Sequence[int] | np.ndarray, *, decode_from: int | None = None, mtp: bool = False
+        self, ids: Sequence[int] | np.ndarray, *, decode_from: int | None = None, mtp: bool = False, strict: bool = False
     ) -> dict[str, np.ndarray]:
         """Score a sequence through prefill and cached decode.
 
@@ -59,6 +59,7 @@ class LanguageModel:
             ids: T token ids.
             decode_from: positions from this one on are computed one token at a time, as generation does.
             mtp: also score with the MTP block.
+            strict: float32 products without Pallas kernels, also where decode would read Q8_0 weights in int8.
 
         Returns:
             `ids` int32 [T], `logits` float32 [T, V], and with `mtp` `mtp_logits` [T-1, V]: row t uses the streams at t and the
@@ -85,6 +86,7 @@ class LanguageModel:
                 padded(ids_T, start + 1, width),
                 jnp.int32(count),
                 jnp.int32(mtp_count),
+                strict=strict,
                 want_logits=True,
                 want_mtp=mtp,
             )
@@ -95,7 +97,13 @@ class LanguageModel:
         return arrays | ({"mtp_logits": np.concatenate(mtp_logits)} if mtp else {})
 
     def generate(
-        self, prompt: Prompt, *, max_new_tokens: int = 128, sampling: Sampling | None = None, ignore_eos: bool = False
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        ignore_eos: bool = False,
+        strict: bool = False,
     ) -> Result:
         """Continue a prompt, text or token ids, in one call of the compiled loop.
 
@@ -103,15 +111,21 @@ class LanguageModel:
             InputError: a prompt that is empty, longer than the context or outside the vocabulary, a text without a tokenizer,
                 or `max_new_tokens` below 1.
         """
-        generation = Generation(self, prompt, max_new_tokens, sampling or Sampling(), ignore_eos)
+        generation = Generation(self, prompt, max_new_tokens, sampling or Sampling(), ignore_eos, strict)
         generation.advance(max_new_tokens)
         return generation.result()
 
     def stream(
-        self, prompt: Prompt, *, max_new_tokens: int = 128, sampling: Sampling | None = None, ignore_eos: bool = False
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        ignore_eos: bool = False,
+        strict: bool = False,
     ) -> Generation:
         """Like `generate`, a few tokens at a time: iterate over the result for lists of new ids, and stop whenever you like."""
-        return Generation(self, prompt, max_new_tokens, sampling or Sampling(), ignore_eos)
+        return Generation(self, prompt, max_new_tokens, sampling or Sampling(), ignore_eos, strict)
 
     def encode(self, prompt: Prompt) -> np.ndarray:
         """The tokens of a prompt, int32 [T], begin-of-sentence first when it is a text.
@@ -164,8 +178,6 @@ def load(path: str | Path | None = None, *, qat: bool | None = None) -> Language
     return LanguageModel(model, checkpoint.tokenizer, checkpoint.path)
 
 
-def generate(
-    model: LanguageModel, prompt: Prompt, *, max_new_tokens: int = 128, sampling: Sampling | None = None, ignore_eos: bool = False
-) -> Result:
-    """`model.generate(prompt, ...)` as a function."""
-    return model.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, ignore_eos=ignore_eos)
+def generate(model: LanguageModel, prompt: Prompt, **options: Any) -> Result:
+    """`model.generate(prompt, **options)` as a function."""
+    return model.generate(prompt, **options)

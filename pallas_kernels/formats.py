@@ -10,6 +10,7 @@ import numpy as np
 
 BLOCK = 32
 WORDS = BLOCK // 4
+HALF = WORDS // 2
 BLOCK_BYTES = 2 + BLOCK
 
 
@@ -18,11 +19,11 @@ BLOCK_BYTES = 2 + BLOCK
 class Q8_0:
     """A weight [..., N, K] of int8 blocks of 32 along K, each with one float16 scale: w = scale · quant.
 
-    Device layout: word k (values 4k..4k+3, lowest byte first) of every block is contiguous over the blocks, so that one lane
-    can own one block and a warp still loads contiguously.
+    Device layout: each block's eight words (word k holds values 4k..4k+3, lowest byte first) lie in two halves of four, each
+    half contiguous over the blocks, so that a lane that owns a block loads 16 bytes at once and a warp loads contiguously.
 
     Attributes:
-        quants: int32 [..., 8, N, K/32], four int8 values a word.
+        quants: int32 [..., 2, N, K/32, 4], four int8 values a word.
         scales: float16 [..., N, K/32].
 
     Source: GGUF block layout Q8_0 (ggml-common.h, `block_q8_0`).
@@ -68,20 +69,26 @@ class Q8_0:
     @classmethod
     def _from_blocks(cls, quants: np.ndarray, scales: np.ndarray) -> Q8_0:
         words = np.ascontiguousarray(quants).view(np.int32)
-        return cls(jnp.asarray(np.ascontiguousarray(np.moveaxis(words, -1, -3))), jnp.asarray(np.ascontiguousarray(scales)))
+        halves = np.moveaxis(words.reshape(*words.shape[:-1], 2, HALF), -2, -4)
+        return cls(jnp.asarray(np.ascontiguousarray(halves)), jnp.asarray(np.ascontiguousarray(scales)))
 
     def to_bytes(self) -> np.ndarray:
         """Rows as a GGUF file stores them: uint8 [..., N, 34·K/32]."""
-        words = np.ascontiguousarray(np.moveaxis(np.asarray(self.quants), -3, -1))
+        words = np.ascontiguousarray(np.moveaxis(np.asarray(self.quants), -4, -2))
+        words = words.reshape(*words.shape[:-2], WORDS)
         scales = np.asarray(self.scales)[..., None].view(np.uint8)
         blocks = np.concatenate([scales, words.view(np.uint8)], axis=-1)
         return blocks.reshape(*blocks.shape[:-2], -1)
 
     def dequantize(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
         """The weight [..., N, K]; exact in float32, which holds every product of a float16 and an int8."""
-        quants = jax.lax.bitcast_convert_type(jnp.moveaxis(self.quants, -3, -1), jnp.int8)
-        scales = self.scales.astype(jnp.float32)[..., None, None]
-        return (quants.astype(jnp.float32) * scales).reshape(self.shape).astype(dtype)
+        scales = self.scales.astype(jnp.float32)[..., None]
+        return (self.blocks().astype(jnp.float32) * scales).reshape(self.shape).astype(dtype)
+
+    def blocks(self) -> jax.Array:
+        """The quants in blocks, int8 [..., N, K/32, 32]."""
+        words = jnp.moveaxis(self.quants, -4, -2)
+        return jax.lax.bitcast_convert_type(words, jnp.int8).reshape(*self.scales.shape, BLOCK)
 
     def take(self, index: jax.Array) -> Q8_0:
         """The weights at `index` of the leading axis: experts of a stack [E, N, K], or rows of a matrix [N, K]."""

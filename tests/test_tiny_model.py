@@ -33,12 +33,12 @@ def ids() -> np.ndarray:
 
 @functools.cache
 def whole() -> dict[str, np.ndarray]:
-    return model().logits(ids(), mtp=True)
+    return model().logits(ids(), mtp=True, strict=True)
 
 
 @pytest.mark.parametrize("n", BOUNDARIES)
 def test_prefill_then_decode(n):
-    split = model().logits(ids()[: n + STEPS], decode_from=n, mtp=True)
+    split = model().logits(ids()[: n + STEPS], decode_from=n, mtp=True, strict=True)
     assert_close(split["logits"], whole()["logits"][: n + STEPS])
     assert_close(split["mtp_logits"], whole()["mtp_logits"][: n + STEPS - 1])
 
@@ -72,6 +72,6 @@ def test_it_continues_a_text_it_knows():
 
 def test_greedy_text_is_the_argmax_of_its_own_logits():
     prompt = ids()[:100]
-    result = model().generate(prompt, max_new_tokens=20, ignore_eos=True)
-    logits = model().logits([*prompt, *result.ids])["logits"]
+    result = model().generate(prompt, max_new_tokens=20, ignore_eos=True, strict=True)
+    logits = model().logits([*prompt, *result.ids], strict=True)["logits"]
     np.testing.assert_array_equal(logits[99:-1].argmax(-1), result.ids)

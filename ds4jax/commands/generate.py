@@ -21,9 +21,9 @@ INTERRUPTED = 130
 DESCRIPTION = """\
 Continue a prompt. The continuation alone goes to stdout as it is made; progress and figures go to stderr.
 
-Ctrl-C ends the text where it is, with exit code 130. With --json, stdout is one object: prompt_tokens and tokens (lists of
-token ids), text, tokens_per_second, and finish_reason: "stop" (the model ended its text), "length" (the limit or the model's
-context ended it) or "interrupted"."""
+Ctrl-C ends the text where it is, with exit code 130. With --json, stdout is one object: prompt_tokens (how many), tokens (a list
+of ids), text, tokens_per_second, and finish_reason: "stop" (the model ended its text), "length" (the limit or the model's context
+ended it) or "interrupted"."""
 
 EXAMPLES = """\
 examples:
@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
     given.add_argument("prompt", nargs="?", type=cli_options.prompt, metavar="PROMPT", help="the text to continue")
     given.add_argument("--ids", type=cli_options.ids_file, metavar="FILE.npy", help="the prompt as token ids, integers [T]")
     models.add_options(parser)
+    models.add_strict(parser)
     parser.add_argument(
         "--max-new-tokens", type=cli_options.token_count, default=128, metavar="N", help="the most tokens to add (128)"
     )
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     result = generation.result()
     if options.json:
         fields = {
-            "prompt_tokens": result.prompt_ids,
+            "prompt_tokens": len(result.prompt_ids),
             "tokens": result.ids,
             "text": result.text,
             "tokens_per_second": round(result.tokens_per_second, 3),
@@ -99,7 +100,13 @@ def _start(model: Any, options: argparse.Namespace) -> Generation:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.seed)
     prompt = options.prompt if options.ids is None else options.ids
     with models.status("reading the prompt"):
-        return model.stream(prompt, max_new_tokens=options.max_new_tokens, sampling=sampling, ignore_eos=options.ignore_eos)
+        return model.stream(
+            prompt,
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+            ignore_eos=options.ignore_eos,
+            strict=options.strict,
+        )
 
 
 def _stream(generation: Generation, tokenizer: Tokenizer | None, *, silent: bool) -> bool:

@@ -28,6 +28,7 @@ def add_parser(commands: Any) -> None:
     """Declare the sub-command."""
     parser = commands.add_parser("logits", help="score a sequence into a .npz file", description=DESCRIPTION, epilog=EXAMPLES)
     models.add_options(parser)
+    models.add_strict(parser)
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", type=cli_options.prompt, metavar="TEXT", help="the sequence as text")
     given.add_argument("--ids", type=cli_options.ids_file, metavar="FILE.npy", help="the sequence as token ids, integers [T]")
@@ -35,7 +36,6 @@ def add_parser(commands: Any) -> None:
         "--decode-from", type=cli_options.position, metavar="N", help="compute positions from N on by one-token decode steps"
     )
     parser.add_argument("--mtp", action="store_true", help="also score with the MTP block")
-    parser.add_argument("--strict", action="store_true", help="use no Pallas kernel (so far none is used in any case)")
     parser.add_argument("--out", type=cli_options.output_file, required=True, metavar="FILE.npz", help="the file to write")
     parser.set_defaults(run=run)
 
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     model = models.open_model(options)
     ids = model.encode(options.prompt if options.ids is None else options.ids)
     with models.status(f"scoring {len(ids)} tokens"):
-        arrays = model.logits(ids, decode_from=options.decode_from, mtp=options.mtp)
+        arrays = model.logits(ids, decode_from=options.decode_from, mtp=options.mtp, strict=options.strict)
     _save(options.out, arrays)
     print(f"{options.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()), file=sys.stderr)
     return 0

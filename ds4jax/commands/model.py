@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -23,6 +24,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--qat",
         action=argparse.BooleanOptionalAction,
         help="simulate the FP8 and FP4 rounding that published weights were trained with (as the model's files say)",
+    )
+
+
+def add_strict(parser: argparse.ArgumentParser) -> None:
+    """--strict, for commands that decode."""
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        default=os.environ.get("DS4JAX_STRICT") == "1",
+        help="float32 products and no Pallas kernel (also DS4JAX_STRICT=1)",
     )
 
 

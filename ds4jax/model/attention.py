@@ -17,7 +17,7 @@ from ds4jax.config import Config
 from ds4jax.model import fake_quant
 from ds4jax.model.compressor import Compressor, visible_blocks
 from ds4jax.model.indexer import Indexer
-from ds4jax.model.layers import GroupedLinear, Linear, RMSNorm, Rngs, parameter, rms_scale
+from ds4jax.model.layers import GroupedLinear, Linear, RMSNorm, Rngs, parameter, rms_scale, together
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import Record, ignore, under
 
@@ -79,11 +79,12 @@ class Attention(nnx.Module):
         """Attend from the call's rows, float32 [T, D] → [T, D], and take them into the cache."""
         config = self.config
         frequencies = inverse_frequencies(config, compressed=self.ratio > 0)
-        q_low_TL = self.q_norm(self.wq_a(x_TD))
+        q_low_TL, kv_TQ = together(x_TD, self.wq_a, self.wkv, strict=rows.strict)
+        q_low_TL = self.q_norm(q_low_TL)
         record("q_low", q_low_TL)
-        q_THQ = self.wq_b(q_low_TL).reshape(-1, config.n_heads, config.head_dim)
+        q_THQ = self.wq_b(q_low_TL, strict=rows.strict).reshape(-1, config.n_heads, config.head_dim)
         q_THQ = rotate(q_THQ * rms_scale(q_THQ, config.norm_eps), rows.position, frequencies)
-        kv_TQ = self._finish_rows(rotate(self.kv_norm(self.wkv(x_TD)), rows.position, frequencies))
+        kv_TQ = self._finish_rows(rotate(self.kv_norm(kv_TQ), rows.position, frequencies))
 
         segments = [self._window(kv_TQ, rows, cache)]
         compressed, cache = self._compressed(x_TD, q_low_TL, rows, cache, record)
@@ -94,7 +95,8 @@ class Attention(nnx.Module):
         for name, weight in zip(("window", "compressed"), weights, strict=False):
             record(f"{name}_weights", weight)
         out_THQ = rotate(out_THQ, rows.position, frequencies, inverse=True)
-        return self.wo_b(self.wo_a(out_THQ.reshape(x_TD.shape[0], -1))), cache
+        out = self.wo_a(out_THQ.reshape(x_TD.shape[0], -1), strict=rows.strict)
+        return self.wo_b(out, strict=rows.strict), cache
 
     def _finish_rows(self, x: jax.Array) -> jax.Array:
         """Round the part of rows [.., Q] that does not rotate, as training did."""

@@ -50,7 +50,7 @@ class Block(nnx.Module):
             h_TND = hc.expand(y_TD, h_TND, post, comb)
         with jax.named_scope("experts"):
             x_TD, post, comb = self._collapse("ffn", h_TND, record)
-            y_TD = self.ffn(self.ffn_norm(x_TD), ids_T, under(record, "ffn"))
+            y_TD = self.ffn(self.ffn_norm(x_TD), ids_T, strict=rows.strict, record=under(record, "ffn"))
             h_TND = hc.expand(y_TD, h_TND, post, comb)
         record("streams", h_TND)
         return h_TND, cache

@@ -13,7 +13,7 @@ from flax import nnx
 
 from ds4jax.cache import OVERLAP_RATIO, CompressorCache, Rows, with_ring, write_ring
 from ds4jax.config import Config
-from ds4jax.model.layers import Linear, RMSNorm, Rngs, parameter
+from ds4jax.model.layers import Linear, RMSNorm, Rngs, parameter, together
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import Record, ignore
 
@@ -40,8 +40,8 @@ class Compressor(nnx.Module):
             x_TD: float32 [T, D], the layer's normed input.
             finish: what becomes of the rotated rows [n, width]: the simulated rounding of rows or keys.
         """
-        values = self.wkv(x_TD)
-        gates = self.wgate(x_TD) + self.ape.get_value().astype(jnp.float32)[rows.position % self.ratio]
+        values, gates = together(x_TD, self.wkv, self.wgate, strict=rows.strict)
+        gates += self.ape.get_value().astype(jnp.float32)[rows.position % self.ratio]
         closing, closed = closing_rows(rows, self.ratio)
         position, sequence = rows.position[closing], rows.sequence[closing]
         pooled = self._pool(values, gates, closing, rows, cache)

@@ -13,9 +13,7 @@ from ds4jax.model.tape import into
 from ds4jax.model.transformer import Transformer
 
 
-def score(
-    model: Transformer, ids_T: jax.Array, *, tape: dict[str, jax.Array] | None = None, mtp: bool = False
-) -> Any:
+def score(model: Transformer, ids_T: jax.Array, *, tape: dict[str, jax.Array] | None = None, mtp: bool = False) -> Any:
     """Logits at every position of one sequence that starts at position 0; differentiable, and made for `jax.vmap`.
 
     Args:

@@ -53,9 +53,9 @@ class Indexer(nnx.Module):
         config = self.config
         finish = functools.partial(finish_keys, config)
         cache = self.compressor(x_TD, rows, cache, finish=finish, record=under(record, "compressor"))
-        q_THI = self.wq_b(q_low_TL).reshape(-1, config.index_heads, config.index_dim)
+        q_THI = self.wq_b(q_low_TL, strict=rows.strict).reshape(-1, config.index_heads, config.index_dim)
         q_THI = finish(rotate(q_THI, rows.position, inverse_frequencies(config, compressed=True)))
-        weights_TH = self.weights_proj(x_TD) * (config.index_dim**-0.5 * config.index_heads**-0.5)
+        weights_TH = self.weights_proj(x_TD, strict=rows.strict) * (config.index_dim**-0.5 * config.index_heads**-0.5)
         keys_SI = cache.rows.reshape(-1, config.index_dim)
         products = jnp.einsum("thi,si->ths", q_THI, keys_SI, preferred_element_type=jnp.float32)
         score_TS = jnp.einsum("ths,th->ts", jax.nn.relu(products), weights_TH, preferred_element_type=jnp.float32)

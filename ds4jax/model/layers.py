@@ -46,8 +46,13 @@ class Linear(nnx.Module):
     def __init__(self, n_out: int, n_in: int, *, rngs: Rngs):
         self.weight = parameter(rngs, n_out, n_in, scale=n_in**-0.5)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return ops.matmul(x, self.weight.get_value())
+    def __call__(self, x: jax.Array, *, strict: bool) -> jax.Array:
+        return ops.matmul(x, self.weight.get_value(), strict=strict)
+
+
+def together(x: jax.Array, *layers: Linear, strict: bool) -> list[jax.Array]:
+    """Several linear maps of the same x [T, K], one launch where the share-warp kernel runs."""
+    return ops.matmul_many(x, [layer.weight.get_value() for layer in layers], strict=strict)
 
 
 class GroupedLinear(nnx.Module):
@@ -57,9 +62,9 @@ class GroupedLinear(nnx.Module):
         self.weight = parameter(rngs, groups * n_out, n_in, scale=n_in**-0.5)
         self.groups = groups
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, strict: bool) -> jax.Array:
         x_TGK = x.reshape(x.shape[0], self.groups, -1)
-        return ops.grouped_matmul(x_TGK, self.weight.get_value()).reshape(x.shape[0], -1)
+        return ops.grouped_matmul(x_TGK, self.weight.get_value(), strict=strict).reshape(x.shape[0], -1)
 
 
 class Embedding(nnx.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ds4jax.config import Config
-from ds4jax.model.layers import Linear, Rngs, parameter
+from ds4jax.model.layers import Linear, Rngs, parameter, together
 from ds4jax.model.tape import Record, ignore
 from pallas_kernels.formats import Q8_0
 from pallas_kernels.reference import as_float32
@@ -107,8 +107,9 @@ class SharedExpert(nnx.Module):
         self.w3 = Linear(config.moe_dim, config.dim, rngs=rngs)
         self.limit = config.swiglu_limit
 
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
-        return self.w2(swiglu(self.w1(x_TD), self.w3(x_TD), self.limit))
+    def __call__(self, x_TD: jax.Array, *, strict: bool) -> jax.Array:
+        gate, up = together(x_TD, self.w1, self.w3, strict=strict)
+        return self.w2(swiglu(gate, up, self.limit), strict=strict)
 
 
 class MoE(nnx.Module):
@@ -119,6 +120,6 @@ class MoE(nnx.Module):
         self.experts = Experts(config, rngs=rngs)
         self.shared_experts = SharedExpert(config, rngs=rngs)
 
-    def __call__(self, x_TD: jax.Array, ids_T: jax.Array, record: Record = ignore) -> jax.Array:
+    def __call__(self, x_TD: jax.Array, ids_T: jax.Array, *, strict: bool = False, record: Record = ignore) -> jax.Array:
         chosen_TK, weights_TK = self.gate(x_TD, ids_T, record)
-        return self.experts(x_TD, chosen_TK, weights_TK) + self.shared_experts(x_TD)
+        return self.experts(x_TD, chosen_TK, weights_TK) + self.shared_experts(x_TD, strict=strict)

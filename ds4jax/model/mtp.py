@@ -45,8 +45,8 @@ class MTP(Block):
             embedded_TD: float32 [T, D], embeddings of the tokens at t+1, and ids_T their ids.
         """
         t, n, d = h_TND.shape
-        projected = self.h_proj(self.hnorm(h_TND).reshape(t * n, d)).reshape(t, n, d)
-        mixed = self.e_proj(self.enorm(embedded_TD))[:, None, :] + projected
+        projected = self.h_proj(self.hnorm(h_TND).reshape(t * n, d), strict=rows.strict).reshape(t, n, d)
+        mixed = self.e_proj(self.enorm(embedded_TD), strict=rows.strict)[:, None, :] + projected
         record("input", mixed)
         return self(mixed, ids_T, rows, cache, record)
 

@@ -53,11 +53,11 @@ class Transformer(nnx.Module):
             layers.append(layer_cache)
         return h_TND, dataclasses.replace(cache, layers=tuple(layers), length=rows.end)
 
-    def logits(self, h_TND: jax.Array) -> jax.Array:
+    def logits(self, h_TND: jax.Array, *, strict: bool = False) -> jax.Array:
         """Streams [T, N, D] → logits float32 [T, V]."""
         fn, base, scale = self.hc_head_fn.get_value(), self.hc_head_base.get_value(), self.hc_head_scale.get_value()
         with jax.named_scope("head"):
-            return self.head(self.norm(hc.head(h_TND, fn, scale, base, self.config)))
+            return self.head(self.norm(hc.head(h_TND, fn, scale, base, self.config)), strict=strict)
 
     def mtp_streams(
         self, h_TND: jax.Array, next_ids_T: jax.Array, rows: Rows, cache: Cache, record: Record = ignore
@@ -72,7 +72,7 @@ class Transformer(nnx.Module):
             h_TND, mtp = self.mtp[0].advance(h_TND, embedded_TD, next_ids_T, rows, cache.mtp, under(record, "mtp.0"))
         return h_TND, dataclasses.replace(cache, mtp=mtp)
 
-    def mtp_logits(self, h_TND: jax.Array) -> jax.Array:
+    def mtp_logits(self, h_TND: jax.Array, *, strict: bool = False) -> jax.Array:
         """The MTP block's streams [T, N, D] at positions t → logits [T, V] of the token at t+2, through the shared head."""
         with jax.named_scope("mtp_head"):
-            return self.head(self.mtp[0].collapse(h_TND))
+            return self.head(self.mtp[0].collapse(h_TND), strict=strict)

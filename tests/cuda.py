@@ -1,0 +1,30 @@
+"""Lowering for CUDA on a machine without a GPU: catches most mistakes in kernels at no cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def lowered_for_cuda(jitted: Any, *args: Any, **options: Any) -> str:
+    """The program of a jitted function as text, lowered for an NVIDIA GPU. Triton itself is not run."""
+
+    def text() -> str:
+        return jitted.trace(*args, **options).lower(lowering_platforms=("cuda",)).as_text()
+
+    if jax.__version_info__ < (0, 11):
+        return text()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        return text()
+
+
+def kernel_calls(text: str, name: str) -> int:
+    """How often a lowered program calls the Pallas kernel of this name."""
+    return sum("custom_call" in line and name in line for line in text.splitlines())
+
+
+def pallas_calls(text: str) -> int:
+    """How often a lowered program calls any Pallas kernel."""
+    return text.count("@__gpu$xla.gpu.triton")

@@ -1,0 +1,160 @@
+"""The gate: which path, with which reason, and proof in the lowered program that the kernel runs where it should."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cuda import kernel_calls, lowered_for_cuda, pallas_calls
+
+import ds4jax
+from ds4jax import cache as caches
+from ds4jax.decode import DecodeState, extend, run
+from ds4jax.sampling import Sampling
+from pallas_kernels import ops
+from pallas_kernels.dispatch import DECODE_ROWS, OPT_OUT, choose
+from pallas_kernels.formats import BLOCK, Q8_0
+from pallas_kernels.q8_matmul import NAME
+
+# Per layer: q_a + kv, q_b, o_a, o_b, shared gate + up, shared down.
+CALLS_A_LAYER = 6
+
+
+@pytest.fixture(scope="module")
+def model() -> ds4jax.LanguageModel:
+    return ds4jax.load()
+
+
+def decode_step(model: ds4jax.LanguageModel, *, strict: bool) -> str:
+    """The compiled loop's program for CUDA."""
+    cache = caches.empty(model.config, 512)
+    state = DecodeState(cache, jnp.int32(0), jnp.zeros(512, jnp.int32), jnp.int32(0), jnp.array(False))
+    arguments = (model.graph, model.weights, state, jnp.int32(1), jnp.zeros(1, jnp.int32), Sampling().arrays())
+
+    # A function of its own: the gate is read while tracing, and a cached trace would hide what the environment says now.
+    def fresh(*arguments, **options):
+        return run.__wrapped__.__wrapped__(*arguments, **options)
+
+    return lowered_for_cuda(jax.jit(fresh, static_argnums=0, static_argnames="strict"), *arguments, strict=strict)
+
+
+def dense_shapes(model: ds4jax.LanguageModel) -> set[tuple[int, ...]]:
+    """Shapes of the Q8_0 matrices that are no expert stacks; those are multiplied out for the chosen experts alone."""
+    leaves = jax.tree.leaves(model.weights, is_leaf=lambda leaf: isinstance(leaf, Q8_0))
+    return {leaf.shape for leaf in leaves if isinstance(leaf, Q8_0) and len(leaf.shape) == 2}
+
+
+def multiplied_out(text: str) -> set[tuple[int, ...]]:
+    """Shapes [N, K] of the Q8_0 matrices whose words a lowered program takes apart; stacks of experts have more axes."""
+    blocks = re.findall(r"bitcast_convert .*-> tensor<(\d+)x(\d+)x2x4x4xi8>", text)
+    return {(int(n), int(count) * BLOCK) for n, count in blocks}
+
+
+def test_the_kernel_runs_in_the_decode_step(model):
+    text = decode_step(model, strict=False)
+    assert kernel_calls(text, NAME) == CALLS_A_LAYER * model.config.n_layers + 1
+    assert kernel_calls(text, "q8_activation") == CALLS_A_LAYER * model.config.n_layers + 1
+    assert not multiplied_out(text) & dense_shapes(model), "a product reads a dequantised weight"
+
+
+def test_the_kernel_runs_in_the_mtp_block(model):
+    cache, ids, one = caches.empty(model.config, 512), jnp.zeros(1, jnp.int32), jnp.int32(1)
+    arguments = (model.graph, model.weights, cache, ids, ids, one, one)
+    text = lowered_for_cuda(extend.__wrapped__, *arguments, strict=False, want_logits=True, want_mtp=True)
+    # The MTP block adds a layer, e_proj, h_proj and its use of the head.
+    assert kernel_calls(text, NAME) == CALLS_A_LAYER * (model.config.n_layers + 1) + 1 + 3
+
+
+def test_strict_has_no_pallas_kernel_at_all(model):
+    text = decode_step(model, strict=True)
+    assert pallas_calls(text) == 0
+    assert dense_shapes(model) <= multiplied_out(text), "every weight is multiplied out"
+
+
+def test_the_opt_out_flips_it(model, monkeypatch):
+    monkeypatch.setenv(OPT_OUT, "1")
+    assert pallas_calls(decode_step(model, strict=False)) == 0
+
+
+def test_prefill_of_many_rows_takes_the_library_product(model):
+    cache, ids, count = caches.empty(model.config, 512), jnp.zeros(128, jnp.int32), jnp.int32(128)
+    arguments = (model.graph, model.weights, cache, ids, ids, count, count)
+    text = lowered_for_cuda(extend.__wrapped__, *arguments, strict=False, want_logits=False, want_mtp=False)
+    assert pallas_calls(text) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "quantized", "strict", "implementation", "cuda", "default", "reason"),
+    [
+        (1, True, False, None, "pallas", "xla", "Q8_0"),
+        (DECODE_ROWS, True, False, None, "pallas", "xla", "Q8_0"),
+        (DECODE_ROWS + 1, True, False, None, "dot", "dot", "rows"),
+        (1, False, False, None, "dot", "dot", "float"),
+        (1, True, True, None, "dot", "dot", "strict"),
+        (4, True, False, "pallas", "pallas", "pallas", "asked"),
+        (4, True, False, "interpret", "interpret", "interpret", "asked"),
+        (4, True, False, "xla", "xla", "xla", "asked"),
+        (4, True, True, "xla", "dot", "dot", "asked"),
+        (4, False, False, "xla", "dot", "dot", "asked"),
+    ],
+)
+def test_choices(rows, quantized, strict, implementation, cuda, default, reason):
+    choice = choose(rows, quantized, strict=strict, implementation=implementation)
+    assert (choice.cuda, choice.default) == (cuda, default)
+    assert reason in choice.reason
+
+
+def weight(n: int = 8, k: int = 64) -> Q8_0:
+    return Q8_0.quantize(np.ones((n, k)))
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "options", "said"),
+    [
+        (jnp.ones((2, 32)), weight(), {}, "weight"),
+        (jnp.ones(64), weight(), {}, "x is"),
+        (jnp.ones((0, 64)), weight(), {}, "x is"),
+        (jnp.ones((2, 64), jnp.bfloat16), weight(), {}, "x is"),
+        (jnp.ones((2, 64), jnp.int32), weight(), {}, "x is"),
+        (jnp.ones((2, 64)), jnp.ones((8, 2, 64)), {}, "weight"),
+        (jnp.ones((2, 64)), weight(), {"implementation": "cuda"}, "implementation"),
+        (jnp.ones((2, 64)), jnp.ones((8, 64)), {"implementation": "pallas"}, "implementation"),
+        (jnp.ones((40, 64)), weight(), {"implementation": "interpret"}, "implementation"),
+        (jnp.ones((2, 64)), weight(), {"implementation": "pallas", "strict": True}, "implementation"),
+    ],
+)
+def test_bad_arguments_are_named(x, w, options, said):
+    with pytest.raises(ValueError, match=said):
+        ops.matmul(x, w, **({"strict": False} | options))
+
+
+def test_bad_groups():
+    with pytest.raises(ValueError, match="groups"):
+        ops.grouped_matmul(jnp.ones((1, 3, 64)), weight(8), strict=False)
+    with pytest.raises(ValueError, match="x is"):
+        ops.grouped_matmul(jnp.ones((3, 64)), weight(9), strict=False)
+
+
+@pytest.mark.parametrize("shape", [(8, 33), (8,), (4, 48)])
+def test_quantize_needs_whole_blocks(shape):
+    with pytest.raises(ValueError, match="weight"):
+        Q8_0.quantize(np.ones(shape))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 20, 40])
+def test_strict_is_the_float_product(rows):
+    w = Q8_0.quantize(np.random.default_rng(0).normal(size=(48, 64)))
+    x = jax.random.normal(jax.random.key(0), (rows, 64))
+    expected = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
+    np.testing.assert_allclose(ops.matmul(x, w, strict=True), expected, atol=1e-4)
+
+
+def test_a_large_weight_is_multiplied_out_in_tiles(monkeypatch):
+    monkeypatch.setattr(ops, "MOST_TILE_VALUES", 64 * 12)
+    w = Q8_0.quantize(np.random.default_rng(0).normal(size=(48, 64)))
+    x = jax.random.normal(jax.random.key(0), (DECODE_ROWS + 8, 64))
+    expected = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
+    np.testing.assert_allclose(ops.matmul(x, w, strict=False), expected, atol=1e-4)

@@ -1,0 +1,83 @@
+"""On an NVIDIA GPU: bits of every V4-Flash product over the number of rows, golden products, and the shipped model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import assert_bits_equal
+
+import ds4jax
+from pallas_kernels import activation, ops
+from pallas_kernels.formats import BLOCK, HALF, Q8_0
+from pallas_kernels.shapes import FLASH
+
+pytestmark = pytest.mark.gpu
+
+
+def test_golden_activation(activation_golden):
+    result = activation.quantize(jnp.asarray(activation_golden["q8_0.x"]))
+    words = np.ascontiguousarray(np.moveaxis(np.asarray(result.quants)[:, 0], 1, 2))
+    np.testing.assert_array_equal(words.reshape(4, -1, 8).view(np.int8).reshape(4, -1), activation_golden["q8_0.xq"])
+    assert_bits_equal(np.asarray(result.scales)[:, 0], activation_golden["q8_0.xscale"])
+
+
+def test_golden_products(activation_golden):
+    weight = Q8_0.from_bytes(activation_golden["q8_0.weight_raw"])
+    y = ops.matmul(jnp.asarray(activation_golden["q8_0.x"]), weight, strict=False, implementation="pallas")
+    error = np.abs(np.asarray(y, np.float64) - activation_golden["q8_0.out"])
+    assert (error <= 1e-6 * activation_golden["q8_0.abs_sum"]).all()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_nan_stays_in_its_row(activation_golden, poison):
+    weight = Q8_0.from_bytes(activation_golden["q8_0.weight_raw"])
+    x = jnp.asarray(activation_golden["q8_0.x"])
+    clean = ops.matmul(x, weight, strict=False, implementation="pallas")
+    y = ops.matmul(x.at[2, 50].set(poison), weight, strict=False, implementation="pallas")
+    assert np.isnan(y[2]).all()
+    for row in (0, 1, 3):
+        assert_bits_equal(y[row], clean[row])
+
+
+def random_weight(seed: int, n: int, k: int) -> Q8_0:
+    words, scales = jax.random.split(jax.random.key(seed))
+    quants = jax.random.randint(words, (2, n, k // BLOCK, HALF), -(2**31), 2**31 - 1, jnp.int32)
+    return Q8_0(quants, (jax.random.uniform(scales, (n, k // BLOCK)) * 0.01 + 1e-3).astype(jnp.float16))
+
+
+@pytest.mark.parametrize("product", FLASH, ids=lambda product: product.key)
+def test_each_row_has_the_bits_of_the_row_alone(product):
+    weights = [random_weight(i, product.groups * n, product.k) for i, n in enumerate(product.sizes)]
+    x = jax.random.normal(jax.random.key(9), (8, product.groups * product.k), jnp.float32)
+
+    @jax.jit
+    def call(x: jax.Array) -> list[jax.Array]:
+        if product.groups > 1:
+            rows = x.reshape(x.shape[0], product.groups, product.k)
+            return [ops.grouped_matmul(rows, weights[0], strict=False, implementation="pallas")]
+        return ops.matmul_many(x, weights, strict=False, implementation="pallas")
+
+    alone = [
+        np.concatenate(parts) for parts in zip(*([np.asarray(y) for y in call(x[m : m + 1])] for m in range(8)), strict=True)
+    ]
+    for rows in range(2, 9):
+        for y, expected in zip(call(x[:rows]), alone, strict=True):
+            assert_bits_equal(y, expected[:rows])
+        for again, expected in zip(call(x[:rows]), alone, strict=True):
+            assert_bits_equal(again, expected[:rows])
+
+
+def test_the_shipped_model_says_on_the_gpu_what_it_says_on_the_cpu():
+    """Strict float32 within rounding of the CPU's; fast decode close to it, and the same bits run after run."""
+    model = ds4jax.load()
+    prompt = "And it came to pass"
+    ids = [*model.encode(prompt), *model.generate(prompt, max_new_tokens=40, strict=True).ids]
+    gpu = model.logits(ids, decode_from=4, strict=True)["logits"]
+    with jax.default_device(jax.devices("cpu")[0]):
+        cpu = ds4jax.load().logits(ids, decode_from=4, strict=True)["logits"]
+    np.testing.assert_allclose(gpu, cpu, rtol=0, atol=2e-2)
+    fast = model.logits(ids, decode_from=4)["logits"]
+    assert np.abs(fast - gpu).mean() < 0.1
+    assert_bits_equal(model.logits(ids, decode_from=4)["logits"], fast)

@@ -1,0 +1,125 @@
+"""The share-warp kernel in interpret mode: golden products, row invariance, every way to call it."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import assert_bits_equal
+
+from pallas_kernels import activation, ops, reference
+from pallas_kernels.formats import BLOCK, Q8_0
+from pallas_kernels.q8_matmul import MOST_ROWS, Tile, q8_matmul
+
+TILES = [Tile(1, 1), Tile(2, 1), Tile(4, 2)]
+LENGTHS = [1, 2, 3, 5, 6, 8]
+
+
+def random_weight(seed: int, n: int, k: int) -> Q8_0:
+    return Q8_0.quantize(np.random.default_rng(seed).normal(size=(n, k)))
+
+
+def random_rows(seed: int, m: int, k: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (m, k), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("tile", "groups"))
+def product(x: jax.Array, weights: list[Q8_0], tile: Tile = TILES[0], groups: int = 1) -> list[jax.Array]:
+    return q8_matmul(activation.quantize(x, groups, interpret=True), weights, tile=tile, groups=groups, interpret=True)
+
+
+def rows_alone(x: jax.Array, weights: list[Q8_0], **how) -> np.ndarray:
+    return np.concatenate([np.asarray(product(x[m : m + 1], weights, **how)[0]) for m in range(x.shape[0])])
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_golden_products(activation_golden, tile):
+    weight = Q8_0.from_bytes(activation_golden["q8_0.weight_raw"])
+    [y] = product(jnp.asarray(activation_golden["q8_0.x"]), [weight], tile=tile)
+    error = np.abs(np.asarray(y, np.float64) - activation_golden["q8_0.out"])
+    assert (error <= 1e-6 * activation_golden["q8_0.abs_sum"]).all()
+
+
+def test_golden_products_of_the_jnp_form(activation_golden):
+    weight = Q8_0.from_bytes(activation_golden["q8_0.weight_raw"])
+    y = ops.matmul(jnp.asarray(activation_golden["q8_0.x"]), weight, strict=False, implementation="xla")
+    error = np.abs(np.asarray(y, np.float64) - activation_golden["q8_0.out"])
+    assert (error <= 1e-6 * activation_golden["q8_0.abs_sum"]).all()
+
+
+def test_golden_products_of_float_activations(activation_golden):
+    weight = Q8_0.from_bytes(activation_golden["q8_0.weight_raw"])
+    y = ops.matmul(jnp.asarray(activation_golden["q8_0.x"]), weight, strict=True)
+    error = np.abs(np.asarray(y, np.float64) - activation_golden["q8_0.out_f32_activation"])
+    assert (error <= 1e-6 * activation_golden["q8_0.abs_sum"]).all()
+
+
+@pytest.mark.parametrize(("blocks", "tile"), [(blocks, TILES[0]) for blocks in LENGTHS] + [(3, TILES[1]), (8, TILES[2])])
+def test_each_row_has_the_bits_of_the_row_alone(blocks, tile):
+    """Contract 1, with rows of weights that no tile divides."""
+    weights, x = [random_weight(blocks, 50, blocks * BLOCK)], random_rows(blocks, MOST_ROWS, blocks * BLOCK)
+    alone = rows_alone(x, weights, tile=tile)
+    for m in (2, 3, 4, 8):
+        assert_bits_equal(product(x[:m], weights, tile=tile)[0], alone[:m])
+
+
+@pytest.mark.parametrize("blocks", [3, 8, 40])
+def test_no_tile_changes_a_bit(blocks):
+    weights, x = [random_weight(1, 48, blocks * BLOCK)], random_rows(2, 3, blocks * BLOCK)
+    first = product(x, weights, tile=TILES[0])[0]
+    for tile in TILES[1:]:
+        assert_bits_equal(product(x, weights, tile=tile)[0], first)
+
+
+def test_more_lanes_of_blocks_than_a_warp_has():
+    """40 blocks: the second round of lanes is masked."""
+    weight, x = random_weight(0, 24, 40 * BLOCK), random_rows(1, 2, 40 * BLOCK)
+    expected = reference.quantized_dot(x[:, None], weight)[:, 0]
+    np.testing.assert_allclose(product(x, [weight])[0], expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_grouped():
+    groups, n, k = 3, 32, 192
+    weight, x = random_weight(3, groups * n, k), random_rows(4, 4, groups * k)
+    [y] = product(x, [weight], groups=groups)
+    for group in range(groups):
+        rows = slice(group * n, (group + 1) * n)
+        part = Q8_0(weight.quants[:, rows], weight.scales[rows])
+        assert_bits_equal(y[:, rows], product(x[:, group * k : (group + 1) * k], [part])[0])
+    alone = rows_alone(x, [weight], groups=groups)
+    assert_bits_equal(y, alone)
+
+
+@pytest.mark.parametrize("sizes", [(40, 24), (7, 50, 1)])
+@pytest.mark.parametrize("tile", TILES)
+def test_several_matrices_in_one_launch(sizes, tile):
+    weights, x = [random_weight(n, n, 192) for n in sizes], random_rows(5, 4, 192)
+    for y, weight in zip(product(x, weights, tile=tile), weights, strict=True):
+        assert_bits_equal(y, product(x, [weight], tile=tile)[0])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8, 9, 12, 20, 32])
+def test_more_rows_are_more_launches(rows):
+    weight, x = random_weight(6, 24, 96), random_rows(7, rows, 96)
+    y = ops.matmul(x, weight, strict=False, implementation="interpret")
+    assert_bits_equal(y, rows_alone(x, [weight]))
+
+
+def test_a_nan_stays_in_its_row():
+    weight, x = random_weight(8, 24, 96), random_rows(9, 4, 96)
+    clean = product(x, [weight])[0]
+    y = product(x.at[2, 50].set(jnp.nan), [weight])[0]
+    assert np.isnan(y[2]).all()
+    for row in (0, 1, 3):
+        assert_bits_equal(y[row], clean[row])
+
+
+@pytest.mark.parametrize("blocks", LENGTHS)
+def test_the_jnp_form_is_row_invariant_too(blocks):
+    weight, x = random_weight(blocks, 50, blocks * BLOCK), random_rows(blocks, MOST_ROWS, blocks * BLOCK)
+    whole = ops.matmul(x, weight, strict=False, implementation="xla")
+    for m in range(MOST_ROWS):
+        assert_bits_equal(ops.matmul(x[m : m + 1], weight, strict=False, implementation="xla"), whole[m : m + 1])
