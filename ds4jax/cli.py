@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import ds4jax
+from ds4jax.commands import bench, generate, inspect, logits
 from ds4jax.commands import eval as evaluation
-from ds4jax.commands import generate, inspect, logits
 from ds4jax.errors import InputError
 
 INTERRUPTED = 130
@@ -42,7 +42,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ds4jax {ds4jax.__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (generate, logits, inspect, evaluation):
+    for module in (generate, logits, inspect, evaluation, bench):
         module.add_parser(commands)
     return parser
 

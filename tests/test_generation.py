@@ -97,7 +97,7 @@ def test_bad_prompts(given, said):
 
 def test_bad_budget():
     with pytest.raises(InputError, match="max-new-tokens"):
-        Generation(golden_model(), [1], 0, Sampling(), False)
+        Generation(golden_model(), [1], 0, Sampling(), False, False)
 
 
 @pytest.mark.parametrize("decode_from", [-1, 4])

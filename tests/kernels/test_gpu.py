@@ -62,7 +62,7 @@ def test_each_row_has_the_bits_of_the_row_alone(product):
     alone = [
         np.concatenate(parts) for parts in zip(*([np.asarray(y) for y in call(x[m : m + 1])] for m in range(8)), strict=True)
     ]
-    for rows in range(2, 9):
+    for rows in (2, 3, 4, 8):
         for y, expected in zip(call(x[:rows]), alone, strict=True):
             assert_bits_equal(y, expected[:rows])
         for again, expected in zip(call(x[:rows]), alone, strict=True):
@@ -72,12 +72,11 @@ def test_each_row_has_the_bits_of_the_row_alone(product):
 def test_the_shipped_model_says_on_the_gpu_what_it_says_on_the_cpu():
     """Strict float32 within rounding of the CPU's; fast decode close to it, and the same bits run after run."""
     model = ds4jax.load()
-    prompt = "And it came to pass"
-    ids = [*model.encode(prompt), *model.generate(prompt, max_new_tokens=40, strict=True).ids]
-    gpu = model.logits(ids, decode_from=4, strict=True)["logits"]
+    ids = model.encode("And it came to pass, when the king heard it, that he rent his clothes, and went into the house.")
+    gpu = model.logits(ids, decode_from=0, strict=True)["logits"]
     with jax.default_device(jax.devices("cpu")[0]):
-        cpu = ds4jax.load().logits(ids, decode_from=4, strict=True)["logits"]
+        cpu = ds4jax.load().logits(ids, decode_from=0, strict=True)["logits"]
     np.testing.assert_allclose(gpu, cpu, rtol=0, atol=2e-2)
-    fast = model.logits(ids, decode_from=4)["logits"]
+    fast = model.logits(ids, decode_from=0)["logits"]
     assert np.abs(fast - gpu).mean() < 0.1
-    assert_bits_equal(model.logits(ids, decode_from=4)["logits"], fast)
+    assert_bits_equal(model.logits(ids, decode_from=0)["logits"], fast)

@@ -1,0 +1,146 @@
+"""`python -m ds4jax.bench suite`: everything that a bare GPU machine can show, from a checkout, without installing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ds4jax.bench import environment
+from ds4jax.bench.environment import ROOT
+from ds4jax.errors import InputError
+
+PROBE = "import jax; print(jax.default_backend()); print(jax.devices()[0].device_kind)"
+TESTS = ("-m", "pytest", "-m", "gpu", "-n", "0", "-o", "addopts=", "--import-mode=importlib", "-q", "-rs")
+TESTS_END = ("-p", "no:cacheprovider", "tests")
+
+DESCRIPTION = """\
+Run one part's benchmarks and bit-equality checks, then the tests marked gpu. Exit code 1 when a test fails, a bit differs or
+something could not be measured; 2 where there is no GPU."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line, whatever the message holds, and exit with 2."""
+        line = " ".join(message.splitlines())
+        self.exit(2, f"ds4jax.bench: error: {line}\n")
+
+
+def folder(word: str) -> Path:
+    """A folder that is there or can be made. An argparse type."""
+    path = Path(word)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{word}: {error.strerror or error}") from None
+    return path
+
+
+def progress() -> Callable[[str], None]:
+    """A function that prints seconds since now and a message to stderr."""
+    start = time.monotonic()
+    return lambda message: print(f"{time.monotonic() - start:6.1f} s  {message}", file=sys.stderr, flush=True)
+
+
+def device_kind() -> str:
+    """The GPU's name as jax gives it, asked in a process of its own, which leaves the GPU's memory free.
+
+    Raises:
+        InputError: jax has no GPU.
+    """
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    if done.returncode or len(lines) < 2:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise InputError(f"bench: jax does not start: {reason}")
+    if lines[0] != "gpu":
+        raise environment.no_gpu(lines[0])
+    return lines[1]
+
+
+def gpu_tests(path: Path) -> bool:
+    """Run the tests marked gpu in a fresh process and keep what it prints; True when some passed and none failed."""
+    # Where the GPU cannot be started the tests must fail, not fall back to the CPU and be skipped there.
+    settings = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cuda,cpu"}
+    with path.open("w", encoding="utf-8") as file:
+        done = subprocess.run(
+            [sys.executable, *TESTS, *TESTS_END], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | settings
+        )
+    text = path.read_text(encoding="utf-8", errors="replace").replace(f"{ROOT}/", "").replace(sys.prefix, "<python>")
+    path.write_text(text, encoding="utf-8")
+    return done.returncode == 0 and passed(text)
+
+
+def passed(text: str) -> bool:
+    """Whether pytest's last line counts a test that passed."""
+    lines = text.strip().splitlines()
+    return bool(lines and re.search(r"\b[1-9]\d* passed", lines[-1]))
+
+
+def kernels_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
+    """Times and bits of the kernels on every product of V4-Flash; writes `<slug>-kernels.json` and prints a table."""
+    from ds4jax import runtime
+
+    runtime.configure()
+    environment.require_gpu()
+    from ds4jax.bench import bits, report
+    from ds4jax.bench.kernels import ROWS, Bench
+    from pallas_kernels.shapes import FLASH
+
+    bandwidth = environment.copy_gbps()
+    note(f"copy {bandwidth:.0f} GB/s")
+    found = Bench(FLASH, ROWS, bandwidth, check_bits=True).run(note)
+    content = report.document(environment.describe(), bandwidth, found.rows, found.bits, found.problems)
+    report.write(out / f"{slug}-kernels.json", content)
+    report.show(content)
+    return bits.equal(found.bits) and not found.problems
+
+
+PARTS = {"kernels": kernels_part}
+
+
+def suite(part: str, out: Path) -> int:
+    """Run a part, then the tests, which find a quarter of the memory free; returns the exit code.
+
+    Raises:
+        InputError: there is no GPU.
+    """
+    note = progress()
+    slug = environment.slug(device_kind())
+    measured = PARTS[part](out, slug, note)
+    note("tests marked gpu")
+    path = out / f"{slug}-gpu-tests.txt"
+    tested = gpu_tests(path)
+    note(f"tests {'passed' if tested else 'failed'}")
+    lines = path.read_text(encoding="utf-8").strip().splitlines()
+    if not tested:
+        print(*lines[-40:-1], sep="\n")
+    print(f"gpu tests: {lines[-1] if lines else 'no output'}")
+    note("done")
+    return 0 if tested and measured else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    parser = Parser(prog="python -m ds4jax.bench", description=DESCRIPTION)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    whole = commands.add_parser("suite", help="tests, bits and benchmarks of one part", description=DESCRIPTION)
+    whole.add_argument("--part", choices=tuple(PARTS), required=True, help="which part")
+    whole.add_argument("--out", type=folder, required=True, metavar="DIR", help="where the results go")
+    options = parser.parse_args(argv)
+    try:
+        return suite(options.part, options.out.resolve())
+    except InputError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
