@@ -2,8 +2,8 @@
 
 A warp owns a few weight rows. Lane l owns their blocks l, l+32, l+64, ...: it loads a block's eight words in two 16-byte loads,
 takes the exact integer dot product with each of the M rows, and adds it to that row's accumulator with one fused multiply-add.
-The lanes are summed once, at the end. Neither order depends on M or on the tile, so row m of any call has the bits of the same
-row alone, at any length.
+The lanes are summed once, at the end. Neither order depends on M, so row m of any call has the bits of the same row alone, at any
+length. The order of the lanes does depend on the tile (measured on an H100), so a product has one tile for every M.
 
 Source of the idea: `matmul_q8_0_preq_batch_share_warp_kernel` of the TrevorS/ds4 engine.
 """
@@ -31,7 +31,7 @@ NAME = "q8_share_warp"
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How many weight rows a program owns, and how many warps share them; it changes the speed and no bit of the result."""
+    """How many weight rows a program owns, and how many warps share them; it also decides in which order lanes are summed."""
 
     rows: int = 1
     warps: int = 1

@@ -1,7 +1,8 @@
 """Which tile a share-warp launch uses: a table of measured choices by device and shape, a rule elsewhere.
 
-Every entry of tiles.json was measured by `python -m pallas_kernels.tune` on the device that it stands under. A tile changes the
-speed of a launch and no bit of its result, so a wrong or missing entry costs time and nothing else.
+The entries of tiles.json were found on the devices that they stand under; `python -m pallas_kernels.tune` finds them for another.
+A tile also sets the order in which lanes are summed, so results on two devices may differ in their last bits; it never depends on
+the number of rows, and so neither do the bits.
 """
 
 from __future__ import annotations

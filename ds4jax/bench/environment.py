@@ -61,7 +61,8 @@ def _driver() -> str | None:
 def commit() -> str | None:
     """The commit of the checkout, "-dirty" after it when a tracked or new file differs.
 
-    Outside a checkout, as where a copy of the tree was sent without its history, what `DS4JAX_COMMIT` says, or None. An installed package may lie inside a repository that is not this project's; its own folder must be the top.
+    Outside a checkout, as where a copy of the tree was sent without its history, what `DS4JAX_COMMIT` says, or None. An installed
+    package may lie inside a repository that is not this project's; its own folder must be the top.
     """
     top = _printed("git", "rev-parse", "--show-toplevel")
     if not top or Path(top).resolve() != ROOT:

@@ -167,8 +167,7 @@ class Bench:
     def share_warp(self, product: Product, programs: Mapping[Launch, Any]) -> None:
         """Times and bits of one product."""
         tile, data = self.tiles[product], tune.Data(product)
-        timed = {launch: run for launch, run in programs.items() if launch.tile == tile}
-        samples = {launch.m: us for launch, us in tune.times(timed, data).items()}
+        samples = {launch.m: us for launch, us in tune.times(programs, data).items()}
         for m in self.rows:
             if all(part in samples for part in launch_rows(m)):
                 traffic = sum(product.traffic(part) for part in launch_rows(m))

@@ -148,7 +148,7 @@ def test_suite(
     monkeypatch.setattr(module, "gpu_tests", gpu_tests)
     monkeypatch.setattr(module, "PARTS", {"kernels": part})
     assert module.main(["suite", "--part", "kernels", "--out", str(tmp_path)]) == code
-    assert order == ["a-gpu-gpu-tests.txt", "a-gpu"]
+    assert order == ["a-gpu", "a-gpu-gpu-tests.txt"]
     out = capsys.readouterr().out
     assert out.endswith("gpu tests: 1 failed\n")
     assert ("why" in out) is not tested

@@ -102,13 +102,6 @@ def test_bits_that_differ_are_counted() -> None:
     bad = bits.check(PAIR, tile, fake_programs(tile, {3: 2, 8: 7}), data)
     assert {row["m"]: row["differing"] for row in bad if row["differing"]} == {3: 6, 8: 6}
     assert not bits.equal(bad)
-    other = {Launch(PAIR, 4, Tile(4, 2)): fake_programs(tile, {4: 0})[Launch(PAIR, 4, tile)]}
-    assert bits.check(PAIR, tile, fake_programs(tile, {}) | other, data)[-1] == {
-        "shape": PAIR.key,
-        "m": 4,
-        "against": "tile 4x2",
-        "differing": 6,
-    }
     assert not bits.equal([])
     zeros = [np.zeros(2, np.float32)], [np.array([0.0, -0.0], np.float32)]
     assert bits.differing(*zeros) == 1
@@ -132,8 +125,6 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "DOT_BYTES", range(1_000, 10_000))
     monkeypatch.setattr(kernels, "ACTIVATION_CALLS", 2)
     monkeypatch.setattr(kernels, "ACTIVATION_WIDTHS", (64,))
-    monkeypatch.setattr(bits, "TILED", GROUPED)
-    monkeypatch.setattr(bits, "TILED_ROWS", (5,))
     monkeypatch.setattr(bits, "EVERY_M", (1, 5, 8))
 
 
@@ -157,8 +148,6 @@ def test_a_whole_run() -> None:
     assert rows[GROUPED.key, "dot_f16", 4]["us"] == 3.0
     assert bits.equal(found.bits)
     assert {row["shape"] for row in found.bits} == {PAIR.key, GROUPED.key, "activation 64"}
-    tiled = {(row["m"], row["against"]) for row in found.bits if row["against"].startswith("tile")}
-    assert tiled == {(5, f"tile {tile}") for tile in ("1x1", "1x2", "2x2", "4x1", "4x2")}
     assert notes[-1] == "grouped, dot_f16"
 
 

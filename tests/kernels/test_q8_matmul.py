@@ -66,14 +66,6 @@ def test_each_row_has_the_bits_of_the_row_alone(blocks, tile):
         assert_bits_equal(product(x[:m], weights, tile=tile)[0], alone[:m])
 
 
-@pytest.mark.parametrize("blocks", [3, 8, 40])
-def test_no_tile_changes_a_bit(blocks):
-    weights, x = [random_weight(1, 48, blocks * BLOCK)], random_rows(2, 3, blocks * BLOCK)
-    first = product(x, weights, tile=TILES[0])[0]
-    for tile in TILES[1:]:
-        assert_bits_equal(product(x, weights, tile=tile)[0], first)
-
-
 def test_more_lanes_of_blocks_than_a_warp_has():
     """40 blocks: the second round of lanes is masked."""
     weight, x = random_weight(0, 24, 40 * BLOCK), random_rows(1, 2, 40 * BLOCK)
