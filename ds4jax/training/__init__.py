@@ -1,0 +1,1 @@
+"""Training of the tiny model: text to windows, windows to weights, weights to a GGUF file."""

@@ -1,0 +1,107 @@
+"""From trained weights to a GGUF file: which type each tensor gets, how large that makes the file, and what it records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ds4jax.config import Config
+from ds4jax.loading.gguf_names import EMBEDDING, SMALL, VECTOR, slots
+from ds4jax.tokenizer import CONTROL, NORMAL
+from ds4jax.training.checkpoint import Run
+from ds4jax.training.data import Vocabulary
+from pallas_kernels.formats import BLOCK, BLOCK_BYTES, Q8_0
+
+NAME = "ds4jax tiny"
+LICENSE = "MIT; trained on the King James Version of 1611, which is in the public domain"
+ALIGNMENT = 32
+# Configuration, licence and record of the training, about this many bytes.
+HEADER = 6000
+
+
+def stored_types(config: Config) -> dict[str, str]:
+    """Type of each tensor in the exported file: Q8_0 wherever published files may have it, F16 for the small matrices."""
+    types = {}
+    for slot in slots(config):
+        if slot.types is EMBEDDING or "Q8_0" in slot.types:
+            types[slot.name] = "Q8_0"
+        else:
+            types[slot.name] = "F16" if slot.types is SMALL else "F32" if slot.types is VECTOR else "I32"
+    return types
+
+
+def file_size(config: Config, vocabulary: Vocabulary) -> int:
+    """Bytes of the exported file: tensors to the byte, the header to about a kilobyte.
+
+    Raises:
+        ValueError: a matrix that Q8_0 cannot hold.
+    """
+    types, total = stored_types(config), HEADER
+    for slot in slots(config):
+        count = int(np.prod(slot.shape))
+        if types[slot.name] == "Q8_0" and slot.shape[-1] % BLOCK:
+            raise ValueError(f"{slot.name} is {list(slot.shape)}; Q8_0 needs the last to be a multiple of {BLOCK}")
+        size = (
+            count * 2 if types[slot.name] == "F16" else count // BLOCK * BLOCK_BYTES if types[slot.name] == "Q8_0" else count * 4
+        )
+        total += -(-size // ALIGNMENT) * ALIGNMENT
+        total += len(slot.gguf_name) + 24 + 8 * len(slot.shape)
+    for text in (*vocabulary.tokens, *vocabulary.merges):
+        total += 8 + len(text.encode())
+    return total + 4 * len(vocabulary.tokens)
+
+
+def as_stored(config: Config, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The weights after a round trip through the types of the exported file, float32 again."""
+    rounded = {}
+    for name, kind in stored_types(config).items():
+        value = weights[name]
+        if kind == "Q8_0":
+            value = Q8_0.quantize(np.asarray(value)).dequantize()
+        elif kind == "F16":
+            value = value.astype(np.float16).astype(np.float32)
+        rounded[name] = value
+    return rounded
+
+
+def export_gguf(run: Run, weights: dict[str, np.ndarray], path: Path, extra: dict[str, str | bool | int | float]) -> None:
+    """Write weights [by canonical name] as a Q8_0 GGUF file with tokenizer and a record of how it was made.
+
+    Args:
+        extra: further metadata.
+
+    Raises:
+        InputError: the path cannot be written.
+    """
+    # The machine that trains may lack the package that writes the file.
+    from ds4jax.loading.gguf_write import write_gguf
+
+    specials = set(run.vocabulary.specials)
+    write_gguf(
+        path,
+        run.recipe.model_config(),
+        weights,
+        tokens=run.vocabulary.tokens,
+        merges=run.vocabulary.merges,
+        token_types=[CONTROL if token in specials else NORMAL for token in run.vocabulary.tokens],
+        metadata=record(run) | extra,
+        quantize=True,
+        small="F16",
+        embedding="Q8_0",
+    )
+
+
+def record(run: Run) -> dict[str, str | bool | int | float]:
+    """What the file says about how it was made."""
+    said: dict[str, str | bool | int | float] = {
+        "general.name": NAME,
+        "general.license": LICENSE,
+        "ds4jax.trained_with": run.command,
+        "ds4jax.training_steps": run.step,
+        "ds4jax.training_seed": run.recipe.seed,
+        "ds4jax.corpus_sha256": run.corpus,
+        "ds4jax.tokenizer_vocabulary": len(run.vocabulary.tokens),
+    }
+    return said | {f"ds4jax.{name}": value for name, value in run.figures.items()}

@@ -1,0 +1,165 @@
+"""What training minimises: next-token and MTP cross entropy, the indexer's divergence, and noise against overfitting."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ds4jax.model.forward import score
+from ds4jax.training.data import FIRST_SPECIALS, LAST_SPECIALS
+from ds4jax.training.network import Network, Weights
+from ds4jax.training.optimizer import is_dropped_matrix, is_dropped_norm
+from ds4jax.training.recipe import Recipe
+
+INVISIBLE = -1e30
+SCORE, MASS, CHOSEN = "indexer.score", "compressed_weights", "ffn.chosen"
+
+
+def replace_tokens(key: jax.Array, ids_BT: jax.Array, share: jax.Array, vocab_size: int) -> jax.Array:
+    """Put a random ordinary token in the place of a share of the inputs; the first of a window stays."""
+    where_key, token_key = jax.random.split(key)
+    struck = jax.random.uniform(where_key, ids_BT.shape) < share
+    struck = struck.at[:, 0].set(False)
+    ordinary = (len(FIRST_SPECIALS), vocab_size - len(LAST_SPECIALS))
+    return jnp.where(struck, jax.random.randint(token_key, ids_BT.shape, *ordinary, jnp.int32), ids_BT)
+
+
+def _kept(key: jax.Array, shapes: dict[str, tuple[int, ...]], rate: float) -> dict[str, jax.Array]:
+    """Which elements stay, bool by name. One draw for all: a generator for each would take most of the compile time."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    bits = jax.random.bits(key, (sum(sizes),), jnp.uint16) >= jnp.uint16(round(rate * 2**16))
+    parts = jnp.split(bits, list(itertools.accumulate(sizes))[:-1])
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def drop_weights(key: jax.Array, params: Weights, rate: float) -> Weights:
+    """Switch off a share of the elements of the attention and expert matrices; the rest grows to keep the mean."""
+    if not rate:
+        return params
+    shapes = {name: params[name].shape for name in sorted(params) if is_dropped_matrix(name, params[name].ndim)}
+    kept = _kept(key, shapes, rate)
+    return params | {name: jnp.where(kept[name], params[name] / (1 - rate), jnp.float32(0)) for name in shapes}
+
+
+def drop_channels(key: jax.Array, params: Weights, rate: float, batch: int) -> tuple[Weights, dict[str, int | None]]:
+    """Give each window its own weights of the norms, some of them zero: dropout with one mask for all tokens of a window.
+
+    Returns:
+        The weights with those norms as [batch, D], and the axis over which `jax.vmap` maps each weight.
+
+    Source: Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks".
+    """
+    axes: dict[str, int | None] = dict.fromkeys(params)
+    if not rate:
+        return params, axes
+    shapes = {name: (batch, *params[name].shape) for name in sorted(params) if is_dropped_norm(name)}
+    kept = _kept(key, shapes, rate)
+    dropped = {name: jnp.where(kept[name], params[name] / (1 - rate), jnp.float32(0)) for name in shapes}
+    return params | dropped, axes | dict.fromkeys(shapes, 0)
+
+
+def index_divergence(score_TS: jax.Array, weights_THS: jax.Array) -> jax.Array:
+    """KL divergence from attention's own mass on compressed rows, averaged over heads, to the softmax of the index scores.
+
+    Choosing the best rows has no gradient, so this is what the indexer learns from. Only rows that a query attends to count:
+    all visible ones while attention is dense, the chosen ones later. Mean over queries, nats.
+
+    Source: DeepSeek-V3.2 technical report, §2.1, dense warm-up and sparse training of the lightning indexer.
+    """
+    mass_TS = jax.lax.stop_gradient(jnp.mean(weights_THS, axis=1))
+    attended = mass_TS > 0
+    total = jnp.sum(mass_TS, axis=-1, keepdims=True)
+    target = mass_TS / jnp.where(total > 0, total, jnp.float32(1))
+    log_p = jax.nn.log_softmax(jnp.where(attended, score_TS, jnp.float32(INVISIBLE)), axis=-1)
+    log_target = jnp.log(jnp.where(attended, target, jnp.float32(1)))
+    return jnp.mean(jnp.sum(jnp.where(attended, target * (log_target - log_p), jnp.float32(0)), axis=-1))
+
+
+def _of(logits_TV: jax.Array, ids_T: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits_TV, ids_T[:, None], axis=-1)[:, 0]
+
+
+def _mtp_parts(recipe: Recipe, logits_TV: jax.Array, mtp_logits_TV: jax.Array, window: jax.Array) -> dict[str, jax.Array]:
+    """Loss of the MTP block: row t against the token at t+2, and against what the main model says in row t+1."""
+    guess_TV = jax.nn.log_softmax(mtp_logits_TV[:-1])
+    teacher_TV = jax.lax.stop_gradient(logits_TV[1:])
+    hard = -jnp.mean(_of(guess_TV, window[2:]))
+    soft = -jnp.mean(jnp.sum(jax.nn.softmax(teacher_TV) * guess_TV, axis=-1))
+    agreed = jnp.argmax(guess_TV, -1) == jnp.argmax(teacher_TV, -1)
+    loss = (1 - recipe.mtp_distill) * hard + recipe.mtp_distill * soft
+    return {"mtp_nll": hard, "mtp_loss": loss, "agreement": jnp.mean(agreed.astype(jnp.float32))}
+
+
+def _window(
+    network: Network, recipe: Recipe, params: Weights, tables: Weights, window: jax.Array, inputs: jax.Array
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], Weights]]:
+    tape: dict[str, jax.Array] = {}
+    has_mtp = bool(network.config.n_mtp)
+    out = score(network.model(params, tables), inputs, tape=tape, mtp=has_mtp)
+    logits_TV = out[0] if has_mtp else out
+    parts = {"nll": -jnp.mean(_of(jax.nn.log_softmax(logits_TV), window[1:]))}
+    loss = parts["nll"]
+    if has_mtp:
+        parts |= _mtp_parts(recipe, logits_TV, out[1], window)
+        loss += recipe.mtp_weight * parts.pop("mtp_loss")
+    divergences = [
+        index_divergence(value, tape[name.removesuffix(SCORE) + MASS]) for name, value in tape.items() if name.endswith(SCORE)
+    ]
+    if divergences:
+        parts["index"] = jnp.mean(jnp.stack(divergences))
+        loss += recipe.index_weight * jnp.sum(jnp.stack(divergences))
+    loads = {}
+    for name, chosen_TK in tape.items():
+        bias = name.removesuffix("chosen") + "gate.bias"
+        if name.endswith(CHOSEN) and bias in params:
+            chosen = chosen_TK[..., None] == jnp.arange(network.config.n_experts, dtype=chosen_TK.dtype)
+            loads[bias] = jnp.sum(chosen.astype(jnp.float32), axis=(0, 1))
+    return loss, (parts, loads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The loss of a batch of windows under a recipe."""
+
+    network: Network
+    recipe: Recipe
+
+    def __call__(
+        self, params: Weights, tables: Weights, windows_BT: jax.Array, noise: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Weights]]:
+        """Mean loss in nats of windows int32 [B, T + 1].
+
+        Args:
+            noise: share of the input tokens to replace.
+
+        Returns:
+            The loss, its parts, and the load of each expert [E] by the name of the router bias that steers it.
+        """
+        token_key, weight_key, channel_key = jax.random.split(key, 3)
+        inputs_BT = windows_BT[:, :-1]
+        if self.recipe.token_noise:
+            inputs_BT = replace_tokens(token_key, inputs_BT, noise, self.network.config.vocab_size)
+        params = drop_weights(weight_key, params, self.recipe.weight_dropout)
+        params, axes = drop_channels(channel_key, params, self.recipe.dropout, windows_BT.shape[0])
+
+        def one(params: Weights, window: jax.Array, inputs: jax.Array) -> Any:
+            return _window(self.network, self.recipe, params, tables, window, inputs)
+
+        losses, (parts, loads) = jax.vmap(one, in_axes=(axes, 0, 0))(params, windows_BT, inputs_BT)
+        return jnp.mean(losses), (jax.tree.map(jnp.mean, parts), jax.tree.map(lambda load: jnp.sum(load, axis=0), loads))
+
+
+def move_router_biases(params: Weights, loads: Weights, rate: jax.Array) -> Weights:
+    """Raise the bias of each expert with less than its share of the load and lower the others', by `rate`.
+
+    Source: DeepSeek-V3 report (arXiv 2412.19437) §2.1.2, load balancing without an auxiliary loss.
+    """
+    moved = dict(params)
+    for name, load_E in loads.items():
+        moved[name] = params[name] + rate * jnp.sign(jnp.mean(load_E) - load_E)
+    return moved
