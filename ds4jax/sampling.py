@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 from ds4jax.errors import InputError
 
+# Larger ones overflow float32; the distribution is uniform long before.
+MOST_TEMPERATURE = 1e30
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -49,7 +52,8 @@ class Sampling:
         limit = min(self.top_k, 2**31 - 1)
         low, high = self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF
         key = jax.random.fold_in(jax.random.key(low), jnp.uint32(high))
-        return Filters(jnp.float32(self.temperature), jnp.int32(limit), jnp.float32(self.top_p), jnp.float32(self.min_p), key)
+        temperature = jnp.float32(min(self.temperature, MOST_TEMPERATURE))
+        return Filters(temperature, jnp.int32(limit), jnp.float32(self.top_p), jnp.float32(self.min_p), key)
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +74,8 @@ def filtered(logits_V: jax.Array, filters: Filters) -> jax.Array:
     All filters look at the same probabilities, softmax(logits / temperature) over the whole vocabulary, and a token stays when
     every one of them keeps it. Ties in likelihood rank the lower id first. The most likely token always stays.
     """
-    probabilities = jax.nn.softmax(logits_V / filters.temperature)
+    # Shifted first: a tiny temperature must not make two infinities of the largest logits.
+    probabilities = jax.nn.softmax((logits_V - jnp.max(logits_V)) / filters.temperature)
     order = jnp.argsort(-probabilities, stable=True)
     ranked = probabilities[order]
     rank = jnp.arange(ranked.shape[0], dtype=jnp.int32)

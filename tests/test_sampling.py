@@ -68,6 +68,14 @@ def test_draws_follow_the_filtered_distribution(sampling):
     assert 0.5 * np.abs(observed - by_definition(np.asarray(logits), sampling)).sum() < 0.01
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-6, 1e39, 1e300])
+def test_extreme_temperatures(temperature):
+    logits = np.arange(V, dtype=np.float32)
+    p = np.asarray(jitted(jnp.asarray(logits), Sampling(temperature).arrays()))
+    expected = np.eye(V)[-1] if temperature < 1 else np.full(V, 1 / V)
+    np.testing.assert_allclose(p, expected, atol=1e-6)
+
+
 def test_greedy_takes_the_first_of_equals():
     logits = jnp.zeros(V, jnp.float32).at[jnp.array([3, 9])].set(2.0)
     assert int(choose(logits, Sampling().arrays(), jnp.int32(0))) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -99,6 +101,7 @@ def record(run: Run) -> dict[str, str | bool | int | float]:
         "general.name": NAME,
         "general.license": LICENSE,
         "ds4jax.trained_with": run.command,
+        "ds4jax.recipe": json.dumps(dataclasses.asdict(run.recipe) | {"text": Path(run.recipe.text).name}),
         "ds4jax.training_steps": run.step,
         "ds4jax.training_seed": run.recipe.seed,
         "ds4jax.corpus_sha256": run.corpus,

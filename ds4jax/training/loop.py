@@ -135,13 +135,11 @@ def make_scorer(network: Network) -> Callable[[Weights, Weights, jax.Array, jax.
     """A function of params, tables, windows [n, T + 1] and which predictions count [n, T]: sums over the windows."""
 
     def one(params: Weights, tables: Weights, window: jax.Array, scored: jax.Array) -> dict[str, jax.Array]:
-        has_mtp = bool(network.config.n_mtp)
-        out = score(network.model(params, tables), window[:-1], mtp=has_mtp)
-        logits_TV = out[0] if has_mtp else out
+        logits_TV, mtp_TV = score(network.model(params, tables), window[:-1])
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits_TV), window[1:, None], axis=-1)[:, 0]
         sums = {"nats": -jnp.sum(chosen * scored)}
-        if has_mtp:
-            agreed = jnp.argmax(out[1][:-1], -1) == jnp.argmax(logits_TV[1:], -1)
+        if mtp_TV is not None:
+            agreed = jnp.argmax(mtp_TV[:-1], -1) == jnp.argmax(logits_TV[1:], -1)
             sums |= {"agreed": jnp.sum(agreed.astype(jnp.float32) * scored[1:]), "drafted": jnp.sum(scored[1:])}
         return sums
 

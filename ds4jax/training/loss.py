@@ -99,13 +99,11 @@ def _window(
     network: Network, recipe: Recipe, params: Weights, tables: Weights, window: jax.Array, inputs: jax.Array
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Weights]]:
     tape: dict[str, jax.Array] = {}
-    has_mtp = bool(network.config.n_mtp)
-    out = score(network.model(params, tables), inputs, tape=tape, mtp=has_mtp)
-    logits_TV = out[0] if has_mtp else out
+    logits_TV, mtp_TV = score(network.model(params, tables), inputs, tape=tape)
     parts = {"nll": -jnp.mean(_of(jax.nn.log_softmax(logits_TV), window[1:]))}
     loss = parts["nll"]
-    if has_mtp:
-        parts |= _mtp_parts(recipe, logits_TV, out[1], window)
+    if mtp_TV is not None:
+        parts |= _mtp_parts(recipe, logits_TV, mtp_TV, window)
         loss += recipe.mtp_weight * parts.pop("mtp_loss")
     divergences = [
         index_divergence(value, tape[name.removesuffix(SCORE) + MASS]) for name, value in tape.items() if name.endswith(SCORE)

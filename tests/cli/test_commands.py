@@ -206,3 +206,14 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -
         cli.main([command, "--help"])
     assert ended.value.code == 0
     assert f"examples:\n  ds4jax {command}" in capsys.readouterr().out
+
+
+def test_inspect_dispatch(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads(output(capsys, "inspect", "--dispatch", "--json")[0])["dispatch"]
+    paths = {row["product"]: row for row in rows}
+    assert paths["attn.wq_b"]["decode"] == {"cuda": "pallas", "default": "xla", "reason": "Q8_0, at most 32 rows"}
+    assert paths["attn.wq_b"]["prefill"]["cuda"] == paths["attn.wq_b"]["strict"]["cuda"] == "dot"
+    assert paths["attn.compressor.wkv"]["decode"]["reason"] == "float weights"
+    assert paths["head"]["count"] == 1
+    text = output(capsys, "inspect", "--dispatch")[0]
+    assert "decode: pallas / xla (Q8_0, at most 32 rows); prefill: dot" in text

@@ -68,7 +68,7 @@ def traced(ids: np.ndarray) -> tuple[jax.Array, dict[str, jax.Array]]:
     @jax.jit
     def run(weights: nnx.State, ids_T: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         tape: dict[str, jax.Array] = {}
-        logits, _ = score(nnx.merge(model.graph, weights), ids_T, tape=tape, mtp=True)
+        logits, _ = score(nnx.merge(model.graph, weights), ids_T, tape=tape)
         return logits, tape
 
     with jax.default_matmul_precision("highest"):

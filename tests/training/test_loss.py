@@ -158,7 +158,7 @@ def test_loss_is_that_of_the_models_own_logits(recipe: Recipe, network: Network,
     model = network.model(params, tables)
     nll, hard, soft = [], [], []
     for window in np.asarray(windows):
-        logits, mtp_logits = (np.asarray(part, np.float64) for part in score(model, jnp.asarray(window[:-1]), mtp=True))
+        logits, mtp_logits = (np.asarray(part, np.float64) for part in score(model, jnp.asarray(window[:-1])))
         logp, guess = (part - np.log(np.exp(part).sum(-1, keepdims=True)) for part in (logits, mtp_logits))
         nll.append(-np.mean([logp[t, window[t + 1]] for t in range(32)]))
         hard.append(-np.mean([guess[t, window[t + 2]] for t in range(31)]))
