@@ -26,7 +26,7 @@ class Bigrams:
         self.table = np.random.default_rng(0).normal(size=(VOCABULARY, VOCABULARY)).astype(np.float32) * 3
         self.longest = 0
 
-    def logits(self, ids: np.ndarray, *, mtp: bool) -> dict[str, np.ndarray]:
+    def logits(self, ids: np.ndarray, *, mtp: bool, strict: bool) -> dict[str, np.ndarray]:
         self.longest = max(self.longest, len(ids))
         arrays = {"ids": ids, "logits": self.table[ids]}
         if mtp:
