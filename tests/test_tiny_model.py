@@ -64,6 +64,14 @@ def test_the_file_is_small_and_says_how_it_was_made():
     assert "/" not in said, "a path of the machine that trained it"
 
 
+def test_quantised_decode_stays_close_to_the_float_product():
+    """Activations in int8 change logits a little and the most likely token rarely."""
+    fast = model().logits(ids()[:200], decode_from=0)["logits"]
+    strict = whole()["logits"][:200]
+    assert 0 < np.abs(fast - strict).mean() < 0.1
+    assert (fast.argmax(-1) == strict.argmax(-1)).mean() > 0.95
+
+
 def test_it_continues_a_text_it_knows():
     """A verse that recurs through the training text: the model has learned English, not noise."""
     result = model().generate("And it came to", max_new_tokens=1)

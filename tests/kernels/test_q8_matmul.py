@@ -85,6 +85,15 @@ def test_grouped():
     assert_bits_equal(y, alone)
 
 
+def test_the_jnp_form_of_a_grouped_product():
+    weight, x = random_weight(3, 3 * 32, 192), random_rows(4, 4, 3 * 192).reshape(4, 3, 192)
+    expected = ops.grouped_matmul(x, weight, strict=False, implementation="interpret")
+    actual = ops.grouped_matmul(x, weight, strict=False, implementation="xla")
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+    strict = ops.grouped_matmul(x, weight, strict=True)
+    assert float(jnp.abs(strict - expected).mean()) < 0.02 * float(jnp.abs(expected).std())
+
+
 @pytest.mark.parametrize("sizes", [(40, 24), (7, 50, 1)])
 @pytest.mark.parametrize("tile", TILES)
 def test_several_matrices_in_one_launch(sizes, tile):
