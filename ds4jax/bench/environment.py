@@ -65,10 +65,10 @@ def commit() -> str | None:
     package may lie inside a repository that is not this project's; its own folder must be the top.
     """
     top = _printed("git", "rev-parse", "--show-toplevel")
-    if not top or Path(top).resolve() != ROOT:
+    head = _printed("git", "rev-parse", "HEAD") if top and Path(top).resolve() == ROOT else None
+    if head is None:
         return os.environ.get("DS4JAX_COMMIT")
-    head = _printed("git", "rev-parse", "HEAD")
-    return head and head + ("-dirty" if _printed("git", "status", "--porcelain") else "")
+    return head + ("-dirty" if _printed("git", "status", "--porcelain") else "")
 
 
 def kernels_sha256(folder: Path = ROOT / "pallas_kernels") -> str:
