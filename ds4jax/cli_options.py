@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ds4jax.files import beside
+
 MOST_TOKENS = 2**31 - 1
 
 
@@ -127,8 +129,3 @@ def output_file(word: str) -> Path:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{word}: cannot be written: {error.strerror or error}") from None
     return path
-
-
-def beside(path: Path) -> Path:
-    """A name of this process's own in the folder of `path`, for what is renamed to `path` when it is complete."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

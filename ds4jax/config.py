@@ -71,8 +71,9 @@ class Config:
         if len(self.compress_ratios) < self.n_layers + self.n_mtp:
             needed = self.n_layers + self.n_mtp
             raise ValueError(f"compress_ratios has {len(self.compress_ratios)} entries; layers and MTP block need {needed}")
-        if any(ratio < 0 or ratio == 1 for ratio in self.compress_ratios):
-            raise ValueError(f"compress_ratios holds {min(self.compress_ratios)}; a ratio is 0 or at least 2")
+        for ratio in self.compress_ratios:
+            if ratio < 0 or ratio == 1:
+                raise ValueError(f"compress_ratios holds {ratio}; a ratio is 0 or at least 2")
         parts = (("o_groups", "n_heads"), ("n_active", "n_experts"), ("rope_dim", "head_dim"), ("rope_dim", "index_dim"))
         for part, whole in parts:
             if getattr(self, part) > getattr(self, whole):

@@ -36,7 +36,8 @@ def quantized_dot(x: jax.Array, weight: Q8_0) -> jax.Array:
     """
     m, groups, _ = x.shape
     xq, xs = quantize(x)
-    wq = weight.blocks().reshape(groups, -1, *weight.blocks().shape[-2:]).astype(jnp.float32)
-    ws = weight.scales.reshape(groups, -1, weight.scales.shape[-1]).astype(jnp.float32)
+    blocks = weight.scales.shape[-1]
+    wq = weight.blocks().reshape(groups, -1, blocks, BLOCK).astype(jnp.float32)
+    ws = weight.scales.reshape(groups, -1, blocks).astype(jnp.float32)
     dots = jnp.einsum("mcgk,cngk->mcng", xq.astype(jnp.float32), wq, precision="highest", preferred_element_type=jnp.float32)
     return jnp.sum(dots * (ws[None] * xs[:, :, None, :]), axis=-1)

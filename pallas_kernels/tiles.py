@@ -49,8 +49,11 @@ def write(path: Path, device_kind: str, chosen: Mapping[str, Tile]) -> None:
         lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in sorted(entries.items()))
         devices.append(f"  {json.dumps(device)}: {{\n{lines}\n  }}")
     trial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    trial.write_text("{\n" + ",\n".join(devices) + "\n}\n")
-    os.replace(trial, path)
+    try:
+        trial.write_text("{\n" + ",\n".join(devices) + "\n}\n")
+        os.replace(trial, path)
+    finally:
+        trial.unlink(missing_ok=True)
 
 
 @functools.cache

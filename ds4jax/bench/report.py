@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ds4jax.files import replacing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,9 +43,8 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         if isinstance(value, list) and value:
             told = "[\n" + ",\n".join(f"    {json.dumps(item, ensure_ascii=False)}" for item in value) + "\n  ]"
         fields.append(f"  {json.dumps(key)}: {told}")
-    trial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    trial.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
-    os.replace(trial, path)
+    with replacing(path) as unfinished:
+        unfinished.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
@@ -111,6 +111,5 @@ def plot(path: Path, content: Mapping[str, Any]) -> None:
     axes.set_title(f"Q8_0 share-warp matmul on {content['device']}, jax {content['jax']}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    trial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(trial, format=path.suffix[1:], dpi=120)
-    os.replace(trial, path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format=path.suffix[1:], dpi=120)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from ds4jax import cli_options
 from ds4jax.commands import model as models
 from ds4jax.errors import InputError
+from ds4jax.files import replacing
 
 DESCRIPTION = """\
 Score a sequence and write a .npz file with `ids` int32 [T] and `logits` float32 [T, V]; with --mtp also `mtp_logits` float32
@@ -60,10 +60,5 @@ def run(options: argparse.Namespace) -> int:
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write all or nothing: a reader never meets half a file, and a failure leaves the old one."""
-    part = cli_options.beside(path)
-    try:
-        with part.open("xb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as unfinished, unfinished.open("xb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from ds4jax.config import Config
 from ds4jax.errors import InputError
+from ds4jax.files import replacing
 from ds4jax.loading import gguf_config
 from ds4jax.loading.gguf_names import EMBEDDING, SMALL, Slot, slots
 from ds4jax.loading.gguf_values import encode
@@ -119,16 +119,10 @@ def _add_tokenizer(writer: GGUFWriter, tokens: Sequence[str], merges: Sequence[s
 
 
 def _write_atomically(writer: GGUFWriter, path: Path) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        writer.write_header_to_file(unfinished)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished, contextlib.closing(writer):
+            writer.write_header_to_file(unfinished)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            unfinished.unlink()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from ds4jax.errors import InputError
+from ds4jax.files import replacing
 from ds4jax.training.data import Vocabulary
 from ds4jax.training.loop import TrainState
 from ds4jax.training.network import Weights
@@ -132,12 +132,8 @@ def _parts(weights: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 
 def _write(path: Path, arrays: dict[str, Any], metadata: dict[str, str]) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
+    with replacing(path) as unfinished:
         save_file({name: np.asarray(value, order="C") for name, value in arrays.items()}, unfinished, metadata)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _open(path: Path) -> tuple[Run, dict[str, np.ndarray]]:

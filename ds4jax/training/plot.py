@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from ds4jax.files import replacing
 
 CURVES = (
     ("train_bits_per_byte", "training (with its noise)", "C0", 1.0),
@@ -34,6 +35,5 @@ def draw_curve(log: list[dict[str, Any]], path: Path) -> None:
         axes.set_ylim(min(lowest) - 0.1, max(max(typical), min(lowest) + 0.5))
         axes.legend()
     axes.grid(alpha=0.3)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    figure.savefig(unfinished, format="png")
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png")
