@@ -83,12 +83,10 @@ class Cache:
 
     Attributes:
         layers: one entry a layer.
-        mtp: the MTP block's own layer, or None.
         length: int32 [B], rows of each sequence; the only number that speculation has to roll back.
     """
 
     layers: tuple[LayerCache, ...]
-    mtp: LayerCache | None
     length: jax.Array
 
 
@@ -117,8 +115,12 @@ def empty(config: Config, capacity: int, *, slack: int = 1, ring: bool = True) -
         ring: False leaves the rings out, for a call that starts at position 0 and is not continued.
     """
     layers = tuple(_layer(config, ratio, capacity, slack, ring) for ratio in config.layer_ratios)
-    mtp = _layer(config, config.mtp_ratio, capacity, slack, ring) if config.n_mtp else None
-    return Cache(layers, mtp, jnp.zeros(1, jnp.int32))
+    return Cache(layers, jnp.zeros(1, jnp.int32))
+
+
+def empty_mtp(config: Config, capacity: int, *, slack: int = 1, ring: bool = True) -> LayerCache:
+    """The MTP block's own layer; arguments as for `empty`."""
+    return _layer(config, config.mtp_ratio, capacity, slack, ring)
 
 
 def with_ring(ring_BRW: jax.Array, new_TW: jax.Array) -> jax.Array:
@@ -126,15 +128,19 @@ def with_ring(ring_BRW: jax.Array, new_TW: jax.Array) -> jax.Array:
     return jnp.concatenate([ring_BRW.reshape(-1, ring_BRW.shape[-1]), new_TW])
 
 
+def ring_positions(size: int, length_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Positions and sequences of the rings' rows [B·size] when each sequence has `length` rows; -1 marks an empty slot."""
+    slot = jnp.arange(size, dtype=jnp.int32)
+    last = length_B[:, None] - 1
+    held_BR = jnp.maximum(last - (last - slot) % max(size, 1), -1)
+    return held_BR.reshape(-1), jnp.repeat(jnp.arange(length_B.shape[0], dtype=jnp.int32), size)
+
+
 def held_positions(size: int, rows: Rows) -> tuple[jax.Array, jax.Array]:
     """Positions and sequences of `with_ring`'s rows [B·size + T]; position -1 marks a row that nobody may see."""
-    sequences = rows.start.shape[0]
-    slot = jnp.arange(size, dtype=jnp.int32)
-    last = rows.start[:, None] - 1
-    held_BR = jnp.maximum(last - (last - slot) % max(size, 1), -1)
-    position = jnp.concatenate([held_BR.reshape(-1), jnp.where(rows.live, rows.position, -1)])
-    sequence = jnp.concatenate([jnp.repeat(jnp.arange(sequences, dtype=jnp.int32), size), rows.sequence])
-    return position, sequence
+    position, sequence = ring_positions(size, rows.start)
+    position = jnp.concatenate([position, jnp.where(rows.live, rows.position, -1)])
+    return position, jnp.concatenate([sequence, rows.sequence])
 
 
 def write_ring(ring_BRW: jax.Array, new_TW: jax.Array, rows: Rows) -> jax.Array:

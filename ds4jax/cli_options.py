@@ -17,6 +17,9 @@ import numpy as np
 from ds4jax.files import beside
 
 MOST_TOKENS = 2**31 - 1
+# Mirrors what the decode loop takes; importing it would import JAX.
+MOST_DRAFTS = 4
+DEFAULT_DRAFTS = 2
 
 
 def integer(least: int, most: int, meaning: str) -> Callable[[str], int]:
@@ -56,6 +59,13 @@ seed = integer(-(2**63), 2**63 - 1, "it must fit in 64 bits")
 temperature = number(lambda value: value >= 0, "it must be finite and at least 0 (0 takes the most likely token)")
 top_p = number(lambda value: 0 < value <= 1, "it must be above 0 and at most 1")
 min_p = number(lambda value: 0 <= value <= 1, "it must be between 0 and 1")
+
+draft_count = integer(0, MOST_DRAFTS, f"it must be 0 to {MOST_DRAFTS}")
+
+
+def draft(word: str) -> int | str:
+    """Drafts a step, or the word auto."""
+    return word if word == "auto" else draft_count(word)
 
 
 def prompt(word: str) -> str:

@@ -1,25 +1,30 @@
-"""Prefill and the decode loop as compiled programs.
+"""Draft, verify and accept as one compiled loop; plain decode is the same loop at depth 0.
 
-One executable runs the loop whoever calls it: `generate` gives it the whole budget of tokens, streaming a small one, so the
-bits never depend on how it was called.
+One executable serves every depth up to `max_draft`, whoever calls it and for how many tokens: on a GPU, two compiled programs may
+differ in the last bit of equal rows, and one bit can change a token. Each step has W = 1 + max_draft rows; rows beyond the live
+depth are clones of the last live one. A fingerprint of the logits that every token was chosen from is always computed, so that
+comparing two runs bit by bit never changes the program.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ds4jax import cache as caches
+from ds4jax.accept import accept
 from ds4jax.cache import Cache, Rows
-from ds4jax.sampling import Filters, choose
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from ds4jax.config import Config
+from ds4jax.depth import Acceptance, Policy, choose_depth
+from ds4jax.drafter import Drafter, Drafts
+from ds4jax.model.transformer import Transformer
+from ds4jax.precision import precise
+from ds4jax.sampling import Filters
 
 
 @jax.tree_util.register_dataclass
@@ -29,99 +34,168 @@ class DecodeState:
 
     Attributes:
         cache: every committed token but the last is in it.
+        drafting: the drafter's own state; None at max_draft 0.
         last: int32, the last committed token; its position is the cache's length.
         tokens: int32 [capacity], tokens generated so far.
+        fingerprints: uint32 [capacity, 2], of the logits that each was chosen from: sum and exclusive or over their bits.
         count: int32, how many they are.
         stopped: bool, a stop token was generated.
+        acceptance: what became of the drafts.
     """
 
     cache: Cache
+    drafting: Any
     last: jax.Array
     tokens: jax.Array
+    fingerprints: jax.Array
     count: jax.Array
     stopped: jax.Array
+    acceptance: Acceptance
 
 
-def precise(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a compiled function with full float32 products, also where the hardware's default is a shorter type."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Where the loop ends; all traced.
 
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with jax.default_matmul_precision("highest"):
-            return function(*args, **kwargs)
+    Attributes:
+        goal: int32, tokens after which a call returns; it may have committed up to `max_draft` more.
+        most: int32, tokens that are never exceeded.
+        stop_ids: int32 [n], tokens that end the generation; a stop token is committed and counted.
+    """
 
-    return wrapper
+    goal: jax.Array
+    most: jax.Array
+    stop_ids: jax.Array
+
+
+def start(config: Config, capacity: int, last: int, *, drafter: Drafter | None, max_draft: int) -> DecodeState:
+    """The state before anything is in the cache; `last` is the prompt's last token."""
+    rows = 1 + max_draft
+    return DecodeState(
+        cache=caches.empty(config, capacity, slack=rows),
+        drafting=drafter.init(config, capacity, rows) if drafter else None,
+        last=jnp.int32(last),
+        tokens=jnp.zeros(capacity, jnp.int32),
+        fingerprints=jnp.zeros((capacity, 2), jnp.uint32),
+        count=jnp.int32(0),
+        stopped=jnp.array(False),
+        acceptance=Acceptance.none(max_draft),
+    )
 
 
 @precise
-@functools.partial(jax.jit, static_argnames=("graph", "strict", "want_logits", "want_mtp"), donate_argnames="cache")
-def extend(
+@functools.partial(jax.jit, static_argnames=("graph", "drafter", "strict"), donate_argnames=("cache", "drafting"))
+def prefill(
     graph: nnx.GraphDef,
     weights: nnx.State,
     cache: Cache,
+    drafting: Any,
     ids_T: jax.Array,
     next_ids_T: jax.Array,
     count: jax.Array,
-    mtp_count: jax.Array,
     *,
+    drafter: Drafter | None,
     strict: bool,
-    want_logits: bool,
-    want_mtp: bool,
-) -> tuple[Cache, jax.Array | None, jax.Array | None]:
-    """Take one bucket of tokens into the cache: prefill, or a decode step of known tokens.
+) -> tuple[Cache, Any]:
+    """Take one bucket of a prompt into the cache and tell the drafter.
 
     Args:
         ids_T: int32 [T], of which the first `count` are real; the rest is padding of any value.
-        next_ids_T: int32 [T], the token after each, for the MTP block.
-        count, mtp_count: int32, rows for the model and for its MTP block.
-        strict: static; float32 products without Pallas kernels.
-        want_logits, want_mtp: static; what is computed besides the cache.
-
-    Returns:
-        The cache, logits [T, V] or None, and the MTP block's logits [T, V] or None.
+        next_ids_T: int32 [T], the token after each.
+        drafter, strict: static.
     """
     model = nnx.merge(graph, weights)
-    start, width = cache.length[0], ids_T.shape[0]
-    h_TND, cache = model.streams(ids_T, Rows.following(start, width, count, strict=strict), cache)
-    logits_TV = model.logits(h_TND, strict=strict) if want_logits else None
-    if not want_mtp:
-        return cache, logits_TV, None
-    mtp_rows = Rows.following(start, width, mtp_count, strict=strict)
-    mtp_TND, cache = model.mtp_streams(h_TND, next_ids_T, mtp_rows, cache)
-    return cache, logits_TV, model.mtp_logits(mtp_TND, strict=strict)
+    rows = Rows.following(cache.length[0], ids_T.shape[0], count, strict=strict)
+    h_TND, cache = model.streams(ids_T, rows, cache)
+    if drafter:
+        drafting = drafter.commit(model, drafting, h_TND, next_ids_T, rows)
+    return cache, drafting
+
+
+def fingerprint(logits_WV: jax.Array) -> jax.Array:
+    """Sum and exclusive or over the bits of each row, uint32 [W, 2]; integers, so in any order the same."""
+    bits = jax.lax.bitcast_convert_type(logits_WV, jnp.uint32)
+    zero = jnp.uint32(0)
+    return jnp.stack([jnp.sum(bits, axis=1, dtype=jnp.uint32), jax.lax.reduce(bits, zero, jax.lax.bitwise_xor, (1,))], axis=1)
+
+
+def _step(
+    model: Transformer,
+    state: DecodeState,
+    limits: Limits,
+    filters: Filters,
+    policy: Policy,
+    drafter: Drafter | None,
+    max_draft: int,
+    strict: bool,
+) -> DecodeState:
+    """Draft, run the model over the last token and the drafts, commit what stands and the token after it."""
+    position, width = state.cache.length[0], 1 + max_draft
+    # No deeper than what is left, so that neither the tokens nor the context can be exceeded.
+    depth = jnp.minimum(choose_depth(policy, state.acceptance), limits.most - state.count - 1)
+    drafting, drafts = state.drafting, Drafts(jnp.zeros(0, jnp.int32), jnp.zeros((0, model.config.vocab_size), jnp.float32))
+    if drafter and max_draft:
+        row = Rows.following(position, 1, 1, strict=strict)
+        drafts, drafting = drafter.draft(model, drafting, state.last, row, depth, max_draft, filters)
+
+    rows = Rows.following(position, width, 1 + depth, strict=strict)
+    live = jnp.minimum(jnp.arange(width, dtype=jnp.int32), depth)
+    ids_W = jnp.concatenate([state.last[None], drafts.tokens])[live]
+    h_WND, cache = model.streams(ids_W, rows, state.cache)
+    logits_WV = model.logits(h_WND, strict=strict)
+
+    stand, follower = accept(logits_WV, drafts, depth, filters, position)
+    offset = jnp.arange(width, dtype=jnp.int32)
+    new_W = jnp.where(offset < stand, jnp.append(drafts.tokens, jnp.int32(0)), follower)
+    stops_W = jnp.any(new_W[:, None] == limits.stop_ids[None, :], axis=1) & (offset <= stand)
+    count = jnp.where(jnp.any(stops_W), jnp.argmax(stops_W).astype(jnp.int32), stand) + 1
+
+    committed = Rows.following(position, width, count, strict=strict)
+    if drafter:
+        kept = jnp.minimum(offset, count - 1)
+        drafting = drafter.commit(model, drafting, h_WND[kept], new_W[kept], committed)
+    place = jnp.where(offset < count, state.count + offset, state.tokens.shape[0])
+    return DecodeState(
+        cache=dataclasses.replace(cache, length=committed.end),
+        drafting=drafting,
+        last=new_W[count - 1],
+        tokens=state.tokens.at[place].set(new_W, mode="drop"),
+        fingerprints=state.fingerprints.at[place].set(fingerprint(logits_WV), mode="drop"),
+        count=state.count + count,
+        stopped=jnp.any(stops_W),
+        acceptance=state.acceptance.after(depth, stand),
+    )
 
 
 @precise
-@functools.partial(jax.jit, static_argnames=("graph", "strict"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("graph", "drafter", "max_draft", "strict"), donate_argnames="state")
 def run(
     graph: nnx.GraphDef,
     weights: nnx.State,
     state: DecodeState,
-    budget: jax.Array,
-    stop_ids: jax.Array,
+    limits: Limits,
     filters: Filters,
+    policy: Policy,
     *,
+    drafter: Drafter | None,
+    max_draft: int,
     strict: bool,
 ) -> DecodeState:
-    """Generate until `budget` new tokens, a stop token or a full buffer.
+    """Generate until the goal, a stop token or the end.
 
     Args:
-        budget: int32, tokens that this call may add.
-        stop_ids: int32 [n], tokens that end the generation; a stop token is committed and counted.
+        drafter: static; None at max_draft 0.
+        max_draft: static; the deepest draft that this program can make.
         strict: static; float32 products without Pallas kernels.
     """
     model = nnx.merge(graph, weights)
-    goal = jnp.minimum(state.count + budget, state.tokens.shape[0])
+    goal = jnp.minimum(limits.goal, jnp.minimum(limits.most, state.tokens.shape[0]))
 
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.count < goal) & ~state.stopped
 
     def step(state: DecodeState) -> DecodeState:
-        position = state.cache.length[0]
-        rows = Rows.following(position, 1, 1, strict=strict)
-        h_TND, cache = model.streams(state.last[None], rows, state.cache)
-        token = choose(model.logits(h_TND, strict=strict)[0], filters, position)
-        tokens = state.tokens.at[state.count].set(token, mode="drop")
-        return DecodeState(cache, token, tokens, state.count + 1, jnp.any(token == stop_ids))
+        return _step(model, state, limits, filters, policy, drafter, max_draft, strict)
 
     return jax.lax.while_loop(unfinished, step, state)

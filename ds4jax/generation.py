@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
-from ds4jax import cache as caches
+from ds4jax import decode
 from ds4jax.buckets import capacity_for, chunks, padded
-from ds4jax.decode import DecodeState, extend, run
+from ds4jax.decode import DecodeState, Limits
+from ds4jax.depth import AUTO, Policy
+from ds4jax.drafter import Drafter, MTPDrafter
 from ds4jax.errors import InputError
 from ds4jax.sampling import Sampling
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 STREAM_BUDGET = 8
 NO_STOP = -1
+MOST_DRAFTS = 4
 
 Prompt = str | Sequence[int] | np.ndarray
 
@@ -35,6 +38,13 @@ class Result:
         finish_reason: "stop" (the model ended its text), "length" (the budget or the context ended it) or "interrupted".
         seconds: from the first prefill to the last token, compilation included.
         tokens_per_second: of the new tokens, over the decode loop alone.
+        draft: drafts a step, or "auto".
+        strict: whether products were float32 and free of Pallas kernels.
+        steps: steps of the decode loop.
+        acceptance: for each depth that was tried, how often the draft stood when those before it had.
+        decode_seconds: in the decode loop, compilation included.
+        fingerprints: uint32 [n, 2] for the new tokens and the stop token if there is one: sum and exclusive or over the bits of
+            the logits that each was chosen from.
     """
 
     prompt_ids: tuple[int, ...]
@@ -43,6 +53,53 @@ class Result:
     finish_reason: str
     seconds: float
     tokens_per_second: float
+    draft: int | str
+    strict: bool
+    steps: int
+    acceptance: tuple[float, ...]
+    decode_seconds: float
+    fingerprints: np.ndarray = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Committed tokens, the stop token included, for each step."""
+        return len(self.fingerprints) / self.steps if self.steps else 0.0
+
+    @property
+    def ms_per_step(self) -> float:
+        """Milliseconds of the decode loop for each step."""
+        return 1e3 * self.decode_seconds / self.steps if self.steps else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to continue a prompt.
+
+    Attributes:
+        max_new_tokens: the most tokens to add.
+        sampling: how tokens are chosen.
+        ignore_eos: go on after the model has ended its text.
+        strict: float32 products without Pallas kernels.
+        draft: drafts a step, at most the model's `max_draft`; "auto" takes the depth that pays best; None takes the most.
+        drafter: who drafts; the model's MTP block by default.
+
+    Raises:
+        InputError: a number outside its range; the message names it.
+    """
+
+    max_new_tokens: int = 128
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    ignore_eos: bool = False
+    strict: bool = False
+    draft: int | str | None = None
+    drafter: Drafter | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max-new-tokens is {self.max_new_tokens}; it must be at least 1")
+        known = self.draft in (None, "auto") or (isinstance(self.draft, int) and 0 <= self.draft <= MOST_DRAFTS)
+        if not known:
+            raise InputError(f"draft is {self.draft!r}; it must be 0 to {MOST_DRAFTS} or auto")
 
 
 class Generation:
@@ -54,70 +111,106 @@ class Generation:
         finish_reason: "stop" or "length" once it has ended, "interrupted" before.
     """
 
-    def __init__(
-        self, model: LanguageModel, prompt: Prompt, max_new_tokens: int, sampling: Sampling, ignore_eos: bool, strict: bool
-    ):
-        if max_new_tokens < 1:
-            raise InputError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
-        self._model = model
-        self._strict = strict
+    def __init__(self, model: LanguageModel, prompt: Prompt, options: Options):
+        self._model, self._options = model, options
+        self._check_draft()
+        self._drafter = (options.drafter or MTPDrafter()) if model.max_draft else None
         self.prompt_ids = model.encode(prompt)
         room = model.config.max_context - len(self.prompt_ids)
         if room < 1:
             raise InputError(
                 f"prompt has {len(self.prompt_ids)} tokens, all that the model's context of {model.config.max_context} holds"
             )
-        self._goal = min(max_new_tokens, room)
-        self._filters = sampling.arrays()
-        self._stop_ids = jnp.array([NO_STOP if ignore_eos else model.config.eos_id], jnp.int32)
+        self._most = min(options.max_new_tokens, room)
+        self._capacity = capacity_for(len(self.prompt_ids) + self._most, model.config.max_context)
+        self._policy = self._choose_policy()
+        self._filters = options.sampling.arrays()
+        self._stop_ids = jnp.array([NO_STOP if options.ignore_eos else model.config.eos_id], jnp.int32)
         self.ids: list[int] = []
         self.finish_reason = "interrupted"
-        self._counted = 0
+        self._ready: list[int] = []
         self._seconds = 0.0
         self._began = time.perf_counter()
         self._state = self._prefill()
 
+    def _check_draft(self) -> None:
+        model, draft = self._model, self._options.draft
+        wanted = model.max_draft if draft is None else 1 if draft == "auto" else int(draft)
+        name = model.path or "the model"
+        if wanted and not model.config.n_mtp and not self._options.drafter:
+            raise InputError(f"{name}: mtp: these weights have no MTP block, which drafting needs; use draft 0")
+        if wanted > model.max_draft:
+            raise InputError(f"draft is {draft}, but {name} was opened with max_draft {model.max_draft}")
+
+    def _choose_policy(self) -> Policy:
+        model, options = self._model, self._options
+        if options.draft == "auto":
+            costs = model.step_costs(self._capacity, strict=options.strict)
+            return Policy(jnp.int32(AUTO), jnp.asarray(costs, jnp.float32))
+        depth = model.max_draft if options.draft is None else int(options.draft)
+        return Policy(jnp.int32(depth), jnp.ones(1 + model.max_draft, jnp.float32))
+
     def _prefill(self) -> DecodeState:
         """Everything but the prompt's last token goes into the cache; the loop's first step takes that one."""
-        config, known = self._model.config, len(self.prompt_ids) - 1
-        capacity = capacity_for(len(self.prompt_ids) + self._goal, config.max_context)
-        cache = caches.empty(config, capacity)
+        model, known = self._model, len(self.prompt_ids) - 1
+        last = int(self.prompt_ids[-1])
+        state = decode.start(model.config, self._capacity, last, drafter=self._drafter, max_draft=model.max_draft)
+        cache, drafting = state.cache, state.drafting
         for start, width, count in chunks(known, known):
-            cache, _, _ = extend(
-                self._model.graph,
-                self._model.weights,
+            cache, drafting = decode.prefill(
+                model.graph,
+                model.weights,
                 cache,
+                drafting,
                 padded(self.prompt_ids, start, width),
                 padded(self.prompt_ids, start + 1, width),
                 jnp.int32(count),
-                jnp.int32(count),
-                strict=self._strict,
-                want_logits=False,
-                want_mtp=False,
+                drafter=self._drafter,
+                strict=self._options.strict,
             )
-        last = jnp.int32(self.prompt_ids[-1])
-        return DecodeState(cache, last, jnp.zeros(capacity, jnp.int32), jnp.int32(0), jnp.array(False))
+        return dataclasses.replace(state, cache=cache, drafting=drafting)
 
     def advance(self, budget: int) -> list[int]:
-        """Generate at most `budget` more tokens and return them; an empty list means that the continuation has ended."""
-        budget = min(budget, self._goal - self._counted)
+        """Generate at most `budget` more tokens and return them; an empty list means that the continuation has ended.
+
+        A step may commit more than was asked for; what is left over is returned first the next time, so that the tokens do not
+        depend on how they were asked for.
+        """
         if self.finish_reason != "interrupted" or budget < 1:
             return []
+        if len(self._ready) < budget:
+            self._run(budget - len(self._ready))
+        new, self._ready = self._ready[:budget], self._ready[budget:]
+        self.ids += new
+        if not self._ready:
+            if bool(self._state.stopped):
+                self.finish_reason = "stop"
+            elif int(self._state.count) == self._most:
+                self.finish_reason = "length"
+        return new
+
+    def _run(self, budget: int) -> None:
+        """Bring `_ready` up by `budget` tokens, or by what there is until the end."""
         began = time.perf_counter()
-        model = self._model
-        self._state = run(
-            model.graph, model.weights, self._state, jnp.int32(budget), self._stop_ids, self._filters, strict=self._strict
+        counted = int(self._state.count)
+        if counted == self._most or bool(self._state.stopped):
+            return
+        model, options = self._model, self._options
+        limits = Limits(jnp.int32(min(counted + budget, self._most)), jnp.int32(self._most), self._stop_ids)
+        self._state = decode.run(
+            model.graph,
+            model.weights,
+            self._state,
+            limits,
+            self._filters,
+            self._policy,
+            drafter=self._drafter,
+            max_draft=model.max_draft,
+            strict=options.strict,
         )
         count, stopped = int(self._state.count), bool(self._state.stopped)
-        new = np.asarray(self._state.tokens)[self._counted : count - stopped].tolist()
+        self._ready += np.asarray(self._state.tokens)[counted : count - stopped].tolist()
         self._seconds += time.perf_counter() - began
-        self._counted = count
-        self.ids += new
-        if stopped:
-            self.finish_reason = "stop"
-        elif count == self._goal:
-            self.finish_reason = "length"
-        return new
 
     def __iter__(self) -> Iterator[list[int]]:
         while self.finish_reason == "interrupted":
@@ -127,12 +220,20 @@ class Generation:
 
     def result(self) -> Result:
         """What has been generated so far."""
-        tokenizer = self._model.tokenizer
+        tokenizer, state = self._model.tokenizer, self._state
+        count = int(state.count)
+        tried, stood = np.asarray(state.acceptance.tried), np.asarray(state.acceptance.stood)
         return Result(
             prompt_ids=tuple(self.prompt_ids.tolist()),
             ids=tuple(self.ids),
             text=tokenizer.decode(self.ids) if tokenizer else "",
             finish_reason=self.finish_reason,
             seconds=time.perf_counter() - self._began,
-            tokens_per_second=self._counted / self._seconds if self._seconds else 0.0,
+            tokens_per_second=count / self._seconds if self._seconds else 0.0,
+            draft=self._model.max_draft if self._options.draft is None else self._options.draft,
+            strict=self._options.strict,
+            steps=int(state.acceptance.steps),
+            acceptance=tuple(float(s / t) for s, t in zip(stood, tried, strict=True) if t),
+            decode_seconds=self._seconds,
+            fingerprints=np.asarray(state.fingerprints)[:count],
         )

@@ -15,17 +15,18 @@ from jaxtyping import Array, Float
 from ds4jax import cache as caches
 from ds4jax.buckets import capacity_for, chunks, padded
 from ds4jax.config import Config
-from ds4jax.decode import extend
 from ds4jax.errors import InputError
-from ds4jax.generation import Generation, Prompt, Result
+from ds4jax.generation import MOST_DRAFTS, Generation, Options, Prompt, Result
 from ds4jax.model.parameters import build
 from ds4jax.model.transformer import Transformer
-from ds4jax.sampling import Sampling
+from ds4jax.scoring import extend
 
 if TYPE_CHECKING:
     from ds4jax.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "assets" / "tiny.gguf"
+DEFAULT_DRAFTS = 2
+TIMED_TOKENS = 12
 
 
 class LanguageModel:
@@ -33,14 +34,21 @@ class LanguageModel:
 
     Attributes:
         config, tokenizer, path: what was loaded and from where; the tokenizer is None where the files hold none.
+        max_draft: the deepest draft that the decode loop is compiled for, 0 to 4; with 0 it is narrow and fastest without drafts.
         graph, weights: the Flax module split into its static and its array part, for jitted functions of your own.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None, path: Path | None = None):
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer | None, path: Path | None = None, *, max_draft: int | None = None
+    ):
         self.config: Config = model.config
         self.tokenizer = tokenizer
         self.path = path
+        self.max_draft = (DEFAULT_DRAFTS if self.config.n_mtp else 0) if max_draft is None else max_draft
+        if not 0 <= self.max_draft <= MOST_DRAFTS:
+            raise InputError(f"max-draft is {max_draft}; it must be 0 to {MOST_DRAFTS}")
         self.graph, self.weights = nnx.split(model)
+        self._step_costs: dict[tuple[int, bool], tuple[float, ...]] = {}
 
     def __call__(self, ids: Sequence[int] | np.ndarray) -> Float[Array, "T V"]:
         """Logits float32 [T, V] at every position of a sequence.
@@ -74,21 +82,23 @@ class LanguageModel:
             raise InputError(f"decode-from is {decode_from}; the sequence has {total} tokens")
         if mtp and not self.config.n_mtp:
             raise InputError(f"{self.path or 'the model'}: mtp: these weights have no MTP block")
-        cache = caches.empty(self.config, capacity_for(total, self.config.max_context))
+        capacity = capacity_for(total, self.config.max_context)
+        cache = caches.empty(self.config, capacity)
+        mtp_cache = caches.empty_mtp(self.config, capacity) if mtp else None
         logits, mtp_logits = [], []
         for start, width, count in chunks(total, total if decode_from is None else decode_from):
             mtp_count = max(min(count, total - 1 - start), 0)
-            cache, chunk, mtp_chunk = extend(
+            cache, mtp_cache, chunk, mtp_chunk = extend(
                 self.graph,
                 self.weights,
                 cache,
+                mtp_cache,
                 padded(ids_T, start, width),
                 padded(ids_T, start + 1, width),
                 jnp.int32(count),
                 jnp.int32(mtp_count),
                 strict=strict,
                 want_logits=True,
-                want_mtp=mtp,
             )
             logits.append(np.asarray(chunk)[:count])
             if mtp:
@@ -96,36 +106,38 @@ class LanguageModel:
         arrays = {"ids": ids_T, "logits": np.concatenate(logits)}
         return arrays | ({"mtp_logits": np.concatenate(mtp_logits)} if mtp else {})
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 128,
-        sampling: Sampling | None = None,
-        ignore_eos: bool = False,
-        strict: bool = False,
-    ) -> Result:
+    def generate(self, prompt: Prompt, **options: Any) -> Result:
         """Continue a prompt, text or token ids, in one call of the compiled loop.
+
+        Args:
+            options: fields of `ds4jax.generation.Options`, such as `max_new_tokens=64, draft=2, strict=True`.
 
         Raises:
             InputError: a prompt that is empty, longer than the context or outside the vocabulary, a text without a tokenizer,
-                or `max_new_tokens` below 1.
+                or an option outside its range.
         """
-        generation = Generation(self, prompt, max_new_tokens, sampling or Sampling(), ignore_eos, strict)
-        generation.advance(max_new_tokens)
+        generation = self.stream(prompt, **options)
+        generation.advance(self.config.max_context)
         return generation.result()
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 128,
-        sampling: Sampling | None = None,
-        ignore_eos: bool = False,
-        strict: bool = False,
-    ) -> Generation:
+    def stream(self, prompt: Prompt, **options: Any) -> Generation:
         """Like `generate`, a few tokens at a time: iterate over the result for lists of new ids, and stop whenever you like."""
-        return Generation(self, prompt, max_new_tokens, sampling or Sampling(), ignore_eos, strict)
+        return Generation(self, prompt, Options(**options))
+
+    def step_costs(self, capacity: int, *, strict: bool) -> tuple[float, ...]:
+        """Milliseconds of a decode step at each depth 0 to `max_draft`, measured once for each program that is asked about."""
+        key = (capacity, strict)
+        if key not in self._step_costs:
+            timed = [self._time_steps(capacity, strict, depth) for depth in (0, *range(1 + self.max_draft))]
+            # The first run compiles.
+            self._step_costs[key] = tuple(timed[1:])
+        return self._step_costs[key]
+
+    def _time_steps(self, capacity: int, strict: bool, depth: int) -> float:
+        most = min(capacity, self.config.max_context) - 1
+        generation = self.stream([0], max_new_tokens=most, ignore_eos=True, strict=strict, draft=depth)
+        generation.advance(TIMED_TOKENS)
+        return generation.result().ms_per_step
 
     def encode(self, prompt: Prompt) -> np.ndarray:
         """The tokens of a prompt, int32 [T], begin-of-sentence first when it is a text.
@@ -160,12 +172,14 @@ class LanguageModel:
         return array.astype(np.int32)
 
 
-def load(path: str | Path | None = None, *, qat: bool | None = None) -> LanguageModel:
+def load(path: str | Path | None = None, *, qat: bool | None = None, max_draft: int | None = None) -> LanguageModel:
     """Load a GGUF file or a checkpoint directory in the hub's form, tensor by tensor, weights as they are stored.
 
     Args:
         path: None loads the tiny model that ships with the package.
         qat: overrides whether the FP8 and FP4 rounding of published weights is simulated.
+        max_draft: 0 to 4, the deepest draft of the decode loop; by default 2 where there is an MTP block and 0 elsewhere. Plain
+            and speculative decode say the same within one such loop; a loop for 0 is the fastest without drafts.
 
     Raises:
         InputError: anything about the files that keeps them from being used, in one line.
@@ -175,7 +189,7 @@ def load(path: str | Path | None = None, *, qat: bool | None = None) -> Language
     checkpoint = open_checkpoint(Path(path) if path is not None else SHIPPED)
     config = checkpoint.config if qat is None else dataclasses.replace(checkpoint.config, qat=qat)
     model = build(config, ((tensor.name, tensor.read()) for tensor in checkpoint.tensors))
-    return LanguageModel(model, checkpoint.tokenizer, checkpoint.path)
+    return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft)
 
 
 def generate(model: LanguageModel, prompt: Prompt, **options: Any) -> Result:

@@ -87,14 +87,41 @@ def filtered(logits_V: jax.Array, filters: Filters) -> jax.Array:
     return jnp.zeros_like(probabilities).at[order].set(kept / jnp.sum(kept))
 
 
-def choose(logits_V: jax.Array, filters: Filters, position: jax.Array) -> jax.Array:
-    """The token after `position`, int32; a draw depends on the seed and the position alone."""
+# What a draw is for: each has its own key at its position.
+NEXT, REPLACEMENT, ACCEPTANCE, PROPOSAL = range(4)
 
-    def draw(logits_V: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(filters.key, position)
-        return jax.random.categorical(key, jnp.log(filtered(logits_V, filters))).astype(jnp.int32)
 
-    def most_likely(logits_V: jax.Array) -> jax.Array:
-        return jnp.argmax(logits_V).astype(jnp.int32)
+def _key(filters: Filters, position: jax.Array, purpose: jax.Array | int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(filters.key, position), purpose)
 
-    return jax.lax.cond(filters.temperature > 0, draw, most_likely, logits_V)
+
+def most_likely(logits: jax.Array) -> jax.Array:
+    """The greedy choice over the last axis, int32; of equals the lower id."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def draw(weights_V: jax.Array, filters: Filters, position: jax.Array, replacement: jax.Array) -> jax.Array:
+    """The token after `position`, int32, with probabilities in proportion to float32 [V] weights.
+
+    `replacement` says that the token takes the place of a rejected draft.
+    """
+    key = _key(filters, position, jnp.where(replacement, REPLACEMENT, NEXT))
+    return jax.random.categorical(key, jnp.log(weights_V)).astype(jnp.int32)
+
+
+def uniform(filters: Filters, position: jax.Array) -> jax.Array:
+    """A float32 in [0, 1) against which the draft after `position` is judged."""
+    return jax.random.uniform(_key(filters, position, ACCEPTANCE), (), jnp.float32)
+
+
+def propose(logits_V: jax.Array, filters: Filters, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A draft of the token after `position`, int32, and the distribution it was drawn from, [V]; zeros at temperature 0."""
+
+    def drawn(logits_V: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q_V = filtered(logits_V, filters)
+        return jax.random.categorical(_key(filters, position, PROPOSAL), jnp.log(q_V)).astype(jnp.int32), q_V
+
+    def greedy(logits_V: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return most_likely(logits_V), jnp.zeros_like(logits_V)
+
+    return jax.lax.cond(filters.temperature > 0, drawn, greedy, logits_V)

@@ -15,7 +15,7 @@ from numerics import arrays, assert_bits_equal, assert_close, golden_config, gol
 from ds4jax import cache as caches
 from ds4jax.buckets import PREFILL, capacity_for, chunks
 from ds4jax.cache import Rows
-from ds4jax.decode import extend
+from ds4jax.scoring import extend
 
 STEPS = 3
 IDS = 320
@@ -49,9 +49,7 @@ def extended(cache: caches.Cache, ids: np.ndarray, width: int) -> caches.Cache:
     model = golden_model()
     padded = jnp.asarray(np.concatenate([ids, 7 + np.arange(width - len(ids))]).astype(np.int32))
     count = jnp.int32(len(ids))
-    return extend(
-        model.graph, model.weights, cache, padded, padded, count, count, strict=False, want_logits=False, want_mtp=False
-    )[0]
+    return extend(model.graph, model.weights, cache, None, padded, padded, count, count, strict=False, want_logits=False)[0]
 
 
 @pytest.mark.parametrize("width", PREFILL[:2])
@@ -118,15 +116,13 @@ def test_capacity_is_a_power_of_two_within_the_context(rows):
     assert capacity in (512, 1024, 2048, 4096) or rows > 4096
 
 
-def test_the_loop_updates_the_cache_in_place():
+def test_a_known_step_updates_the_caches_in_place():
     """Every cache array that goes into a compiled call comes out in the same memory."""
     model = golden_model()
-    cache = caches.empty(model.config, 512)
+    held = caches.empty(model.config, 512), caches.empty_mtp(model.config, 512)
     ids, one = jnp.zeros(1, jnp.int32), jnp.int32(1)
     with jax.default_matmul_precision("highest"):
-        lowered = extend.__wrapped__.lower(
-            model.graph, model.weights, cache, ids, ids, one, one, strict=False, want_logits=True, want_mtp=True
-        )
+        lowered = extend.__wrapped__.lower(model.graph, model.weights, *held, ids, ids, one, one, strict=False, want_logits=True)
     memory = lowered.compile().memory_analysis()
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
     assert memory.alias_size_in_bytes >= size

@@ -8,7 +8,6 @@ from numerics import arrays, golden_model
 
 from ds4jax.decode import run
 from ds4jax.errors import InputError
-from ds4jax.generation import Generation
 from ds4jax.sampling import Sampling
 
 TOKENS = 40
@@ -95,9 +94,13 @@ def test_bad_prompts(given, said):
         golden_model().generate(given, max_new_tokens=1)
 
 
-def test_bad_budget():
-    with pytest.raises(InputError, match="max-new-tokens"):
-        Generation(golden_model(), [1], 0, Sampling(), False, False)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"max_new_tokens": 0}, "max-new-tokens"), ({"draft": -1}, "draft"), ({"draft": 5}, "draft"), ({"draft": "all"}, "draft")],
+)
+def test_bad_options(options, said):
+    with pytest.raises(InputError, match=said):
+        golden_model().stream([1], **options)
 
 
 @pytest.mark.parametrize("decode_from", [-1, 4])

@@ -9,10 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ds4jax.accept import accept
+from ds4jax.drafter import Drafts
 from ds4jax.errors import InputError
-from ds4jax.sampling import Sampling, choose, filtered
+from ds4jax.sampling import Filters, Sampling, filtered
 
 V = 16
+NO_DRAFTS = Drafts(jnp.zeros(0, jnp.int32), jnp.zeros((0, V), jnp.float32))
+
+
+def choose(logits: jax.Array, filters: Filters, position: jax.Array) -> jax.Array:
+    """The token that plain decode commits after `position`."""
+    return accept(logits[None], NO_DRAFTS, jnp.int32(0), filters, position)[1]
+
+
 logit_lists = st.lists(st.floats(-6, 6, width=32), min_size=V, max_size=V)
 jitted = jax.jit(filtered)
 

@@ -27,6 +27,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_draft(parser: argparse.ArgumentParser) -> None:
+    """--draft and --max-draft, for commands that speculate."""
+    parser.add_argument(
+        "--draft",
+        type=cli_options.draft,
+        metavar="K",
+        help="tokens that the MTP block drafts a step, 0 to 4, or auto for what pays best (2 where the model has the block)",
+    )
+    parser.add_argument(
+        "--max-draft",
+        type=cli_options.draft_count,
+        metavar="K",
+        help="the deepest draft that the loop is compiled for (2, or --draft if more); 0 is the narrow loop without drafts",
+    )
+
+
+def max_draft(options: argparse.Namespace) -> int | None:
+    """What the loop is compiled for, None for the model's own default.
+
+    Two depths are the same program, so that they say the same to the last bit; only a depth above the default needs another.
+    """
+    if options.max_draft is not None or not isinstance(options.draft, int) or options.draft <= cli_options.DEFAULT_DRAFTS:
+        depth: int | None = options.max_draft
+        return depth
+    return options.draft
+
+
 def add_strict(parser: argparse.ArgumentParser) -> None:
     """--strict, for commands that decode."""
     parser.add_argument(
@@ -37,8 +64,8 @@ def add_strict(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_model(options: argparse.Namespace) -> LanguageModel:
-    """Load the model that the options name, through the compilation cache.
+def open_model(options: argparse.Namespace, *, max_draft: int | None = None) -> LanguageModel:
+    """Load the model that the options name, through the compilation cache; `max_draft` as for `ds4jax.load`.
 
     Raises:
         InputError: anything about the files that keeps them from being used.
@@ -48,7 +75,7 @@ def open_model(options: argparse.Namespace) -> LanguageModel:
         from ds4jax.language_model import load
 
         runtime.configure()
-        return load(options.model, qat=options.qat)
+        return load(options.model, qat=options.qat, max_draft=max_draft)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ds4jax.cache import OVERLAP_RATIO, LayerCache, Rows, held_positions, with_ring, write_ring
+from ds4jax.cache import OVERLAP_RATIO, LayerCache, Rows, held_positions, ring_positions, with_ring, write_ring
 from ds4jax.config import Config
 from ds4jax.model import fake_quant
 from ds4jax.model.compressor import Compressor, visible_blocks
@@ -86,10 +86,11 @@ class Attention(nnx.Module):
         q_THQ = rotate(q_THQ * rms_scale(q_THQ, config.norm_eps), rows.position, frequencies)
         kv_TQ = self._finish_rows(rotate(self.kv_norm(kv_TQ), rows.position, frequencies))
 
-        segments = [self._window(kv_TQ, rows, cache)]
+        written = write_ring(cache.window, kv_TQ, rows)
+        segments = [self._window(kv_TQ, rows, cache.window, written)]
         compressed, cache = self._compressed(x_TD, q_low_TL, rows, cache, record)
         segments += compressed
-        cache = dataclasses.replace(cache, window=write_ring(cache.window, kv_TQ, rows))
+        cache = dataclasses.replace(cache, window=written)
         sink_H = self.attn_sink.get_value().astype(jnp.float32)
         out_THQ, weights = attend(q_THQ, segments, sink_H, config.head_dim**-0.5)
         for name, weight in zip(("window", "compressed"), weights, strict=False):
@@ -105,11 +106,22 @@ class Attention(nnx.Module):
         still, turning = jnp.split(x, [x.shape[-1] - self.config.rope_dim], axis=-1)
         return jnp.concatenate([fake_quant.fp8(still), turning], axis=-1)
 
-    def _window(self, kv_TQ: jax.Array, rows: Rows, cache: LayerCache) -> Segment:
-        position, sequence = held_positions(cache.window.shape[1], rows)
+    def _window(self, kv_TQ: jax.Array, rows: Rows, before: jax.Array, written: jax.Array) -> Segment:
+        """Rows that may be in the window, and which of them each query sees.
+
+        A call that leaves the ring enough of the past reads the written ring, where a row's place follows from its position
+        alone: its sums have the same order and the same bits, whether the rows before it came in this call or in earlier ones.
+        """
+        size, window = written.shape[1], self.config.window
+        if kv_TQ.shape[0] <= size - window + 1:
+            position, sequence = ring_positions(size, rows.end)
+            held = written.reshape(-1, written.shape[-1])
+        else:
+            position, sequence = held_positions(size, rows)
+            held = with_ring(before, kv_TQ)
         age = rows.position[:, None] - position[None, :]
-        seen = (age >= 0) & (age < self.config.window) & (position >= 0)[None, :]
-        return with_ring(cache.window, kv_TQ), seen & (sequence[None, :] == rows.sequence[:, None])
+        seen = (age >= 0) & (age < window) & (position >= 0)[None, :]
+        return held, seen & (sequence[None, :] == rows.sequence[:, None])
 
     def _compressed(
         self, x_TD: jax.Array, q_low_TL: jax.Array, rows: Rows, cache: LayerCache, record: Record

@@ -28,10 +28,11 @@ def score(
     record = into(tape)
     rows = Rows.following(jnp.zeros((), jnp.int32), length, length)
     cache = caches.empty(model.config, length, ring=False)
-    h_TND, cache = model.streams(ids_T, rows, cache, record)
+    h_TND, _ = model.streams(ids_T, rows, cache, record)
     logits_TV = model.logits(h_TND)
     if not model.config.n_mtp:
         return logits_TV, None
     next_ids_T = jnp.concatenate([ids_T[1:], jnp.zeros(1, ids_T.dtype)])
-    mtp_TND, _ = model.mtp_streams(h_TND, next_ids_T, rows, cache, record)
+    mtp_cache = caches.empty_mtp(model.config, length, ring=False)
+    mtp_TND, _ = model.mtp_streams(h_TND, next_ids_T, rows, mtp_cache, record)
     return logits_TV, model.mtp_logits(mtp_TND)

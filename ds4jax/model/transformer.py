@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ds4jax.cache import Cache, Rows
+from ds4jax.cache import Cache, LayerCache, Rows
 from ds4jax.config import Config
 from ds4jax.model import hyper_connections as hc
 from ds4jax.model.block import Block
@@ -60,17 +60,15 @@ class Transformer(nnx.Module):
             return self.head(self.norm(hc.head(h_TND, fn, scale, base, self.config)), strict=strict)
 
     def mtp_streams(
-        self, h_TND: jax.Array, next_ids_T: jax.Array, rows: Rows, cache: Cache, record: Record = ignore
-    ) -> tuple[jax.Array, Cache]:
+        self, h_TND: jax.Array, next_ids_T: jax.Array, rows: Rows, cache: LayerCache, record: Record = ignore
+    ) -> tuple[jax.Array, LayerCache]:
         """Run the MTP block over rows of positions t: streams [T, N, D] of t, tokens [T] of t+1.
 
-        `rows` counts the block's own rows, one behind the main model's.
+        `rows` counts the block's own rows, and the cache is the block's own.
         """
-        assert cache.mtp is not None
         with jax.named_scope("mtp"):
             embedded_TD = self.embed(next_ids_T)
-            h_TND, mtp = self.mtp[0].advance(h_TND, embedded_TD, next_ids_T, rows, cache.mtp, under(record, "mtp.0"))
-        return h_TND, dataclasses.replace(cache, mtp=mtp)
+            return self.mtp[0].advance(h_TND, embedded_TD, next_ids_T, rows, cache, under(record, "mtp.0"))
 
     def mtp_logits(self, h_TND: jax.Array, *, strict: bool = False) -> jax.Array:
         """The MTP block's streams [T, N, D] at positions t → logits [T, V] of the token at t+2, through the shared head."""

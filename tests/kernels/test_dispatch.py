@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import jax
@@ -12,12 +13,16 @@ from cuda import kernel_calls, lowered_for_cuda, pallas_calls
 
 import ds4jax
 from ds4jax import cache as caches
-from ds4jax.decode import DecodeState, extend, run
+from ds4jax import decode
+from ds4jax.decode import Limits
+from ds4jax.depth import Policy
+from ds4jax.drafter import MTPDrafter
 from ds4jax.sampling import Sampling
+from ds4jax.scoring import extend
 from pallas_kernels import ops
 from pallas_kernels.dispatch import DECODE_ROWS, OPT_OUT, choose
 from pallas_kernels.formats import BLOCK, Q8_0
-from pallas_kernels.q8_matmul import NAME
+from pallas_kernels.q8_matmul import MOST_ROWS, NAME
 
 # Per layer: q_a + kv, q_b, o_a, o_b, shared gate + up, shared down.
 CALLS_A_LAYER = 6
@@ -28,17 +33,20 @@ def model() -> ds4jax.LanguageModel:
     return ds4jax.load()
 
 
-def decode_step(model: ds4jax.LanguageModel, *, strict: bool) -> str:
+def decode_step(model: ds4jax.LanguageModel, *, strict: bool, max_draft: int = 0) -> str:
     """The compiled loop's program for CUDA."""
-    cache = caches.empty(model.config, 512)
-    state = DecodeState(cache, jnp.int32(0), jnp.zeros(512, jnp.int32), jnp.int32(0), jnp.array(False))
-    arguments = (model.graph, model.weights, state, jnp.int32(1), jnp.zeros(1, jnp.int32), Sampling().arrays())
+    drafter = MTPDrafter() if max_draft else None
+    state = decode.start(model.config, 512, 0, drafter=drafter, max_draft=max_draft)
+    limits = Limits(jnp.int32(1), jnp.int32(1), jnp.zeros(1, jnp.int32))
+    policy = Policy(jnp.int32(0), jnp.ones(1 + max_draft, jnp.float32))
+    arguments = (model.graph, model.weights, state, limits, Sampling().arrays(), policy)
 
     # A function of its own: the gate is read while tracing, and a cached trace would hide what the environment says now.
     def fresh(*arguments, **options):
-        return run.__wrapped__.__wrapped__(*arguments, **options)
+        return decode.run.__wrapped__.__wrapped__(*arguments, **options)
 
-    return lowered_for_cuda(jax.jit(fresh, static_argnums=0, static_argnames="strict"), *arguments, strict=strict)
+    jitted = jax.jit(fresh, static_argnums=0, static_argnames=("strict", "drafter", "max_draft"))
+    return lowered_for_cuda(jitted, *arguments, strict=strict, drafter=drafter, max_draft=max_draft)
 
 
 def dense_shapes(model: ds4jax.LanguageModel) -> set[tuple[int, ...]]:
@@ -60,16 +68,21 @@ def test_the_kernel_runs_in_the_decode_step(model):
     assert not multiplied_out(text) & dense_shapes(model), "a product reads a dequantised weight"
 
 
-def test_the_kernel_runs_in_the_mtp_block(model):
-    cache, ids, one = caches.empty(model.config, 512), jnp.zeros(1, jnp.int32), jnp.int32(1)
-    arguments = (model.graph, model.weights, cache, ids, ids, one, one)
-    text = lowered_for_cuda(extend.__wrapped__, *arguments, strict=False, want_logits=True, want_mtp=True)
-    # The MTP block adds a layer, e_proj, h_proj and its use of the head.
-    assert kernel_calls(text, NAME) == CALLS_A_LAYER * (model.config.n_layers + 1) + 1 + 3
+@pytest.mark.parametrize("max_draft", [1, 2])
+def test_the_kernel_runs_in_draft_verify_and_commit(model, max_draft):
+    """One program holds the target, the block over what was committed, and each draft."""
+    text = decode_step(model, strict=False, max_draft=max_draft)
+    target = CALLS_A_LAYER * model.config.n_layers + 1
+    # The block is a layer, e_proj, and h_proj with a row for each stream, at most eight rows a launch.
+    committed = CALLS_A_LAYER + 1 + math.ceil(model.config.hc_mult * (1 + max_draft) / MOST_ROWS)
+    chained = CALLS_A_LAYER + 1 + 1
+    assert kernel_calls(text, NAME) == target + committed + max_draft + (max_draft - 1) * chained
+    assert not multiplied_out(text) & dense_shapes(model), "a product reads a dequantised weight"
 
 
-def test_strict_has_no_pallas_kernel_at_all(model):
-    text = decode_step(model, strict=True)
+@pytest.mark.parametrize("max_draft", [0, 2])
+def test_strict_has_no_pallas_kernel_at_all(model, max_draft):
+    text = decode_step(model, strict=True, max_draft=max_draft)
     assert pallas_calls(text) == 0
     assert dense_shapes(model) <= multiplied_out(text), "every weight is multiplied out"
 
@@ -81,8 +94,8 @@ def test_the_opt_out_flips_it(model, monkeypatch):
 
 def test_prefill_of_many_rows_takes_the_library_product(model):
     cache, ids, count = caches.empty(model.config, 512), jnp.zeros(128, jnp.int32), jnp.int32(128)
-    arguments = (model.graph, model.weights, cache, ids, ids, count, count)
-    text = lowered_for_cuda(extend.__wrapped__, *arguments, strict=False, want_logits=False, want_mtp=False)
+    arguments = (model.graph, model.weights, cache, None, ids, ids, count, count)
+    text = lowered_for_cuda(extend.__wrapped__, *arguments, strict=False, want_logits=False)
     assert pallas_calls(text) == 0
 
 

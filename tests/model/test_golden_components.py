@@ -15,13 +15,13 @@ from numerics import arrays, assert_bits_equal, assert_component, component, gol
 from ds4jax import cache as caches
 from ds4jax.cache import Rows
 from ds4jax.config import Config
-from ds4jax.decode import extend
 from ds4jax.model import fake_quant
 from ds4jax.model import hyper_connections as hc
 from ds4jax.model.attention import attend
 from ds4jax.model.moe import swiglu
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import into
+from ds4jax.scoring import extend
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def prefilled(length: int) -> caches.Cache:
     model = golden_model()
     cache, ids = caches.empty(model.config, length), jnp.asarray(arrays("golden")["ids"][:length])
     count = jnp.int32(length)
-    return extend(model.graph, model.weights, cache, ids, ids, count, count, strict=False, want_logits=False, want_mtp=False)[0]
+    return extend(model.graph, model.weights, cache, None, ids, ids, count, count, strict=False, want_logits=False)[0]
 
 
 @pytest.mark.parametrize("ratio", [4, 16])
