@@ -17,6 +17,10 @@ from ds4jax.errors import InputError
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+THINK, END_THINK = "<think>", "</think>"
+# Markers in every V4 vocabulary, whatever a file's token types say; readers of the published files look these up by their text.
+CORE = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK, "｜DSML｜")
 VOCAB_SIZE_KEY = "deepseek4.vocab_size"
 TOKENS_KEY, MERGES_KEY, TYPES_KEY = (f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "token_type"))
 KIND, PRE_TOKENIZER = ("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "joyai-llm")
@@ -98,6 +102,7 @@ class Tokenizer:
         self.eos_id = eos_id
         self._tokens = tokens
         self._special_ids = frozenset(special_ids)
+        self._markers = {tokens[i]: i for i in special_ids}
         self._bpe = functools.cache(build)
 
     @classmethod
@@ -182,6 +187,16 @@ class Tokenizer:
         """A decoder for ids that come a few at a time."""
         return TextStream(self)
 
+    def marker_id(self, text: str) -> int:
+        """The id of a marker such as `<｜User｜>`.
+
+        Raises:
+            InputError: the vocabulary has no such marker.
+        """
+        if text not in self._markers:
+            raise InputError(f"tokenizer: {text}: the vocabulary has no such marker; the model was not made for chat")
+        return self._markers[text]
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for.
 
@@ -222,12 +237,13 @@ def _strings(metadata: Mapping[str, Any], key: str, path: Path) -> list[str]:
 
 
 def _special_ids(metadata: Mapping[str, Any], tokens: list[str], path: Path) -> list[int]:
+    core = [i for i, token in enumerate(tokens) if token in CORE]
     if TYPES_KEY not in metadata:
-        return [i for i, token in enumerate(tokens) if token in ("<think>", "</think>") or not BYTE_OF.keys() >= set(token)]
+        return sorted({*core, *(i for i, token in enumerate(tokens) if not BYTE_OF.keys() >= set(token))})
     types = metadata[TYPES_KEY]
     if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != len(tokens):
         raise InputError(f"{path}: {TYPES_KEY}: it must hold one integer for each of the {len(tokens)} tokens")
-    return np.flatnonzero(np.isin(types, MARKERS)).tolist()
+    return sorted({*core, *np.flatnonzero(np.isin(types, MARKERS)).tolist()})
 
 
 def _check_vocabulary(tokens: list[str], merges: list[str], path: Path) -> None:

@@ -1,22 +1,31 @@
-"""Every case of the golden tokenizer, from GGUF metadata and from a tokenizer.json, and the streaming decoder."""
+"""Every case of the golden tokenizer and of V4's own, from GGUF metadata and from a tokenizer.json; the streaming decoder."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+import v4_vocabulary
 from gguf_files import GOLDEN, vocabulary
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds4jax import tokenizer as tokenizer_module
 from ds4jax.errors import InputError
-from ds4jax.tokenizer import BOS, Tokenizer, build_bpe
+from ds4jax.tokenizer import BOS, CONTROL, CORE, NORMAL, USER_DEFINED, Tokenizer, build_bpe
 
 GOLDEN_CASES = json.loads((GOLDEN / "tokenizer_cases.json").read_text("utf-8"))
 CASES, DECODE_CASES, SPECIALS = (GOLDEN_CASES[key] for key in ("cases", "decode_cases", "specials"))
+V4_CASES = v4_vocabulary.GOLDEN_CASES["cases"]
+ROUND_TRIPS = 10_000
+# Code points from here to there: ASCII, controls and Latin, the rest of the basic plane around the surrogates, everything above.
+RANGES = ((0x20, 0x7E), (0, 0x2FF), (0x300, 0xD7FF), (0x3040, 0x9FFF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF))
 
 
 def gguf_metadata() -> dict[str, Any]:
@@ -45,6 +54,22 @@ def from_file(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_file(path)
 
 
+def v4_metadata() -> dict[str, Any]:
+    """V4's vocabulary as a published GGUF file has it."""
+    text = v4_vocabulary.path().read_text("utf-8")
+    ids = tokenizers.Tokenizer.from_str(text).get_vocab()
+    stored = json.loads(text)
+    types = np.full(len(ids), NORMAL)
+    for token in stored["added_tokens"]:
+        types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    return gguf_metadata() | {
+        "deepseek4.vocab_size": 129280,
+        "tokenizer.ggml.tokens": sorted(ids, key=ids.__getitem__),
+        "tokenizer.ggml.merges": stored["model"]["merges"],
+        "tokenizer.ggml.token_type": types,
+    }
+
+
 @pytest.fixture(params=["from_gguf", "from_file"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return request.getfixturevalue(request.param)
@@ -57,11 +82,37 @@ def test_ids(tokenizer: Tokenizer) -> None:
         assert tokenizer.encode(case["text"], parse_special=True) == case["ids_special"], case["name"]
 
 
-def test_ids_with_the_seven_core_markers() -> None:
-    core = build_bpe(vocabulary()["tokens"], vocabulary()["merges"], GOLDEN_CASES["core7"])
-    for case in CASES:
+@pytest.mark.parametrize("source", ["from_gguf", "from_file"])
+def test_v4_ids(source: str) -> None:
+    file = v4_vocabulary.tokenizer()
+    tokenizer = file if source == "from_file" else Tokenizer.from_gguf(v4_metadata(), Path("v4.gguf"))
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (129280, 0, 1)
+    assert len(V4_CASES) == 138
+    for case in V4_CASES:
+        assert tokenizer.encode(case["text"]) == case["ids"], case["name"]
+        assert tokenizer.encode(case["text"], parse_special=True) == case["ids_special"], case["name"]
+        assert tokenizer.decode(case["ids"]) == tokenizer.decode(case["ids_special"]) == case["text"], case["name"]
+
+
+def test_one_joined_pattern_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "_SPLITS", ("|".join(tokenizer_module._SPLITS),))
+    joined = Tokenizer.from_gguf(v4_metadata(), Path("v4.gguf"))
+    differ = {case["name"] for case in V4_CASES if joined.encode(case["text"]) != case["ids"]}
+    assert "space_digits" in differ
+    assert differ <= set(v4_vocabulary.GOLDEN_CASES["differ_if_one_joined_regex"])
+
+
+@pytest.mark.parametrize("vocabulary", ["golden", "v4"])
+def test_core_markers_need_no_token_type(vocabulary: str) -> None:
+    metadata = gguf_metadata() if vocabulary == "golden" else v4_metadata()
+    metadata["tokenizer.ggml.token_type"] = np.full_like(metadata["tokenizer.ggml.token_type"], NORMAL)
+    core = Tokenizer.from_gguf(metadata, Path("core.gguf"))
+    golden = GOLDEN_CASES if vocabulary == "golden" else v4_vocabulary.GOLDEN_CASES
+    assert tuple(golden["core7"]) == CORE
+    assert any("ids_special_core7" in case for case in golden["cases"])
+    for case in golden["cases"]:
         expected = case.get("ids_special_core7", case["ids_special"])
-        assert core.encode(case["text"], add_special_tokens=False).ids == expected, case["name"]
+        assert core.encode(case["text"], parse_special=True) == expected, case["name"]
 
 
 def test_text_returns(tokenizer: Tokenizer) -> None:
@@ -81,6 +132,7 @@ def test_special_ids(tokenizer: Tokenizer) -> None:
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (640, 0, 1)
     for text, i in SPECIALS.items():
         assert tokenizer.token_bytes(i) == text.encode()
+        assert tokenizer.marker_id(text) == i
         assert tokenizer.encode(text, parse_special=True) == [i]
         assert i not in tokenizer.encode(text)
 
@@ -104,9 +156,37 @@ def test_a_character_comes_whole_or_not_at_all(from_gguf: Tokenizer) -> None:
     assert stream.flush() == "\ufffd"
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_any_text_returns(from_gguf: Tokenizer, text: str) -> None:
-    assert from_gguf.decode(from_gguf.encode(text)) == text
+def random_texts(seed: int) -> list[str]:
+    """Texts of 0 to 24 characters that runs of like characters make up."""
+    source = random.Random(seed)
+    texts = []
+    for _ in range(ROUND_TRIPS):
+        runs = [(source.choice(RANGES), source.randrange(5)) for _ in range(source.randrange(7))]
+        texts.append("".join(chr(source.randint(*limits)) for limits, length in runs for _ in range(length)))
+    return texts
+
+
+@pytest.mark.parametrize("vocabulary", ["golden", "v4"])
+def test_ten_thousand_texts_return(from_gguf: Tokenizer, vocabulary: str) -> None:
+    tokenizer = from_gguf if vocabulary == "golden" else v4_vocabulary.tokenizer()
+    texts = random_texts(seed=7)
+    wrong = [text for text in texts if tokenizer.decode(tokenizer.encode(text)) != text]
+    assert (len(texts), wrong) == (ROUND_TRIPS, [])
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@given(TEXTS, st.lists(st.integers(0, 90), max_size=8))
+@settings(max_examples=200)
+def test_a_stream_shows_every_complete_character_and_no_part_of_one(from_gguf: Tokenizer, text: str, cuts: list[int]) -> None:
+    ids = from_gguf.encode(text)
+    stream, shown = from_gguf.stream(), ""
+    for start, end in itertools.pairwise([0, *sorted(cuts), len(ids)]):
+        shown += stream.push(ids[start:end])
+        # Valid text cut anywhere is whole characters and the beginning of one, which "ignore" leaves out.
+        assert shown == b"".join(map(from_gguf.token_bytes, ids[: max(start, end)])).decode("utf-8", "ignore")
+    assert (shown, stream.flush()) == (text, "")
 
 
 @given(st.lists(st.integers(0, 639), max_size=30))
@@ -121,6 +201,8 @@ def test_bad_input(from_gguf: Tokenizer, tmp_path: Path) -> None:
     for wrong in (-1, 640):
         with pytest.raises(InputError, match=f"token id {wrong} is outside the vocabulary of 640"):
             from_gguf.decode([wrong])
+    with pytest.raises(InputError, match="tokenizer: a: the vocabulary has no such marker"):
+        from_gguf.marker_id("a")
     path = tmp_path / "tokenizer.json"
     with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read: No such file"):
         Tokenizer.from_file(path)
