@@ -19,6 +19,7 @@ from ds4jax.model.transformer import Transformer
 from ds4jax.sampling import Filters, propose
 
 State = Any
+Carry = tuple["Drafts", jax.Array, LayerCache]
 
 
 class Drafts(NamedTuple):
@@ -89,28 +90,29 @@ class MTPDrafter:
     def draft(
         self, model: Transformer, state: MTPState, last: jax.Array, rows: Rows, depth: jax.Array, most: int, filters: Filters
     ) -> tuple[Drafts, MTPState]:
-        """Chain `depth` drafts; a draft that is not wanted costs nothing."""
-        token, h_ND, cache = last, state.h_ND, state.cache
-        tokens, q = [], []
-        for i in range(most):
-            position = rows.start[0] + i
+        """Chain `depth` drafts; one that is not wanted is not computed."""
+        vocabulary, position = model.config.vocab_size, rows.start[0]
+        drafts = Drafts(jnp.zeros(most, jnp.int32), jnp.zeros((most, vocabulary), jnp.float32))
 
-            def one(token: jax.Array, h_ND: jax.Array, cache: LayerCache, i: int = i, position: jax.Array = position) -> Any:
-                if i:
-                    row = Rows.following(position - 1, 1, 1, strict=rows.strict)
-                    h_1ND, cache = model.mtp_streams(h_ND[None], token[None], row, cache)
-                    h_ND = h_1ND[0]
-                logits_V = model.mtp_logits(h_ND[None], strict=rows.strict)[0]
-                return *propose(logits_V, filters, position), h_ND, cache
+        def add(i: jax.Array, drafts: Drafts, h_ND: jax.Array) -> Drafts:
+            logits_V = model.mtp_logits(h_ND[None], strict=rows.strict)[0]
+            token, q_V = propose(logits_V, filters, position + i)
+            return Drafts(drafts.tokens.at[i].set(token), drafts.q.at[i].set(q_V))
 
-            def none(token: jax.Array, h_ND: jax.Array, cache: LayerCache) -> Any:
-                return token, jnp.zeros(model.config.vocab_size, jnp.float32), h_ND, cache
+        def deeper(i: jax.Array, carry: Carry) -> Carry:
+            drafts, h_ND, cache = carry
+            row = Rows.following(position + i - 1, 1, 1, strict=rows.strict)
+            h_1ND, cache = model.mtp_streams(h_ND[None], drafts.tokens[i - 1][None], row, cache)
+            return add(i, drafts, h_1ND[0]), h_1ND[0], cache
 
-            with jax.named_scope(f"draft{i + 1}"):
-                token, q_V, h_ND, cache = jax.lax.cond(i < depth, one, none, token, h_ND, cache)
-            tokens.append(token)
-            q.append(q_V)
-        return Drafts(jnp.stack(tokens), jnp.stack(q)), dataclasses.replace(state, cache=cache)
+        with jax.named_scope("draft"):
+            first = jnp.int32(0)
+            drafts = jax.lax.cond(depth > 0, add, lambda i, drafts, h_ND: drafts, first, drafts, state.h_ND)
+            if most < 2:
+                return drafts, state
+            carry = (drafts, state.h_ND, state.cache)
+            drafts, _, cache = jax.lax.fori_loop(1, depth, deeper, carry)
+        return drafts, dataclasses.replace(state, cache=cache)
 
     def commit(self, model: Transformer, state: MTPState, h_TND: jax.Array, next_ids_T: jax.Array, rows: Rows) -> MTPState:
         """Run the block over the committed rows with the model's own streams."""
