@@ -1,7 +1,7 @@
 """The command `ds4jax`: reads the options, runs one sub-command, and turns every way it can end into an exit code.
 
-0 is success, 2 something about the input (one line on stderr says what), 1 a failure of the system while writing or reading,
-130 Ctrl-C, and 141 a reader of the output who left.
+0 is success, 2 something about the input (one line on stderr says what), 1 a failure of the system while writing or reading or a
+test or measurement that failed, 130 Ctrl-C, and 141 a reader of the output who left.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import ds4jax
-from ds4jax.commands import bench, generate, inspect, logits
+from ds4jax.commands import bench, check, generate, inspect, logits
 from ds4jax.commands import eval as evaluation
 from ds4jax.errors import InputError
 
@@ -42,7 +42,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ds4jax {ds4jax.__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (generate, logits, inspect, evaluation, bench):
+    for module in (generate, logits, inspect, evaluation, check, bench):
         module.add_parser(commands)
     return parser
 

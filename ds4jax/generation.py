@@ -102,6 +102,33 @@ class Options:
             raise InputError(f"draft is {self.draft!r}; it must be 0 to {MOST_DRAFTS} or auto")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """What the host knows of the loop's state, which is donated: gone while the loop runs, and after a Ctrl-C there."""
+
+    count: int
+    stopped: bool
+    tokens: np.ndarray
+    fingerprints: np.ndarray
+    steps: int
+    tried: np.ndarray
+    stood: np.ndarray
+
+
+def _read(state: DecodeState) -> _Told:
+    """Copies: on a CPU an array without one is a view of the buffer that is given away."""
+    acceptance = state.acceptance
+    return _Told(
+        int(state.count),
+        bool(state.stopped),
+        np.array(state.tokens),
+        np.array(state.fingerprints),
+        int(acceptance.steps),
+        np.array(acceptance.tried),
+        np.array(acceptance.stood),
+    )
+
+
 class Generation:
     """One continuation in progress; iterating yields lists of new token ids until it ends.
 
@@ -132,13 +159,15 @@ class Generation:
         self._seconds = 0.0
         self._began = time.perf_counter()
         self._state = self._prefill()
+        self._told = _read(self._state)
 
     def _check_draft(self) -> None:
         model, draft = self._model, self._options.draft
         wanted = model.max_draft if draft is None else 1 if draft == "auto" else int(draft)
         name = model.path or "the model"
-        if wanted and not model.config.n_mtp and not self._options.drafter:
-            raise InputError(f"{name}: mtp: these weights have no MTP block, which drafting needs; use draft 0")
+        # A loop that can draft learns from every token, at depth 0 too.
+        if (wanted or model.max_draft) and not model.config.n_mtp and not self._options.drafter:
+            raise InputError(f"{name}: mtp: these weights have no MTP block, which drafting needs; use draft 0 and max_draft 0")
         if wanted > model.max_draft:
             raise InputError(f"draft is {draft}, but {name} was opened with max_draft {model.max_draft}")
 
@@ -183,21 +212,21 @@ class Generation:
         new, self._ready = self._ready[:budget], self._ready[budget:]
         self.ids += new
         if not self._ready:
-            if bool(self._state.stopped):
+            if self._told.stopped:
                 self.finish_reason = "stop"
-            elif int(self._state.count) == self._most:
+            elif self._told.count == self._most:
                 self.finish_reason = "length"
         return new
 
     def _run(self, budget: int) -> None:
         """Bring `_ready` up by `budget` tokens, or by what there is until the end."""
         began = time.perf_counter()
-        counted = int(self._state.count)
-        if counted == self._most or bool(self._state.stopped):
+        counted = self._told.count
+        if counted == self._most or self._told.stopped:
             return
         model, options = self._model, self._options
         limits = Limits(jnp.int32(min(counted + budget, self._most)), jnp.int32(self._most), self._stop_ids)
-        self._state = decode.run(
+        state = decode.run(
             model.graph,
             model.weights,
             self._state,
@@ -208,8 +237,9 @@ class Generation:
             max_draft=model.max_draft,
             strict=options.strict,
         )
-        count, stopped = int(self._state.count), bool(self._state.stopped)
-        self._ready += np.asarray(self._state.tokens)[counted : count - stopped].tolist()
+        told = _read(state)
+        self._state, self._told = state, told
+        self._ready += told.tokens[counted : told.count - told.stopped].tolist()
         self._seconds += time.perf_counter() - began
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -220,20 +250,18 @@ class Generation:
 
     def result(self) -> Result:
         """What has been generated so far."""
-        tokenizer, state = self._model.tokenizer, self._state
-        count = int(state.count)
-        tried, stood = np.asarray(state.acceptance.tried), np.asarray(state.acceptance.stood)
+        tokenizer, told = self._model.tokenizer, self._told
         return Result(
             prompt_ids=tuple(self.prompt_ids.tolist()),
             ids=tuple(self.ids),
             text=tokenizer.decode(self.ids) if tokenizer else "",
             finish_reason=self.finish_reason,
             seconds=time.perf_counter() - self._began,
-            tokens_per_second=count / self._seconds if self._seconds else 0.0,
+            tokens_per_second=told.count / self._seconds if self._seconds else 0.0,
             draft=self._model.max_draft if self._options.draft is None else self._options.draft,
             strict=self._options.strict,
-            steps=int(state.acceptance.steps),
-            acceptance=tuple(float(s / t) for s, t in zip(stood, tried, strict=True) if t),
+            steps=told.steps,
+            acceptance=tuple(float(s / t) for s, t in zip(told.stood, told.tried, strict=True) if t),
             decode_seconds=self._seconds,
-            fingerprints=np.asarray(state.fingerprints)[:count],
+            fingerprints=told.fingerprints[: told.count],
         )

@@ -22,6 +22,7 @@ from ds4jax.model.transformer import Transformer
 from ds4jax.scoring import extend
 
 if TYPE_CHECKING:
+    from ds4jax.check import Report
     from ds4jax.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "assets" / "tiny.gguf"
@@ -123,6 +124,34 @@ class LanguageModel:
     def stream(self, prompt: Prompt, **options: Any) -> Generation:
         """Like `generate`, a few tokens at a time: iterate over the result for lists of new ids, and stop whenever you like."""
         return Generation(self, prompt, Options(**options))
+
+    def check(self, prompt: Prompt | None = None, *, long: bool = False, strict: bool | None = None) -> Report:
+        """Test that drafting changes nothing with these weights on this machine, and that the same call gives the same bits.
+
+        Every depth from 1 to `max_draft` is compared with depth 0: tokens, and fingerprints of the logits. A model without an MTP
+        block, or opened with max_draft 0, is compared with itself alone. `report.equal` is the verdict.
+
+        Args:
+            prompt: the only prompt; by default beginnings of the held-out text that ships, 3, 128 and 500 tokens long, or random
+                tokens where there is no tokenizer.
+            long: prompts of 1, 3, 127, 128, 129 and 500 tokens with 256 new tokens each instead of 96.
+            strict: the mode to test; None tests both.
+
+        Raises:
+            InputError: a prompt that cannot be used, or a context with room for none.
+        """
+        from ds4jax.check import check
+
+        return check(self, prompt, long=long, strict=strict)
+
+    def with_max_draft(self, max_draft: int) -> LanguageModel:
+        """The same weights, not copied, behind a decode loop for another deepest draft.
+
+        Raises:
+            InputError: `max_draft` is outside 0 to 4.
+        """
+        model = nnx.merge(self.graph, self.weights)
+        return LanguageModel(model, self.tokenizer, self.path, max_draft=max_draft)
 
     def step_costs(self, capacity: int, *, strict: bool) -> tuple[float, ...]:
         """Milliseconds of a decode step at each depth 0 to `max_draft`, measured once for each program that is asked about."""

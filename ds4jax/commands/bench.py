@@ -1,31 +1,51 @@
-"""`ds4jax bench`: time the kernels on this machine's GPU."""
+"""`ds4jax bench`: time the kernels on this machine's GPU, or drafting on whatever it has."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ds4jax import cli_options
+from ds4jax.commands import model as models
 from ds4jax.errors import InputError
 
 # Mirrors what a decode step may ask for; more rows take another path.
 MOST_ROWS = 32
 DEFAULT_ROWS = "1,2,3,4,8,12"
 
-DESCRIPTION = """\
+DESCRIPTION = "Time the kernels on an NVIDIA GPU, or drafting on any device."
+
+EXAMPLES = """\
+examples:
+  ds4jax bench kernels
+  ds4jax bench knight --model model.gguf"""
+
+KERNELS = """\
 Time the Q8_0 kernel on every weight shape of DeepSeek-V4-Flash, beside jnp.dot on weights expanded to bf16 and f16.
 
 Times are the profiler's, the weights of a shape take turns so that none is in the cache, and each figure stands beside its
 fraction of the bandwidth that a copy reaches in the same run. It takes a few minutes and needs an NVIDIA GPU."""
 
-EXAMPLES = """\
+KERNELS_EXAMPLES = """\
 examples:
   ds4jax bench kernels
   ds4jax bench kernels --rows 1,4 --json kernels.json --plot kernels.png"""
+
+KNIGHT = """\
+Continue the prompt "knight" with the MTP block drafting 2 tokens a step, the same in strict mode, and without drafts; print the
+speed of each and whether drafting says what plain decode says in the same mode, in every token and every bit of its logits. Exit
+code 1 when it does not. Compilation is not in the figures."""
+
+KNIGHT_EXAMPLES = """\
+examples:
+  ds4jax bench knight
+  ds4jax bench knight --model model.gguf --max-new-tokens 512 --json"""
 
 
 def row_counts(word: str) -> tuple[int, ...]:
@@ -43,9 +63,9 @@ def plot_file(word: str) -> Path:
 
 def add_parser(commands: Any) -> None:
     """Declare the sub-command and what it can time."""
-    parser = commands.add_parser("bench", help="time the kernels on this GPU", description=DESCRIPTION, epilog=EXAMPLES)
+    parser = commands.add_parser("bench", help="time the kernels, or drafting", description=DESCRIPTION, epilog=EXAMPLES)
     targets = parser.add_subparsers(title="what to time", dest="target", metavar="WHAT", required=True)
-    kernels = targets.add_parser("kernels", help="the Q8_0 matmul", description=DESCRIPTION, epilog=EXAMPLES)
+    kernels = targets.add_parser("kernels", help="the Q8_0 matmul", description=KERNELS, epilog=KERNELS_EXAMPLES)
     kernels.add_argument("--shapes", choices=("flash",), default="flash", help="whose weight shapes (flash)")
     kernels.add_argument(
         "--rows", type=row_counts, default=DEFAULT_ROWS, metavar="M,...", help=f"rows of activations ({DEFAULT_ROWS})"
@@ -53,6 +73,26 @@ def add_parser(commands: Any) -> None:
     kernels.add_argument("--json", type=cli_options.output_file, metavar="FILE", help="write every sample to this file")
     kernels.add_argument("--plot", type=plot_file, metavar="FILE.png", help="draw a roofline picture; needs matplotlib")
     kernels.set_defaults(run=run_kernels)
+    knight = targets.add_parser(
+        "knight", help="drafting, strict and plain, on one prompt", description=KNIGHT, epilog=KNIGHT_EXAMPLES
+    )
+    models.add_options(knight)
+    knight.add_argument(
+        "--max-new-tokens", type=cli_options.token_count, default=256, metavar="N", help="tokens to add, whatever they are (256)"
+    )
+    knight.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    knight.set_defaults(run=run_knight)
+
+
+def _notes() -> Callable[[str], None]:
+    """A function that tells a terminal what comes next, with the seconds since now."""
+    start = time.monotonic()
+
+    def note(message: str) -> None:
+        if sys.stderr and sys.stderr.isatty():
+            print(f"{time.monotonic() - start:6.1f} s  {message}", file=sys.stderr)
+
+    return note
 
 
 def run_kernels(options: argparse.Namespace) -> int:
@@ -72,14 +112,8 @@ def run_kernels(options: argparse.Namespace) -> int:
     from ds4jax.bench.kernels import Bench
     from pallas_kernels.shapes import FLASH
 
-    start = time.monotonic()
-
-    def note(message: str) -> None:
-        if sys.stderr and sys.stderr.isatty():
-            print(f"{time.monotonic() - start:6.1f} s  {message}", file=sys.stderr)
-
     bandwidth = environment.copy_gbps()
-    found = Bench(FLASH, options.rows, bandwidth, check_bits=False).run(note)
+    found = Bench(FLASH, options.rows, bandwidth, check_bits=False).run(_notes())
     content = report.document(environment.describe(), bandwidth, found.rows, found.bits, found.problems)
     report.show(content)
     if options.json:
@@ -87,3 +121,22 @@ def run_kernels(options: argparse.Namespace) -> int:
     if options.plot:
         report.plot(options.plot, content)
     return 1 if found.problems else 0
+
+
+def run_knight(options: argparse.Namespace) -> int:
+    """Carry `bench knight` out; returns 0, or 1 when drafting changes what is said.
+
+    Raises:
+        InputError: the model cannot be used, or has no MTP block or no tokenizer.
+    """
+    model = models.open_model(options)
+    from ds4jax.bench import environment
+    from ds4jax.bench import knight as bench
+
+    where = environment.describe()
+    rows = bench.knight(model, options.max_new_tokens, _notes())
+    if options.json:
+        print(json.dumps(bench.document(where, model, rows), ensure_ascii=False))
+    else:
+        bench.show(where, rows)
+    return 0 if bench.equal(rows) else 1

@@ -74,6 +74,12 @@ OPTIONS = [
     ("generate text --seed 1.5", "--seed"),
     ("generate text --seed zero", "--seed"),
     ("generate text --seed 9223372036854775808", "--seed"),
+    ("generate text --draft -1", "--draft: -1 is out of range; it must be 0 to 4"),
+    ("generate text --draft 5", "--draft: 5 is out of range; it must be 0 to 4"),
+    ("generate text --draft most", "--draft: 'most' is not an integer"),
+    ("generate text --max-draft -1", "--max-draft: -1 is out of range"),
+    ("generate text --max-draft 5", "--max-draft: 5 is out of range"),
+    ("generate text --max-draft auto", "--max-draft: 'auto' is not an integer"),
     ("generate text --ids good.npy", "--ids"),
     ("generate --ids missing.npy", "missing.npy: No such file"),
     ("generate --ids folder", "folder: Is a directory"),
@@ -102,6 +108,15 @@ OPTIONS = [
     ("eval --text latin.txt", "latin.txt: not UTF-8 at byte 0"),
     ("eval --text empty", "empty: the file is empty"),
     ("eval --text folder", "folder: Is a directory"),
+    ("check --max-draft 5", "--max-draft: 5 is out of range; it must be 0 to 4"),
+    ("check --max-draft auto", "--max-draft: 'auto' is not an integer"),
+    ("check --prompt-file missing.txt", "missing.txt: No such file"),
+    ("check --prompt-file empty", "empty: the file is empty"),
+    ("check --prompt-file latin.txt", "latin.txt: not UTF-8 at byte 0"),
+    ("check --model missing.gguf", "missing.gguf: no such file"),
+    ("check text", "text"),
+    ("bench knight --max-new-tokens 0", "--max-new-tokens"),
+    ("bench knight --model missing.gguf", "missing.gguf: no such file"),
 ]
 
 
@@ -109,7 +124,7 @@ OPTIONS = [
 def test_options(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, names: str
 ) -> None:
-    monkeypatch.setattr("ds4jax.commands.model.open_model", lambda options: pytest.fail("a model was opened"))
+    monkeypatch.setattr("ds4jax.commands.model.open_model", lambda options, **_: pytest.fail("a model was opened"))
     before = sorted(folder.rglob("*"))
     assert names in told(capsys, line.split())
     assert sorted(folder.rglob("*")) == before
@@ -132,7 +147,15 @@ def test_words_that_split_would_lose(capsys: pytest.CaptureFixture[str], argumen
 
 @pytest.mark.parametrize("path", ["empty", "folder", "words.gguf"])
 @pytest.mark.parametrize(
-    "command", ["generate text --model", "logits --prompt text --out out.npz --model", "inspect", "eval --model"]
+    "command",
+    [
+        "generate text --model",
+        "logits --prompt text --out out.npz --model",
+        "inspect",
+        "eval --model",
+        "check --model",
+        "bench knight --model",
+    ],
 )
 def test_files_that_are_no_model(folder: Path, capsys: pytest.CaptureFixture[str], command: str, path: str) -> None:
     before = sorted(folder.rglob("*"))

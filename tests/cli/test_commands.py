@@ -59,7 +59,8 @@ def test_generate_json(capsys: pytest.CaptureFixture[str], model: ds4jax.Languag
     told = json.loads(out)
     expected = model.generate(PROMPT, max_new_tokens=24)
     assert err == ""
-    assert list(told) == ["prompt_tokens", "tokens", "text", "tokens_per_second", "finish_reason"]
+    about_drafts = ["draft", "strict", "steps", "tokens_per_step", "ms_per_step", "acceptance"]
+    assert list(told) == ["prompt_tokens", "tokens", "text", "tokens_per_second", "finish_reason", *about_drafts]
     prompt_ids = [model.config.bos_id, *model.tokenizer.encode(PROMPT)]
     assert told["prompt_tokens"] == len(prompt_ids)
     assert tuple(told["tokens"]) == expected.ids
@@ -69,7 +70,8 @@ def test_generate_json(capsys: pytest.CaptureFixture[str], model: ds4jax.Languag
 
     np.save(tmp_path / "ids.npy", np.array(prompt_ids))
     from_ids = json.loads(output(capsys, "generate", "--ids", tmp_path / "ids.npy", "--max-new-tokens", "24", "--json")[0])
-    del told["tokens_per_second"], from_ids["tokens_per_second"]
+    for measured in ("tokens_per_second", "ms_per_step"):
+        del told[measured], from_ids[measured]
     assert from_ids == told
 
 
@@ -86,7 +88,7 @@ def test_ctrl_c_ends_with_the_text_so_far() -> None:
         rest, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert len((begun + rest).decode()) >= 8
-    assert re.fullmatch(r"\d+ prompt tokens, \d+ new tokens .* ended by: interrupted\n", err.decode())
+    assert re.fullmatch(r"\d+ prompt tokens, \d+ new tokens .* ended by: interrupted\ndraft 2: .* a step .*\n", err.decode())
 
 
 def test_ctrl_c_leaves_a_whole_object(
@@ -200,7 +202,7 @@ def test_what_was_held_out_is_not_in_the_extract() -> None:
     assert HELDOUT.read_text()[1000:1200] not in EXTRACT.read_text()
 
 
-@pytest.mark.parametrize("command", ["generate", "logits", "inspect", "eval"])
+@pytest.mark.parametrize("command", ["generate", "logits", "inspect", "eval", "check", "bench"])
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

@@ -1,0 +1,128 @@
+"""`ds4jax generate` with drafts: the same text, and figures that hold together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_files import SMALL, write_small
+
+from ds4jax import cli
+from ds4jax.commands import model as models
+
+PROMPT = "In the beginning"
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def without_mtp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model without an MTP block."""
+    path = tmp_path_factory.mktemp("models") / "plain.gguf"
+    write_small(path, dataclasses.replace(SMALL, n_mtp=0, compress_ratios=SMALL.compress_ratios[: SMALL.n_layers]))
+    return path
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
+    """The object of a `generate --json` that succeeds."""
+    line = ["generate", PROMPT, "--max-new-tokens", str(NEW_TOKENS), "--ignore-eos", "--json", *map(str, arguments)]
+    assert cli.main(line) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["generate", PROMPT, *map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+    return err
+
+
+def check_figures(fields: dict[str, Any], tried: int) -> None:
+    """Counts and times of one run, to the digits that are printed."""
+    assert len(fields["tokens"]) == NEW_TOKENS
+    assert fields["tokens_per_step"] * fields["steps"] == pytest.approx(NEW_TOKENS, rel=1e-3)
+    assert fields["tokens_per_second"] == pytest.approx(1e3 * fields["tokens_per_step"] / fields["ms_per_step"], rel=1e-2)
+    assert len(fields["acceptance"]) == tried
+    assert all(0 <= share <= 1 for share in fields["acceptance"])
+
+
+def test_every_depth_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = told(capsys, "--draft", "0")
+    assert (plain["draft"], plain["strict"], plain["steps"], plain["tokens_per_step"]) == (0, False, NEW_TOKENS, 1.0)
+    check_figures(plain, 0)
+    for word, draft in (("1", 1), ("2", 2)):
+        drafted = told(capsys, "--draft", word)
+        assert drafted["draft"] == draft
+        assert (drafted["tokens"], drafted["text"]) == (plain["tokens"], plain["text"])
+        assert NEW_TOKENS / (1 + draft) <= drafted["steps"] < NEW_TOKENS
+        check_figures(drafted, draft)
+    assert told(capsys)["draft"] == 2
+
+
+def test_auto_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    auto = told(capsys, "--draft", "auto")
+    assert auto["draft"] == "auto"
+    assert auto["tokens"] == told(capsys, "--draft", "0")["tokens"]
+    check_figures(auto, len(auto["acceptance"]))
+
+
+def test_strict(capsys: pytest.CaptureFixture[str]) -> None:
+    strict = told(capsys, "--strict")
+    assert (strict["strict"], strict["draft"]) == (True, 2)
+    check_figures(strict, 2)
+    assert strict["tokens"] == told(capsys, "--strict", "--draft", "0")["tokens"]
+
+
+def test_max_draft_0_is_the_loop_without_drafts(capsys: pytest.CaptureFixture[str]) -> None:
+    narrow = told(capsys, "--max-draft", "0")
+    assert (narrow["draft"], narrow["steps"]) == (0, NEW_TOKENS)
+    check_figures(narrow, 0)
+    assert "draft is 1, but " in refused(capsys, "--max-draft", "0", "--draft", "1")
+    assert "was opened with max_draft 0" in refused(capsys, "--max-draft", "0", "--draft", "auto")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", None),
+        ("--draft 0", None),
+        ("--draft auto", None),
+        ("--draft 2", None),
+        ("--draft 3", 3),
+        ("--draft 4", 4),
+        ("--max-draft 4", 4),
+        ("--draft 1 --max-draft 3", 3),
+        ("--draft 0 --max-draft 0", 0),
+    ],
+)
+def test_only_a_depth_above_the_default_needs_another_program(line: str, expected: int | None) -> None:
+    assert models.max_draft(cli.build_parser().parse_args(["generate", PROMPT, *line.split()])) == expected
+
+
+def test_stats_tell_the_acceptance(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["generate", PROMPT, "--max-new-tokens", str(NEW_TOKENS), "--ignore-eos", "--stats"]
+    assert cli.main([*line, "--draft", "2"]) == 0
+    number = r"\d+\.\d\d"
+    figures = rf"draft 2: {number} tokens a step of {number} ms, accepted by depth: {number}, {number}"
+    assert re.fullmatch(figures, capsys.readouterr().err.splitlines()[1])
+    assert cli.main([*line, "--draft", "0"]) == 0
+    assert re.fullmatch(rf"draft 0: 1\.00 tokens a step of {number} ms", capsys.readouterr().err.splitlines()[1])
+
+
+@pytest.mark.parametrize("draft", ["1", "4", "auto"])
+def test_drafting_needs_the_block(capsys: pytest.CaptureFixture[str], without_mtp: Path, draft: str) -> None:
+    line = refused(capsys, "--model", without_mtp, "--draft", draft)
+    assert line.startswith(
+        f"ds4jax: error: {without_mtp}: mtp: these weights have no MTP block, which drafting needs; use draft 0"
+    )
+
+
+def test_without_the_block_nothing_is_drafted(capsys: pytest.CaptureFixture[str], without_mtp: Path) -> None:
+    plain = told(capsys, "--model", without_mtp)
+    assert (plain["draft"], plain["steps"]) == (0, NEW_TOKENS)
+    check_figures(plain, 0)
+    assert told(capsys, "--model", without_mtp, "--draft", "0")["tokens"] == plain["tokens"]
