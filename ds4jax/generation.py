@@ -41,6 +41,7 @@ class Result:
         draft: drafts a step, or "auto".
         strict: whether products were float32 and free of Pallas kernels.
         steps: steps of the decode loop.
+        tokens_per_step: committed tokens, the stop token included, for each step.
         acceptance: for each depth that was tried, how often the draft stood when those before it had.
         decode_seconds: in the decode loop, compilation included.
         fingerprints: uint32 [n, 2] for the new tokens and the stop token if there is one: sum and exclusive or over the bits of
@@ -56,14 +57,10 @@ class Result:
     draft: int | str
     strict: bool
     steps: int
+    tokens_per_step: float
     acceptance: tuple[float, ...]
     decode_seconds: float
     fingerprints: np.ndarray = dataclasses.field(repr=False, compare=False)
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Committed tokens, the stop token included, for each step."""
-        return len(self.fingerprints) / self.steps if self.steps else 0.0
 
     @property
     def ms_per_step(self) -> float:
@@ -174,7 +171,7 @@ class Generation:
     def _choose_policy(self) -> Policy:
         model, options = self._model, self._options
         if options.draft == "auto":
-            costs = model.step_costs(self._capacity, strict=options.strict)
+            costs = model.step_costs(self._capacity, strict=options.strict, drafter=options.drafter)
             return Policy(jnp.int32(AUTO), jnp.asarray(costs, jnp.float32))
         depth = model.max_draft if options.draft is None else int(options.draft)
         return Policy(jnp.int32(depth), jnp.ones(1 + model.max_draft, jnp.float32))
@@ -261,7 +258,8 @@ class Generation:
             draft=self._model.max_draft if self._options.draft is None else self._options.draft,
             strict=self._options.strict,
             steps=told.steps,
+            tokens_per_step=told.count / told.steps if told.steps else 0.0,
             acceptance=tuple(float(s / t) for s, t in zip(told.stood, told.tried, strict=True) if t),
             decode_seconds=self._seconds,
-            fingerprints=told.fingerprints[: told.count],
+            fingerprints=told.fingerprints[: len(self.ids) + (self.finish_reason == "stop")],
         )

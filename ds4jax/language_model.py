@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from ds4jax import cache as caches
 from ds4jax.buckets import capacity_for, chunks, padded
 from ds4jax.config import Config
+from ds4jax.drafter import Drafter
 from ds4jax.errors import InputError
 from ds4jax.generation import MOST_DRAFTS, Generation, Options, Prompt, Result
 from ds4jax.model.parameters import build
@@ -49,7 +50,7 @@ class LanguageModel:
         if not 0 <= self.max_draft <= MOST_DRAFTS:
             raise InputError(f"max-draft is {max_draft}; it must be 0 to {MOST_DRAFTS}")
         self.graph, self.weights = nnx.split(model)
-        self._step_costs: dict[tuple[int, bool], tuple[float, ...]] = {}
+        self._step_costs: dict[tuple[int, bool, Drafter | None], tuple[float, ...]] = {}
 
     def __call__(self, ids: Sequence[int] | np.ndarray) -> Float[Array, "T V"]:
         """Logits float32 [T, V] at every position of a sequence.
@@ -153,18 +154,18 @@ class LanguageModel:
         model = nnx.merge(self.graph, self.weights)
         return LanguageModel(model, self.tokenizer, self.path, max_draft=max_draft)
 
-    def step_costs(self, capacity: int, *, strict: bool) -> tuple[float, ...]:
+    def step_costs(self, capacity: int, *, strict: bool, drafter: Drafter | None = None) -> tuple[float, ...]:
         """Milliseconds of a decode step at each depth 0 to `max_draft`, measured once for each program that is asked about."""
-        key = (capacity, strict)
+        key = (capacity, strict, drafter)
         if key not in self._step_costs:
-            timed = [self._time_steps(capacity, strict, depth) for depth in (0, *range(1 + self.max_draft))]
+            timed = [self._time_steps(capacity, strict, drafter, depth) for depth in (0, *range(1 + self.max_draft))]
             # The first run compiles.
             self._step_costs[key] = tuple(timed[1:])
         return self._step_costs[key]
 
-    def _time_steps(self, capacity: int, strict: bool, depth: int) -> float:
+    def _time_steps(self, capacity: int, strict: bool, drafter: Drafter | None, depth: int) -> float:
         most = min(capacity, self.config.max_context) - 1
-        generation = self.stream([0], max_new_tokens=most, ignore_eos=True, strict=strict, draft=depth)
+        generation = self.stream([0], max_new_tokens=most, ignore_eos=True, strict=strict, draft=depth, drafter=drafter)
         generation.advance(TIMED_TOKENS)
         return generation.result().ms_per_step
 

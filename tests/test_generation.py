@@ -66,6 +66,7 @@ def test_a_stream_left_early_keeps_what_it_said():
     result = generation.result()
     assert result.finish_reason == "interrupted"
     assert list(result.ids) == first
+    assert len(result.fingerprints) == len(first)
 
 
 def test_the_context_ends_the_text():

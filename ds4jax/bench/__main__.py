@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import subprocess
@@ -17,11 +18,10 @@ from ds4jax.bench.environment import ROOT
 from ds4jax.errors import InputError
 
 PROBE = "import jax; print(jax.default_backend()); print(jax.devices()[0].device_kind)"
-TESTS = ("-m", "pytest", "-m", "gpu", "-n", "0", "-o", "addopts=", "--import-mode=importlib", "-q", "-rs")
-TESTS_END = ("-p", "no:cacheprovider", "tests")
+TESTS = ("-m", "pytest", "-m", "gpu", "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "-v", "-rs")
 
 DESCRIPTION = """\
-Run one part's benchmarks and bit-equality checks, then the tests marked gpu. Exit code 1 when a test fails, a bit differs or
+Run one part's benchmarks and bit-equality checks, then its tests marked gpu. Exit code 1 when a test fails, a bit differs or
 something could not be measured; 2 where there is no GPU."""
 
 
@@ -66,13 +66,13 @@ def device_kind() -> str:
     return lines[1]
 
 
-def gpu_tests(path: Path) -> bool:
-    """Run the tests marked gpu in a fresh process and keep what it prints; True when some passed and none failed."""
+def gpu_tests(path: Path, tests: Sequence[str]) -> bool:
+    """Run the gpu tests among `tests` in a fresh process and keep what it prints; True when some passed and none failed."""
     # Where the GPU cannot be started the tests must fail, not fall back to the CPU and be skipped there.
     settings = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cuda,cpu"}
     with path.open("w", encoding="utf-8") as file:
         done = subprocess.run(
-            [sys.executable, *TESTS, *TESTS_END], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | settings
+            [sys.executable, *TESTS, *tests], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | settings
         )
     text = path.read_text(encoding="utf-8", errors="replace").replace(f"{ROOT}/", "").replace(sys.prefix, "<python>")
     path.write_text(text, encoding="utf-8")
@@ -104,7 +104,23 @@ def kernels_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     return bits.equal(found.bits) and not found.problems
 
 
-PARTS = {"kernels": kernels_part}
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What the suite runs at once.
+
+    Attributes:
+        measure: given the folder, the device's name for files and a printer of notes, measures and says whether all went well.
+        tests: arguments for pytest. Tests that mostly compile share the GPU in several processes.
+    """
+
+    measure: Callable[[Path, str, Callable[[str], None]], bool] | None
+    tests: tuple[str, ...]
+
+
+PARTS = {
+    "kernels": Part(kernels_part, ("-n", "0", "tests/kernels")),
+    "lossless": Part(None, ("-n", "4", "tests/test_lossless.py")),
+}
 
 
 def suite(part: str, out: Path) -> int:
@@ -115,10 +131,11 @@ def suite(part: str, out: Path) -> int:
     """
     note = progress()
     slug = environment.slug(device_kind())
-    measured = PARTS[part](out, slug, note)
+    chosen = PARTS[part]
+    measured = chosen.measure is None or chosen.measure(out, slug, note)
     note("tests marked gpu")
-    path = out / f"{slug}-gpu-tests.txt"
-    tested = gpu_tests(path)
+    path = out / f"{slug}-{part}-gpu-tests.txt"
+    tested = gpu_tests(path, chosen.tests)
     note(f"tests {'passed' if tested else 'failed'}")
     lines = path.read_text(encoding="utf-8").strip().splitlines()
     if not tested:

@@ -108,20 +108,20 @@ def test_tests_run_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch, root: Pat
     monkeypatch.setenv("JAX_PLATFORMS", "")
     monkeypatch.setattr(module, "TESTS", ("-m", "pytest", "-q", "-p", "no:cacheprovider"))
     source, told = tmp_path / "test_one.py", tmp_path / "told.txt"
-    monkeypatch.setattr(module, "TESTS_END", (str(source),))
+    tests = (str(source),)
     source.write_text(
         "import os\n\ndef test_it():\n"
         "    assert os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] == 'false'\n"
         "    assert os.environ['JAX_PLATFORMS'] == 'cuda,cpu'\n"
     )
-    assert module.gpu_tests(told)
+    assert module.gpu_tests(told, tests)
     assert "1 passed" in told.read_text()
     source.write_text(f"def test_it():\n    assert {str(root / 'a')!r} == 1\n")
-    assert not module.gpu_tests(told)
+    assert not module.gpu_tests(told, tests)
     assert "1 failed" in told.read_text()
     assert str(root) not in told.read_text()
     source.write_text("import pytest\n\ndef test_it():\n    pytest.skip('no')\n")
-    assert not module.gpu_tests(told)
+    assert not module.gpu_tests(told, tests)
 
 
 @pytest.mark.parametrize(("tested", "measured", "code"), [(True, True, 0), (False, True, 1), (True, False, 1)])
@@ -135,8 +135,8 @@ def test_suite(
 ) -> None:
     order = []
 
-    def gpu_tests(path: Path) -> bool:
-        order.append(path.name)
+    def gpu_tests(path: Path, tests: tuple[str, ...]) -> bool:
+        order.append((path.name, tests))
         path.write_text("tests/a.py F\nwhy\n1 failed\n")
         return tested
 
@@ -146,9 +146,9 @@ def test_suite(
 
     monkeypatch.setattr(module, "device_kind", lambda: "A GPU")
     monkeypatch.setattr(module, "gpu_tests", gpu_tests)
-    monkeypatch.setattr(module, "PARTS", {"kernels": part})
+    monkeypatch.setattr(module, "PARTS", {"kernels": module.Part(part, ("tests/one.py",))})
     assert module.main(["suite", "--part", "kernels", "--out", str(tmp_path)]) == code
-    assert order == ["a-gpu", "a-gpu-gpu-tests.txt"]
+    assert order == ["a-gpu", ("a-gpu-kernels-gpu-tests.txt", ("tests/one.py",))]
     out = capsys.readouterr().out
     assert out.endswith("gpu tests: 1 failed\n")
     assert ("why" in out) is not tested
