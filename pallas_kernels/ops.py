@@ -108,10 +108,11 @@ def _share_warp(x: jax.Array, weights: tuple[Q8_0, ...], *, interpret: bool) -> 
     """The kernel in launches of at most 8 rows. Traced once for each shape and inlined, since layers repeat shapes."""
     m, groups, k = x.shape
     sizes = tuple(weight.shape[0] // groups for weight in weights)
-    tile = tile_for(sizes, k, groups, "" if interpret else jax.devices()[0].device_kind)
+    device_kind = "" if interpret else jax.devices()[0].device_kind
     parts = []
     for first in range(0, m, MOST_ROWS):
         rows = x[first : first + MOST_ROWS]
+        tile = tile_for(sizes, k, groups, rows.shape[0], device_kind)
         quants = activation.quantize(rows.reshape(rows.shape[0], -1), groups, interpret=interpret)
         parts.append(q8_matmul(quants, weights, tile=tile, groups=groups, interpret=interpret))
     outputs = (jnp.concatenate(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
@@ -129,19 +130,17 @@ def _dots(x: jax.Array, weights: tuple[Weight, ...], *, strict: bool) -> tuple[j
 def _dot(x: jax.Array, weight: Weight, strict: bool) -> jax.Array:
     """Multiply out the weight and use the library's product; a large weight for many rows is multiplied out in tiles."""
     m, groups, k = x.shape
-    if strict and m <= DECODE_ROWS:
-        return _fixed_rows(x, reference.as_float32(weight).reshape(groups, -1, k))
-    precision = jax.lax.Precision.HIGHEST if strict else None
-    tiles = _tiles(weight, groups)
+    dot = _fixed_rows if strict else reference.dot
+    tiles = 1 if strict and m <= DECODE_ROWS else _tiles(weight, groups)
     if tiles == 1:
-        return reference.dot(x, reference.as_float32(weight).reshape(groups, -1, k), precision)
+        return dot(x, reference.as_float32(weight).reshape(groups, -1, k))
     assert isinstance(weight, Q8_0)
     rows = weight.shape[0] // tiles
     quants = jnp.moveaxis(weight.quants.reshape(2, tiles, rows, *weight.quants.shape[2:]), 1, 0)
     scales = weight.scales.reshape(tiles, rows, -1)
 
     def one(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return reference.dot(x, Q8_0(*tile).dequantize()[None], precision)
+        return dot(x, Q8_0(*tile).dequantize()[None])
 
     y_tiles = jax.lax.map(one, (quants, scales))
     return jnp.moveaxis(y_tiles, 0, 2).reshape(m, groups, -1)
@@ -156,8 +155,11 @@ def _tiles(weight: Weight, groups: int) -> int:
 
 
 def _fixed_rows(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Few rows, always eight at a time, so that the library cannot choose another algorithm for another number of rows."""
+    """Always eight rows at a time, so that the library cannot choose another algorithm for another number of rows."""
     m = x.shape[0]
-    padded = jnp.pad(x, ((0, -m % MOST_ROWS), (0, 0), (0, 0)))
-    parts = [reference.dot(padded[first : first + MOST_ROWS], w, jax.lax.Precision.HIGHEST) for first in range(0, m, MOST_ROWS)]
-    return jnp.concatenate(parts)[:m] if len(parts) > 1 else parts[0][:m]
+    parts = jnp.pad(x, ((0, -m % MOST_ROWS), (0, 0), (0, 0))).reshape(-1, MOST_ROWS, *x.shape[1:])
+    dot = functools.partial(reference.dot, w=w, precision=jax.lax.Precision.HIGHEST)
+    if m <= DECODE_ROWS:
+        return jnp.concatenate([dot(part) for part in parts])[:m]
+    y = jax.lax.map(dot, parts)
+    return y.reshape(-1, *y.shape[2:])[:m]

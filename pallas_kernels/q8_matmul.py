@@ -1,9 +1,12 @@
 """The share-warp Q8_0 matmul: every weight block is read once and serves all rows of the activations.
 
-A warp owns a few weight rows. Lane l owns their blocks l, l+32, l+64, ...: it loads a block's eight words in two 16-byte loads,
-takes the exact integer dot product with each of the M rows, and adds it to that row's accumulator with one fused multiply-add.
-The lanes are summed once, at the end. Neither order depends on M, so row m of any call has the bits of the same row alone, at any
-length. The order of the lanes does depend on the tile (measured on an H100), so a product has one tile for every M.
+A program is one warp and owns a few weight rows. Lane l owns their blocks l, l+32, l+64, ...: it loads a block's eight words in
+two 16-byte loads, takes the exact integer dot product with each of the M rows, and adds it to that row's accumulator with one
+fused multiply-add. The lanes are summed once, at the end, for all rows together. Neither order depends on M or on the tile: row m
+of any call has the bits of the same row alone, and each M may have a tile of its own.
+
+Every array in the kernel has one block a lane, [32] or [32, 4]. Arrays of several weight rows would lie over the lanes in one way
+for words and in another for scales, and would change places through shared memory.
 
 Source of the idea: `matmul_q8_0_preq_batch_share_warp_kernel` of the TrevorS/ds4 engine.
 """
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,19 +25,54 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import arithmetic
 from pallas_kernels.activation import Activation
+from pallas_kernels.arithmetic import LANES
 from pallas_kernels.formats import HALF, Q8_0
 
 MOST_ROWS = 8
-LANES = 32
 NAME = "q8_share_warp"
+
+Sums = tuple[jax.Array, ...]
+Weights = list[list[tuple[jax.Array, ...]]]
+Chunk = tuple[jax.Array, jax.Array | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How many weight rows a program owns, and how many warps share them; it also decides in which order lanes are summed."""
+    """How the work is cut; it decides how long a launch takes and nothing else.
+
+    Attributes:
+        rows: weight rows that a program owns.
+        unroll: chunks of 32 blocks of each that it loads before it multiplies the first.
+        chained: one chain of eight dp4a for a block in place of four of two and their sum.
+    """
 
     rows: int = 1
-    warps: int = 1
+    unroll: int = 1
+    chained: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.unroll}{'c' * self.chained}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """One weight of a launch as a program sees it.
+
+    Attributes:
+        words, scales, out: references.
+        n: rows of a group.
+        base: the group's first row.
+        row: the program's first row within the group.
+        mine: whether the program works on this matrix; None where the launch has no other.
+    """
+
+    words: Any
+    scales: Any
+    out: Any
+    n: int
+    base: jax.Array
+    row: jax.Array
+    mine: jax.Array | None
 
 
 def _value(i: int) -> jax.Array:
@@ -42,84 +80,145 @@ def _value(i: int) -> jax.Array:
     return jax.lax.full((), i, jnp.int32)
 
 
+def _all(*conditions: jax.Array | None) -> jax.Array | None:
+    """Whether every condition holds, over the lanes; None stands for one that always does."""
+    there = [jnp.broadcast_to(condition, (LANES,)) for condition in conditions if condition is not None]
+    return functools.reduce(jnp.logical_and, there) if there else None
+
+
 def _load(ref: Any, *index: Any, real: jax.Array | None, **how: Any) -> jax.Array:
-    """Load a slice; interpret mode takes no Python integers beside dynamic slices, so they become values."""
+    """Load one block's scale or half of its words for each lane, 0 where not `real`."""
+    # Interpret mode takes no Python integers beside dynamic slices.
     index = tuple(_value(i) if isinstance(i, int) else i for i in index)
-    return plt.load(ref.at[index], mask=real, other=None if real is None else 0, **how)
+    if real is None:
+        return plt.load(ref.at[index], **how)
+    mask = jnp.broadcast_to(real[:, None], (LANES, HALF)) if isinstance(index[-1], slice) else real
+    return plt.load(ref.at[index], mask=mask, other=0, **how)
 
 
-def _masks(real: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
-    """A mask of blocks for scales and, repeated over the words of a half, for quants."""
-    return real, None if real is None else jnp.broadcast_to(real[..., None], (*real.shape, HALF))
+def _of_mine(matrices: Sequence[_Matrix], load: Callable[[_Matrix], Weights]) -> Weights:
+    """What `load` finds in the program's own matrix. The compiler makes of the branches one load from a chosen address."""
+    if len(matrices) == 1:
+        return load(matrices[0])
+    rest = functools.partial(_of_mine, matrices[1:], load)
+    found: Weights = jax.lax.cond(matrices[0].mine, functools.partial(load, matrices[0]), rest)
+    return found
 
 
-def _program(
-    x_ref: Any,
-    xs_ref: Any,
-    w_ref: Any,
-    ws_ref: Any,
-    o_ref: Any,
-    group: Any,
-    tile_index: Any,
-    *,
-    n: int,
-    tile: Tile,
-    interpret: bool,
-) -> None:
-    """One program's rows of one matrix: rows `tile_index`·rows.. of the n rows of `group`."""
-    m_rows, blocks = x_ref.shape[0], xs_ref.shape[-1]
-    lanes = min(LANES, pl.next_power_of_2(blocks))
-    shape = (tile.rows, lanes)
-    row = tile_index * tile.rows
-    rows = pl.ds(group * n + row, tile.rows)
-    in_rows = row + jax.lax.broadcasted_iota(jnp.int32, shape, 0) < n if n % tile.rows else None
+@dataclasses.dataclass(frozen=True)
+class Warp:
+    """One program: `tile.rows` rows of one of the matrices, times the M rows of one group of activations."""
 
-    def chunk(c: jax.Array, accumulators: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        column = c * lanes
-        span, real, real_x = pl.ds(column, lanes), in_rows, None
-        if blocks % lanes:
-            in_blocks = column + jax.lax.broadcasted_iota(jnp.int32, shape, 1) < blocks
-            real = in_blocks if real is None else real & in_blocks
-            real_x = column + jnp.arange(lanes, dtype=jnp.int32) < blocks
-        (w_mask, q_mask), (xs_mask, xq_mask) = _masks(real), _masks(real_x)
+    x: Any
+    xs: Any
+    group: jax.Array
+    matrices: Sequence[_Matrix]
+    tile: Tile
+    interpret: bool
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return int(self.x.shape[0])
+
+    def zeros(self) -> Sums:
+        """Accumulators of the M rows with each of the tile's, the tile's innermost."""
+        return tuple(jnp.zeros(LANES, jnp.float32) for _ in range(self.rows * self.tile.rows))
+
+    def chunks(self, first: jax.Array, count: int) -> list[Chunk]:
+        """Columns of `count` chunks of blocks from number `first` on, and which lanes have one."""
+        blocks, lane = self.xs.shape[-1], jax.lax.broadcasted_iota(jnp.int32, (LANES,), 0)
+        columns = [(first + c) * LANES for c in range(count)]
+        return [(column, column + lane < blocks if blocks % LANES else None) for column in columns]
+
+    def load(self, chunks: Sequence[Chunk]) -> Weights:
+        """The tile's rows of each chunk."""
+
+        def rows_of(matrix: _Matrix) -> Weights:
+            return [[self.load_row(matrix, r, chunk) for r in range(self.tile.rows)] for chunk in chunks]
+
+        return _of_mine(self.matrices, rows_of)
+
+    def load_row(self, matrix: _Matrix, r: int, chunk: Chunk) -> tuple[jax.Array, ...]:
+        """Both halves of the words of one row, and its scales."""
+        row, span = matrix.base + matrix.row + r, pl.ds(chunk[0], LANES)
+        real = _all(matrix.row + r < matrix.n if matrix.n % self.tile.rows else None, chunk[1])
         # Each weight is used once, so it leaves the cache first.
-        once = functools.partial(_load, eviction_policy="evict_first")
-        words = [once(w_ref, half, rows, span, slice(None), real=q_mask) for half in range(2)]
-        scale = once(ws_ref, rows, span, real=w_mask).astype(jnp.float32)
-        out = []
-        for m in range(m_rows):
-            dot = jnp.zeros((*shape, HALF), jnp.int32)
-            for half in range(2):
-                x = _load(x_ref, m, group, half, span, slice(None), real=xq_mask)
-                dot = arithmetic.dp4a(words[half], jnp.broadcast_to(x[None], dot.shape), dot, interpret=interpret)
-            xs = jnp.broadcast_to(_load(xs_ref, m, group, span, real=xs_mask)[None], shape)
-            both = arithmetic.multiply(scale, xs, interpret=interpret)
-            total = jnp.sum(dot, axis=-1).astype(jnp.float32)
-            out.append(arithmetic.fma(total, both, accumulators[m], interpret=interpret))
+        once = functools.partial(_load, real=real, eviction_policy="evict_first")
+        return (*(once(matrix.words, half, row, span, slice(None)) for half in range(2)), once(matrix.scales, row, span))
+
+    def dot(self, words: Sequence[jax.Array], x: Sequence[jax.Array]) -> jax.Array:
+        """Exact dot products of one block a lane, as float32."""
+        if self.tile.chained and not self.interpret:
+            return arithmetic.chained_dot(words, x).astype(jnp.float32)
+        total = jnp.zeros_like(words[0])
+        for half in range(2):
+            total = arithmetic.dp4a(words[half], x[half], total, interpret=self.interpret)
+        return jnp.sum(total, axis=-1).astype(jnp.float32)
+
+    def add(self, chunks: Sequence[Chunk], weights: Weights, sums: Sums) -> Sums:
+        """Accumulators with the products of these chunks added, one chunk after the other."""
+        out = list(sums)
+        for (column, real), rows in zip(chunks, weights, strict=True):
+            span = pl.ds(column, LANES)
+            for m in range(self.rows):
+                x = [_load(self.x, m, self.group, half, span, slice(None), real=real) for half in range(2)]
+                xs = _load(self.xs, m, self.group, span, real=real)
+                for r, (*words, scale) in enumerate(rows):
+                    both = arithmetic.multiply(scale.astype(jnp.float32), xs, interpret=self.interpret)
+                    i = m * self.tile.rows + r
+                    out[i] = arithmetic.fma(self.dot(words, x), both, out[i], interpret=self.interpret)
         return tuple(out)
 
-    zeros = tuple(jnp.zeros(shape, jnp.float32) for _ in range(m_rows))
-    sums = jax.lax.fori_loop(0, pl.cdiv(blocks, lanes), chunk, zeros)
-    real = row + jnp.arange(tile.rows, dtype=jnp.int32) < n if n % tile.rows else None
-    for m in range(m_rows):
-        plt.store(o_ref.at[_value(m), rows], arithmetic.sum_lanes(sums[m], interpret=interpret), mask=real)
+    def turn(self, first: jax.Array, count: int, sums: Sums) -> Sums:
+        """Load and multiply `count` chunks from number `first` on."""
+        chunks = self.chunks(first, count)
+        weights = self.load(chunks)
+        if not self.interpret:
+            # To save registers the compiler would move loads behind the products of other blocks; now all are on their way first.
+            plt.debug_barrier()
+        return self.add(chunks, weights, sums)
+
+    def run(self) -> None:
+        """Everything that the program does."""
+        unroll, sums = self.tile.unroll, self.zeros()
+        turns, rest = divmod(pl.cdiv(self.xs.shape[-1], LANES), unroll)
+        if turns > 1:
+            sums = jax.lax.fori_loop(0, turns, lambda i, sums: self.turn(i * unroll, unroll, sums), sums)
+        elif turns:
+            sums = self.turn(_value(0), unroll, sums)
+        if rest:
+            sums = self.turn(_value(turns * unroll), rest, sums)
+        self.store(sums)
+
+    def store(self, sums: Sums) -> None:
+        """Sum the accumulators over the lanes and store them, up to 32 at once."""
+        lane, rows = jax.lax.broadcasted_iota(jnp.int32, (LANES,), 0), self.tile.rows
+        for first in range(0, len(sums), LANES):
+            total, place, owner = arithmetic.sum_lanes(sums[first : first + LANES], lane, interpret=self.interpret)
+            m, r = (first + place) // rows, (first + place) % rows
+            for matrix in self.matrices:
+                real = _all(owner, matrix.mine, matrix.row + r < matrix.n if matrix.n % rows else None)
+                # A lane with nothing to store points past the end, where interpret mode drops its value.
+                assert real is not None
+                column = jnp.where(real, matrix.base + matrix.row + r, matrix.out.shape[1])
+                plt.store(matrix.out.at[m, column], total, mask=real)
 
 
 def _kernel(x_ref: Any, xs_ref: Any, *refs: Any, sizes: tuple[int, ...], groups: int, tile: Tile, interpret: bool) -> None:
     count = len(sizes)
     weights, outputs = refs[: 2 * count], refs[2 * count :]
     program, first = pl.program_id(0), 0
+    group, matrices = _value(0), []
     for i, n in enumerate(sizes):
         tiles = pl.cdiv(n, tile.rows)
-        operands = (x_ref, xs_ref, weights[2 * i], weights[2 * i + 1], outputs[i])
-        body = functools.partial(_program, *operands, n=n, tile=tile, interpret=interpret)
+        mine = (program >= first) & (program < first + tiles) if count > 1 else None
         if groups > 1:
-            body(program // tiles, program % tiles)
-        elif count == 1:
-            body(_value(0), program)
-        else:
-            pl.when((program >= first) & (program < first + tiles))(functools.partial(body, _value(0), program - first))
+            group, program = program // tiles, program % tiles
+        row = (program - first) * tile.rows
+        matrices.append(_Matrix(weights[2 * i], weights[2 * i + 1], outputs[i], n, group * n, row, mine))
         first += tiles
+    Warp(x_ref, xs_ref, group, matrices, tile, interpret).run()
 
 
 def q8_matmul(x: Activation, weights: Sequence[Q8_0], *, tile: Tile, groups: int = 1, interpret: bool = False) -> list[jax.Array]:
@@ -128,6 +227,7 @@ def q8_matmul(x: Activation, weights: Sequence[Q8_0], *, tile: Tile, groups: int
     Args:
         x: M rows, 1 to 8, of K values; `groups` groups of K when grouped.
         weights: [N, K] each; a single [groups·N, K] when grouped.
+        tile: how the work is cut; the result does not depend on it.
 
     Returns:
         float32 [M, N] for each weight, [M, groups·N] when grouped.
@@ -140,7 +240,7 @@ def q8_matmul(x: Activation, weights: Sequence[Q8_0], *, tile: Tile, groups: int
         kernel,
         out_shape=[jax.ShapeDtypeStruct((m, weight.shape[0]), jnp.float32) for weight in weights],
         grid=(groups * sum(pl.cdiv(n, tile.rows) for n in sizes),),
-        compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name=NAME,
     )(x.quants, x.scales, *operands)

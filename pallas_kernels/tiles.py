@@ -1,8 +1,7 @@
-"""Which tile a share-warp launch uses: a table of measured choices by device and shape, a rule elsewhere.
+"""Which tile a share-warp launch uses: a table of measured choices by device, shape and number of rows, a rule elsewhere.
 
 The entries of tiles.json were found on the devices that they stand under; `python -m pallas_kernels.tune` finds them for another.
-A tile also sets the order in which lanes are summed, so results on two devices may differ in their last bits; it never depends on
-the number of rows, and so neither do the bits.
+A tile sets the time of a launch alone: results have the same bits with any.
 """
 
 from __future__ import annotations
@@ -13,18 +12,21 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from pallas_kernels.arithmetic import LANES
+from pallas_kernels.formats import BLOCK
 from pallas_kernels.q8_matmul import Tile
 from pallas_kernels.shapes import tile_key
 
 TABLE = Path(__file__).with_name("tiles.json")
-SHORT_K = 2048
-MANY_ROWS = 65536
+# With fewer programs than this a device of a hundred multiprocessors has not enough loads on their way.
+PROGRAMS = 2048
+MOST_LOADS = 4
 
-Table = dict[str, dict[str, list[int]]]
+Table = dict[str, dict[str, dict[str, list[int]]]]
 
 
 def read(path: Path) -> Table:
-    """Tiles by device kind and shape key, `[rows, warps]` each.
+    """Tiles by device kind, shape key and number of rows M, `[rows, unroll, chained]` each.
 
     Raises:
         ValueError: the file is something else; the message names it.
@@ -32,18 +34,23 @@ def read(path: Path) -> Table:
     try:
         table = json.loads(path.read_text())
         for shapes in table.values():
-            for rows, warps in shapes.values():
-                Tile(int(rows), int(warps))
+            for entries in shapes.values():
+                for m, (rows, unroll, chained) in entries.items():
+                    if min(int(m), int(rows), int(unroll)) < 1 or chained not in (0, 1):
+                        raise ValueError("a number is out of range")
+                if not entries:
+                    raise ValueError("a shape has no entry")
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a table of tiles: {error}") from None
     return dict(table)
 
 
-def write(path: Path, device_kind: str, chosen: Mapping[str, Tile]) -> None:
-    """Put tiles by shape key under a device kind; what the file holds beside them stays. The file changes at once or not."""
+def write(path: Path, device_kind: str, chosen: Mapping[str, Mapping[int, Tile]]) -> None:
+    """Put tiles by shape key and M under a device kind; what the file holds beside them stays. It changes at once or not."""
     table = read(path) if path.exists() else {}
     shapes = table.setdefault(device_kind, {})
-    shapes.update({key: [tile.rows, tile.warps] for key, tile in chosen.items()})
+    for key, tiles in chosen.items():
+        shapes[key] = {str(m): [tile.rows, tile.unroll, int(tile.chained)] for m, tile in sorted(tiles.items())}
     devices = []
     for device, entries in sorted(table.items()):
         lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in sorted(entries.items()))
@@ -61,15 +68,21 @@ def _shipped() -> Table:
     return read(TABLE)
 
 
-def tile_for(sizes: tuple[int, ...], k: int, groups: int, device_kind: str) -> Tile:
-    """The tile of a launch over weights of `sizes` rows of K values each, `groups` times.
+def tile_for(sizes: tuple[int, ...], k: int, groups: int, m: int, device_kind: str) -> Tile:
+    """The tile of a launch of M activation rows over weights of `sizes` rows of K values each, `groups` times.
 
-    Measured choices come from tiles.json; `device_kind` is the device's name as jax gives it, such as "NVIDIA H100 80GB HBM3".
-    Elsewhere a program owns two rows where a row is short or rows are many, and one row otherwise: with less to do, a program
-    does not pay for its start, and with fewer programs a small launch does not fill the device.
+    Measured choices come from tiles.json, where an M that was not measured takes the choice of the next larger one that was;
+    `device_kind` is the device's name as jax gives it, such as "NVIDIA H100 80GB HBM3". Elsewhere a program loads four chunks
+    before it multiplies the first, from up to four rows, since these share the activations, but from fewer where there would be
+    too few programs for the device.
     """
-    entry = _shipped().get(device_kind, {}).get(tile_key(sizes, k, groups))
-    if entry:
-        rows, warps = entry
-        return Tile(rows, warps)
-    return Tile(rows=2 if k <= SHORT_K or groups * sum(sizes) >= MANY_ROWS else 1, warps=1)
+    entries = _shipped().get(device_kind, {}).get(tile_key(sizes, k, groups))
+    if entries:
+        measured = sorted(map(int, entries))
+        rows, unroll, chained = entries[str(next((known for known in measured if known >= m), measured[-1]))]
+        return Tile(rows, unroll, bool(chained))
+    rows = MOST_LOADS
+    while rows > 1 and groups * sum(sizes) < rows * PROGRAMS:
+        rows //= 2
+    chunks = -(-k // (BLOCK * LANES))
+    return Tile(rows, min(chunks, MOST_LOADS // rows))

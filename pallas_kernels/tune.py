@@ -22,7 +22,8 @@ import numpy as np
 
 from pallas_kernels import tiles, timing
 from pallas_kernels.activation import Activation
-from pallas_kernels.formats import BLOCK, HALF, Q8_0
+from pallas_kernels.arithmetic import LANES
+from pallas_kernels.formats import BLOCK, HALF, Q8_0, WORDS
 from pallas_kernels.q8_matmul import MOST_ROWS, NAME, Tile, q8_matmul
 from pallas_kernels.shapes import FLASH, Product
 
@@ -30,8 +31,10 @@ from pallas_kernels.shapes import FLASH, Product
 ROTATION_BYTES = 300_000_000
 SAMPLES = 40
 THREADS = 8
-CANDIDATES = tuple(Tile(rows, warps) for rows in (1, 2, 4) for warps in (1, 2, 4) if rows % warps == 0)
-TUNED_ROWS = (1, 4)
+POWERS = (1, 2, 4, 8)
+TUNED_ROWS = (1, 2, 3, 4, 8)
+# Registers of a lane for weights on their way, nine for a block, and for accumulators; with more of them values are spilt.
+MOST_REGISTERS = 200
 BAR = 40
 
 
@@ -128,16 +131,24 @@ def times(programs: Mapping[Launch, Any], data: Data) -> dict[Launch, list[float
     return dict(zip(programs, measured, strict=True))
 
 
-def best(medians: Mapping[Launch, float]) -> Tile:
-    """The tile with the least sum over M of its time divided by the best time of that M; the first of equals."""
-    least: dict[int, float] = {}
-    for launch, us in medians.items():
-        least[launch.m] = min(us, least.get(launch.m, us))
-    scores: dict[Tile, list[float]] = {}
-    for launch, us in medians.items():
-        scores.setdefault(launch.tile, []).append(us / least[launch.m])
-    complete = {tile: sum(ratios) for tile, ratios in scores.items() if len(ratios) == len(least)}
-    return min(complete, key=lambda tile: (complete[tile], tile.rows, tile.warps))
+def candidates(product: Product, m: int) -> list[Tile]:
+    """Tiles worth measuring for M rows: no more rows and chunks than there are, and no more than the registers hold."""
+    chunks, heights = -(-product.k // (BLOCK * LANES)), max(product.sizes)
+    return [
+        Tile(rows, unroll, chained)
+        for rows in POWERS
+        for unroll in POWERS
+        for chained in (False, True)
+        if rows <= heights and unroll < 2 * chunks and rows * (unroll * (WORDS + 1) + m) <= MOST_REGISTERS
+    ]
+
+
+def best(medians: Mapping[Launch, float]) -> dict[int, Tile]:
+    """The fastest tile for each M; the smaller of equals."""
+    fastest: dict[int, Tile] = {}
+    for launch in sorted(medians, key=lambda launch: (medians[launch], dataclasses.astuple(launch.tile))):
+        fastest.setdefault(launch.m, launch.tile)
+    return fastest
 
 
 def short_name(product: Product) -> str:
@@ -168,24 +179,25 @@ class _Bar:
             print(f"\r[{'#' * filled}{'.' * (BAR - filled)}] {self.count}/{self.total}", end=end, file=sys.stderr, flush=True)
 
 
-def tune(products: Sequence[Product], tick: Callable[[], None]) -> dict[str, Tile]:
-    """Measure every candidate on every product, print a table, and return the best tiles by shape key.
+def tune(products: Sequence[Product], tick: Callable[[], None]) -> dict[str, dict[int, Tile]]:
+    """Measure every candidate on every product, print a line for each M, and return the best tiles by shape key and M.
 
     Raises:
-        RuntimeError: no tile of a product compiles.
+        RuntimeError: no tile of a product compiles for some M.
     """
     chosen = {}
-    print(f"{'shape':16} {'':4} " + " ".join(f"{f'{tile.rows}x{tile.warps}':>8}" for tile in CANDIDATES) + "   µs; rows x warps")
+    print("µs by tile, rows x unroll and c for chained, the best first")
     for product in products:
-        launches = [Launch(product, m, tile) for m in TUNED_ROWS for tile in CANDIDATES]
+        launches = [Launch(product, m, tile) for m in TUNED_ROWS for tile in candidates(product, m)]
         programs, failed = compile_all({launch: job(launch) for launch in launches}, tick)
-        if not programs:
+        if {launch.m for launch in programs} != set(TUNED_ROWS):
             raise RuntimeError(f"{product.key}: no tile compiles: {next(iter(failed.values()))}")
         medians = {launch: statistics.median(us) for launch, us in times(programs, Data(product)).items()}
         chosen[product.key] = best(medians)
         for m in TUNED_ROWS:
-            cells = (medians.get(Launch(product, m, tile)) for tile in CANDIDATES)
-            print(f"{product.key:16} M={m:<2} " + " ".join(f"{'failed' if us is None else f'{us:.2f}':>8}" for us in cells))
+            order = sorted((launch for launch in medians if launch.m == m), key=medians.__getitem__)
+            cells = "  ".join(f"{launch.tile} {medians[launch]:.2f}" for launch in order)
+            print(f"{product.key:16} M={m}  {cells}" + ("  and some failed" if len(order) < len(candidates(product, m)) else ""))
         tick()
     return chosen
 
@@ -199,12 +211,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if jax.default_backend() != "gpu":
         print(f"tune: jax runs on {jax.default_backend()} here; tiles are measured on a GPU", file=sys.stderr)
         return 2
-    bar = _Bar(len(options.shapes) * (len(CANDIDATES) * len(TUNED_ROWS) + 1))
+    bar = _Bar(sum(1 + sum(len(candidates(product, m)) for m in TUNED_ROWS) for product in options.shapes))
     chosen = tune(options.shapes, bar.tick)
     device = jax.devices()[0].device_kind
     tiles.write(options.device_table, device, chosen)
-    for key, tile in chosen.items():
-        print(f"{key:16} rows {tile.rows}, warps {tile.warps}")
     print(f"{options.device_table.name}: {len(chosen)} shapes of {device}")
     return 0
 

@@ -7,16 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.q8_matmul import MOST_ROWS, Tile
+from pallas_kernels.q8_matmul import MOST_ROWS
 from pallas_kernels.shapes import Product
-from pallas_kernels.tune import Data, Launch
+from pallas_kernels.tune import Data
 
 EVERY_M = tuple(range(1, MOST_ROWS + 1))
-
-
-def launches(product: Product, tile: Tile) -> list[Launch]:
-    """What `check` compares: every M with the product's own tile, which sets the order of its sums."""
-    return [Launch(product, m, tile) for m in EVERY_M]
 
 
 def differing(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> int:
@@ -29,8 +24,10 @@ def _outputs(run: Callable[..., Any], data: Data, m: int, first: int = 0) -> lis
     return [np.asarray(array) for outputs in run(data.rows(m, first), data.weights) for array in outputs]
 
 
-def check(product: Product, tile: Tile, programs: Mapping[Launch, Any], data: Data) -> list[dict[str, Any]]:
-    """Compare the results of one product's programs, over all of its weights.
+def check(product: Product, programs: Mapping[int, Any], data: Data) -> list[dict[str, Any]]:
+    """Compare the results of one product's programs by number of rows, over all of its weights.
+
+    Each number of rows has a tile of its own, so that this compares tiles too.
 
     Returns:
         Rows {shape, m, against, differing}: each M with each of its rows alone, and M = 1 and 8 with a second run.
@@ -40,15 +37,15 @@ def check(product: Product, tile: Tile, programs: Mapping[Launch, Any], data: Da
     def note(m: int, against: str, count: int) -> None:
         rows.append({"shape": product.key, "m": m, "against": against, "differing": count})
 
-    single = programs[Launch(product, 1, tile)]
+    single = programs[1]
     each = [_outputs(single, data, 1, first) for first in range(MOST_ROWS)]
     alone = [np.concatenate(arrays) for arrays in zip(*each, strict=True)]
     together: dict[int, list[np.ndarray]] = {1: each[0]}
     for m in EVERY_M[1:]:
-        together[m] = _outputs(programs[Launch(product, m, tile)], data, m)
+        together[m] = _outputs(programs[m], data, m)
         note(m, "each row alone", differing(together[m], [array[:m] for array in alone]))
     for m in (1, MOST_ROWS):
-        note(m, "a second run", differing(together[m], _outputs(programs[Launch(product, m, tile)], data, m)))
+        note(m, "a second run", differing(together[m], _outputs(programs[m], data, m)))
     return rows
 
 

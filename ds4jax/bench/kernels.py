@@ -137,15 +137,14 @@ class Bench:
 
     def __init__(self, products: Sequence[Product], rows: Sequence[int], copy_gbps: float, *, check_bits: bool):
         self.products, self.rows, self.copy_gbps, self.check_bits = products, rows, copy_gbps, check_bits
-        device = jax.devices()[0].device_kind
-        self.tiles = {product: tile_for(product.sizes, product.k, product.groups, device) for product in products}
         self.result = Result()
 
     def launches(self, product: Product) -> list[Launch]:
-        """The programs of one product, each once."""
-        tile = self.tiles[product]
-        timed = [Launch(product, part, tile) for m in self.rows for part in launch_rows(m)]
-        return list(dict.fromkeys(timed + (bits.launches(product, tile) if self.check_bits else [])))
+        """The programs of one product, one for each number of rows, with the tile that the model's launch of so many has."""
+        device = jax.devices()[0].device_kind
+        timed = [part for m in self.rows for part in launch_rows(m)]
+        every = dict.fromkeys([*timed, *(bits.EVERY_M if self.check_bits else ())])
+        return [Launch(product, m, tile_for(product.sizes, product.k, product.groups, m, device)) for m in every]
 
     def jobs(self) -> dict[Any, tuple[Any, tuple[Any, ...]]]:
         """Everything to compile, the slow ones first."""
@@ -166,7 +165,7 @@ class Bench:
 
     def share_warp(self, product: Product, programs: Mapping[Launch, Any]) -> None:
         """Times and bits of one product."""
-        tile, data = self.tiles[product], tune.Data(product)
+        data = tune.Data(product)
         samples = {launch.m: us for launch, us in tune.times(programs, data).items()}
         for m in self.rows:
             if all(part in samples for part in launch_rows(m)):
@@ -175,7 +174,7 @@ class Bench:
                 made = row(product.key, product.name, "share_warp", m, told, traffic, self.copy_gbps)
                 self.result.rows.append({"weight_bytes": product.weight_bytes, **made})
         if self.check_bits:
-            self.result.bits += bits.check(product, tile, programs, data)
+            self.result.bits += bits.check(product, {launch.m: run for launch, run in programs.items()}, data)
 
     def quantization(self, programs: Mapping[Quantize, Any]) -> None:
         """Times of the activation kernel, and the bits of its rows."""

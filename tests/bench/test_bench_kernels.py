@@ -81,7 +81,7 @@ def test_weights_rotate_over_more_than_any_cache() -> None:
         assert tune.copies(product) * product.weight_bytes >= 300_000_000
 
 
-def fake_programs(tile: Tile, broken: dict[int, int]) -> dict[Launch, Any]:
+def fake_programs(broken: dict[int, int]) -> dict[int, Any]:
     """Programs whose result in row i depends on row i alone, but for one bit of the rows that `broken` names by M."""
 
     def run(m: int, x: activation.Activation, sets: Sequence[Any]) -> list[list[np.ndarray]]:
@@ -91,15 +91,15 @@ def fake_programs(tile: Tile, broken: dict[int, int]) -> dict[Launch, Any]:
             out[broken[m], 1] = np.nextafter(out[broken[m], 1], np.float32(np.inf))
         return [[out, -out] for _ in sets]
 
-    return {Launch(PAIR, m, tile): functools.partial(run, m) for m in bits.EVERY_M}
+    return {m: functools.partial(run, m) for m in bits.EVERY_M}
 
 
 def test_bits_that_differ_are_counted() -> None:
-    tile, data = Tile(), tune.Data(PAIR, sets=3)
-    whole = bits.check(PAIR, tile, fake_programs(tile, {}), data)
+    data = tune.Data(PAIR, sets=3)
+    whole = bits.check(PAIR, fake_programs({}), data)
     assert [row["m"] for row in whole] == [2, 3, 4, 5, 6, 7, 8, 1, 8]
     assert bits.equal(whole)
-    bad = bits.check(PAIR, tile, fake_programs(tile, {3: 2, 8: 7}), data)
+    bad = bits.check(PAIR, fake_programs({3: 2, 8: 7}), data)
     assert {row["m"]: row["differing"] for row in bad if row["differing"]} == {3: 6, 8: 6}
     assert not bits.equal(bad)
     assert not bits.equal([])
@@ -126,6 +126,15 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "ACTIVATION_CALLS", 2)
     monkeypatch.setattr(kernels, "ACTIVATION_WIDTHS", (64,))
     monkeypatch.setattr(bits, "EVERY_M", (1, 5, 8))
+
+
+def test_each_number_of_rows_is_one_program_with_its_own_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "tile_for", lambda sizes, k, groups, m, device: Tile(groups, m))
+    for product in (PAIR, GROUPED):
+        launches = Bench((product,), (4, 12), 2.0, check_bits=True).launches(product)
+        assert sorted(launch.m for launch in launches) == list(range(1, 9))
+        assert all(launch.tile == Tile(product.groups, launch.m) for launch in launches)
+        assert [launch.m for launch in Bench((product,), (4, 12), 2.0, check_bits=False).launches(product)] == [4, 8]
 
 
 @pytest.mark.usefixtures("no_gpu_needed")

@@ -12,9 +12,10 @@ from numerics import golden_config
 
 from ds4jax.config import Config
 from ds4jax.model.parameters import shapes
-from pallas_kernels import ops
+from pallas_kernels import ops, tiles
+from pallas_kernels.activation import Activation
 from pallas_kernels.formats import BLOCK, HALF, Q8_0
-from pallas_kernels.q8_matmul import NAME
+from pallas_kernels.q8_matmul import NAME, q8_matmul
 from pallas_kernels.shapes import FLASH, Product
 
 GGUF_A = Config(
@@ -59,6 +60,20 @@ def test_v4_flash(product, rows):
     text = lowered(product, rows)
     assert kernel_calls(text, NAME) == 1
     assert kernel_calls(text, "q8_activation") == 1
+
+
+@pytest.mark.parametrize("product", FLASH, ids=lambda product: product.key)
+def test_measured_tiles(product):
+    """What a GPU runs: this machine's own device has the tiles of the rule."""
+    blocks = product.k // BLOCK
+    weights = [abstract_weight(product.groups * n, product.k) for n in product.sizes]
+    for device, shapes_of in tiles.read(tiles.TABLE).items():
+        for m in {tuple(tile): int(m) for m, tile in shapes_of[product.key].items()}.values():
+            words = jax.ShapeDtypeStruct((m, product.groups, 2, blocks, HALF), jnp.int32)
+            x = Activation(words, jax.ShapeDtypeStruct((m, product.groups, blocks), jnp.float32))
+            tile = tiles.tile_for(product.sizes, product.k, product.groups, m, device)
+            text = lowered_for_cuda(jax.jit(functools.partial(q8_matmul, tile=tile, groups=product.groups)), x, weights)
+            assert kernel_calls(text, NAME) == 1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pallas_kernels import activation, ops, reference
 from pallas_kernels.formats import BLOCK, Q8_0
 from pallas_kernels.q8_matmul import MOST_ROWS, Tile, q8_matmul
 
-TILES = [Tile(1, 1), Tile(2, 1), Tile(4, 2)]
+TILES = [Tile(1, 1), Tile(2, 2), Tile(4, 1)]
 LENGTHS = [1, 2, 3, 5, 6, 8]
 
 
@@ -57,13 +57,26 @@ def test_golden_products_of_float_activations(activation_golden):
     assert (error <= 1e-6 * activation_golden["q8_0.abs_sum"]).all()
 
 
-@pytest.mark.parametrize(("blocks", "tile"), [(blocks, TILES[0]) for blocks in LENGTHS] + [(3, TILES[1]), (8, TILES[2])])
-def test_each_row_has_the_bits_of_the_row_alone(blocks, tile):
-    """Contract 1, with rows of weights that no tile divides."""
+@pytest.mark.parametrize("blocks", LENGTHS)
+def test_each_row_has_the_bits_of_the_row_alone(blocks):
+    """Contract 1, with rows of weights that no tile divides, and each M with another tile."""
     weights, x = [random_weight(blocks, 50, blocks * BLOCK)], random_rows(blocks, MOST_ROWS, blocks * BLOCK)
-    alone = rows_alone(x, weights, tile=tile)
-    for m in (2, 3, 4, 8):
+    alone = rows_alone(x, weights)
+    for m, tile in ((1, Tile(4, 2)), (2, Tile(2, 1)), (3, Tile(1, 2)), (4, Tile(4, 1)), (8, Tile(1, 1))):
         assert_bits_equal(product(x[:m], weights, tile=tile)[0], alone[:m])
+
+
+@pytest.mark.parametrize("tile", [Tile(1, 2), Tile(1, 3), Tile(2, 4), Tile(1, 8)])
+def test_bits_do_not_depend_on_how_many_chunks_are_loaded_at_once(tile):
+    """Seven chunks of 32 blocks, the last one short: turns of a loop and what remains after them."""
+    weights, x = [random_weight(0, 9, 200 * BLOCK)], random_rows(1, 2, 200 * BLOCK)
+    assert_bits_equal(product(x, weights, tile=tile)[0], product(x, weights)[0])
+
+
+def test_more_accumulators_than_lanes():
+    """Eight rows of activations and of weights are 64 sums: two groups of 32."""
+    weights, x = [random_weight(0, 13, 96)], random_rows(1, MOST_ROWS, 96)
+    assert_bits_equal(product(x, weights, tile=Tile(8, 1))[0], rows_alone(x, weights))
 
 
 def test_more_lanes_of_blocks_than_a_warp_has():
@@ -83,6 +96,9 @@ def test_grouped():
         assert_bits_equal(y[:, rows], product(x[:, group * k : (group + 1) * k], [part])[0])
     alone = rows_alone(x, [weight], groups=groups)
     assert_bits_equal(y, alone)
+    for m, tile in ((2, Tile(4, 1)), (4, Tile(2, 2)), (8, Tile(1, 1))):
+        rows = random_rows(4, 8, groups * k)[:m]
+        assert_bits_equal(product(rows, [weight], tile=tile, groups=groups)[0], rows_alone(rows, [weight], groups=groups))
 
 
 def test_the_jnp_form_of_a_grouped_product():
