@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
 from ds4jax.config import Config
@@ -69,3 +71,23 @@ def write_small(path: Path, config: Config = SMALL, **options: Any) -> dict[str,
     tensors = random_tensors(config)
     write_gguf(path, config, tensors, **vocabulary(), **options)
     return tensors
+
+
+def rewrite(
+    source: Path, target: Path, architecture: str, keep: Callable[[str], bool], *, keys: bool = True, add: str = ""
+) -> None:
+    """Write the tensors that are kept into another file, last to first, with one more where `add` names it."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, architecture)
+    for key, field in reader.fields.items():
+        if keys and not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
+    if add:
+        writer.add_tensor(add, np.zeros(4, np.float32))
+    for tensor in reversed(reader.tensors):
+        if keep(tensor.name):
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

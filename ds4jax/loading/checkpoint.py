@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from ds4jax.config import Config
-from pallas_kernels.formats import Q8_0
+from pallas_kernels.formats import Quantized
 
 if TYPE_CHECKING:
     from ds4jax.tokenizer import Tokenizer
@@ -24,6 +24,7 @@ class Tensor:
         name: its name in the published checkpoint, experts of a layer stacked.
         stored: how the file holds it, "F32", "Q8_0", "F8_E4M3" and so on.
         nbytes: its bytes in the file.
+        device_nbytes: its bytes on the device.
         read: reads it onto the default device; raises InputError where the stored values cannot be used.
     """
 
@@ -31,7 +32,8 @@ class Tensor:
     shape: tuple[int, ...]
     stored: str
     nbytes: int
-    read: Callable[[], jax.Array | Q8_0]
+    device_nbytes: int
+    read: Callable[[], jax.Array | Quantized]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Checkpoint:
         tokenizer: None where the files hold none.
         metadata: what the files say beyond tensors, by key.
         ignored: tensors in the files that the model has no use for.
+        mtp_path: the file that holds the MTP block, where it is not the model's own.
+        no_mtp: why the model has no MTP block, a phrase for a message that begins with the path; empty where it has one.
     """
 
     path: Path
@@ -53,3 +57,5 @@ class Checkpoint:
     tokenizer: Tokenizer | None
     metadata: dict[str, Any]
     ignored: tuple[str, ...] = ()
+    mtp_path: Path | None = None
+    no_mtp: str = ""

@@ -10,12 +10,13 @@ import numpy as np
 from ds4jax.config import Config
 from ds4jax.errors import InputError
 from ds4jax.loading.gguf_header import Header, shown
+from ds4jax.loading.limits import require_plausible
+from ds4jax.loading.mtp_file import drafter
 from ds4jax.tokenizer import token_id
 
 ARCHITECTURE = "deepseek4"
 PREFIX = f"{ARCHITECTURE}."
 QAT_KEY = "ds4jax.qat"
-MTP_TENSOR = "mtp.0.e_proj.weight"
 
 _COUNT = ("u32",)
 _LONG = ("u32", "u64")
@@ -67,8 +68,8 @@ _RATIOS, _CLAMPS = "attention.compress_ratios", "swiglu_clamp_exp"
 _KEY_OF = {field: key for field, key, _ in _FIELDS} | {"compress_ratios": _RATIOS, "swiglu_limit": _CLAMPS}
 
 
-def read_config(header: Header) -> Config:
-    """Derive the configuration from a file's metadata; `n_mtp` is 1 where the file holds the MTP block.
+def read_config(header: Header, *, mtp_file: bool = False) -> Config:
+    """Derive the configuration from a file's metadata; `n_mtp` is 1 where the file or its `mtp_file` holds the MTP block.
 
     Raises:
         InputError: another architecture, a key that is missing or of a wrong type, or values that no model can have.
@@ -81,16 +82,21 @@ def read_config(header: Header) -> Config:
             _require_equal(header, key, (kind,), expected)
     fields = {field: _number(header, key, types) for field, key, types in _FIELDS}
     _require_equal(header, "attention.value_length", _COUNT, fields["head_dim"])
-    n_mtp = int(MTP_TENSOR in header.tensors)
-    ratios = _array(header, _RATIOS, ("i32[]", "u32[]"), fields["n_layers"] + n_mtp)
+    n_mtp = int(mtp_file or drafter(header.tensors) == "mtp")
+    inside = 0 if mtp_file else n_mtp
+    ratios = tuple(_array(header, _RATIOS, ("i32[]", "u32[]"), fields["n_layers"] + inside).tolist())
+    if mtp_file and len(ratios) == fields["n_layers"]:
+        # Files need not say what a block of another file has: no compression.
+        ratios += (0,)
     clamps = _array(header, _CLAMPS, ("f32[]", "f64[]"), fields["n_layers"])
     if np.any(clamps != clamps[0]) or not np.isfinite(clamps[0]):
         raise InputError(f"{header.path}: {PREFIX}{_CLAMPS}: it must be one finite value, the same for all layers")
     values = plain_metadata(header)
     try:
+        require_plausible(fields)
         return Config(
             **fields,
-            compress_ratios=tuple(ratios.tolist()),
+            compress_ratios=ratios,
             swiglu_limit=_decimal(clamps[0]),
             n_mtp=n_mtp,
             bos_id=token_id(values, "bos", header.path),

@@ -112,29 +112,42 @@ def slots(config: Config) -> Iterator[Slot]:
         yield from _slots(_MTP + _block(ratio) + _SCORE_ROUTED, "mtp.0.", "mtp.0.", _axes(config, ratio))
 
 
-def match(header: Header, config: Config) -> tuple[list[tuple[Slot, TensorInfo]], tuple[str, ...]]:
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A parameter and the tensor that holds it, with the file that it is in."""
+
+    slot: Slot
+    header: Header
+    info: TensorInfo
+
+
+def match(header: Header, config: Config, mtp: Header | None = None) -> tuple[list[Found], tuple[str, ...]]:
     """Find every parameter in a file; also returns the names of tensors that the model has no use for.
+
+    Args:
+        mtp: the file of the MTP block, where it has its own.
 
     Raises:
         InputError: a tensor that is missing or has a wrong shape or a type that this tensor never has.
     """
-    unused = dict(header.tensors)
+    unused = {id(source): dict(source.tensors) for source in (header, mtp) if source is not None}
     found = []
     for slot in slots(config):
-        where = f"{header.path}: {slot.gguf_name}"
-        info = unused.pop(slot.gguf_name, None)
+        source = mtp if mtp is not None and slot.name.startswith("mtp.") else header
+        where = f"{source.path}: {slot.gguf_name}"
+        info = unused[id(source)].pop(slot.gguf_name, None)
         if info is None:
             raise InputError(f"{where}: this tensor is missing")
         if info.shape != slot.shape:
             raise InputError(f"{where}: dimensions {list(info.shape[::-1])}; the metadata asks for {list(slot.shape[::-1])}")
         if info.type not in slot.types:
             raise InputError(f"{where}: type {info.type} is not supported for this tensor; it must be {' or '.join(slot.types)}")
-        found.append((slot, info))
-    for slot, info in found:
-        up = header.tensors[slot.gguf_name.replace("ffn_gate_exps", "ffn_up_exps")]
-        if up.type != info.type:
-            raise InputError(f"{header.path}: {up.name}: type {up.type} differs from the {info.type} of {slot.gguf_name}")
-    return found, tuple(unused)
+        found.append(Found(slot, source, info))
+    for one in found:
+        up = one.header.tensors[one.info.name.replace("ffn_gate_exps", "ffn_up_exps")]
+        if up.type != one.info.type:
+            raise InputError(f"{one.header.path}: {up.name}: type {up.type} differs from the {one.info.type} of {one.info.name}")
+    return found, tuple(name for names in unused.values() for name in names)
 
 
 def _block(ratio: int) -> _Rows:

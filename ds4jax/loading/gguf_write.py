@@ -18,7 +18,7 @@ from ds4jax.loading import gguf_config
 from ds4jax.loading.gguf_names import EMBEDDING, SMALL, Slot, slots
 from ds4jax.loading.gguf_values import encode
 from ds4jax.tokenizer import KIND, MERGES_KEY, PRE_TOKENIZER, TOKENS_KEY, TYPES_KEY
-from pallas_kernels.formats import Q8_0
+from pallas_kernels.formats import Quantized
 
 _VALUE_TYPES = {
     "u32": GGUFValueType.UINT32,
@@ -35,7 +35,7 @@ _TYPE_OF = {bool: "bool", int: "i64", float: "f64", str: "str"}
 def write_gguf(
     path: str | Path,
     config: Config,
-    tensors: Mapping[str, jax.Array | np.ndarray | Q8_0],
+    tensors: Mapping[str, jax.Array | np.ndarray | Quantized],
     *,
     tokens: Sequence[str] = (),
     merges: Sequence[str] = (),
@@ -48,11 +48,11 @@ def write_gguf(
     """Write a model, its MTP block included, as one GGUF file; the file is there complete or not at all.
 
     Args:
-        tensors: every parameter by its name in the published checkpoint. Q8_0 values are stored as they are.
+        tensors: every parameter by its name in the published checkpoint. Quantised values are stored as they are.
         tokens, merges, token_types: the vocabulary by id, its merges ("a b", best first) and ggml's type of each token
             (1 normal, 3 control, 4 user defined); without tokens the file holds no tokenizer.
         metadata: further keys; integers are stored as i64, reals as f64.
-        quantize: store dense matrices and experts that are not Q8_0 yet as Q8_0, instead of BF16 where they are bfloat16
+        quantize: store dense matrices and experts that are not quantised yet as Q8_0, instead of BF16 where they are bfloat16
             and F32 elsewhere.
         small: type of hyper-connection functions, routers, compressors and indexers: F16, BF16 or F32.
         embedding: type of the embedding: F16, BF16, F32 or Q8_0.
@@ -85,9 +85,9 @@ def write_gguf(
     _write_atomically(writer, path)
 
 
-def _stored_type(slot: Slot, value: jax.Array | np.ndarray | Q8_0, *, quantize: bool, small: str, embedding: str) -> str:
-    if isinstance(value, Q8_0):
-        stored = "Q8_0"
+def _stored_type(slot: Slot, value: jax.Array | np.ndarray | Quantized, *, quantize: bool, small: str, embedding: str) -> str:
+    if isinstance(value, Quantized):
+        stored = type(value).__name__
     elif slot.types is EMBEDDING:
         stored = embedding
     elif slot.types is SMALL:

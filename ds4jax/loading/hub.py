@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,13 @@ from ds4jax.errors import InputError
 from ds4jax.loading import hub_values
 from ds4jax.loading.checkpoint import Checkpoint, Tensor
 from ds4jax.loading.hub_config import read_config, read_json, with_mtp
+from ds4jax.loading.mtp_file import DSPARK, drafter
 from ds4jax.model.parameters import shapes
 
 if TYPE_CHECKING:
     from ds4jax.tokenizer import Tokenizer
 
 CONFIG, INDEX, SINGLE, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "tokenizer.json"
-MTP_MARK = "mtp.0.e_proj.weight"
 EXPERTS = ".ffn.experts."
 
 # What may store a table of expert ids, a matrix, and everything else.
@@ -85,7 +86,8 @@ def open_hub(path: Path, *, dtype: DTypeLike = jnp.float32) -> Checkpoint:
         raise ValueError(f"dtype is {jnp.dtype(dtype).name}; it must be float32 or bfloat16")
     config, metadata = read_config(path / CONFIG)
     source, entries = _entries(path)
-    if MTP_MARK in entries:
+    kind = drafter(entries)
+    if kind == "mtp":
         config = with_mtp(config, path / CONFIG)
     used: set[str] = set()
     tensors = []
@@ -102,6 +104,7 @@ def open_hub(path: Path, *, dtype: DTypeLike = jnp.float32) -> Checkpoint:
         tokenizer=_tokenizer(path / TOKENIZER, config),
         metadata=metadata,
         ignored=tuple(sorted(entries.keys() - used)),
+        no_mtp={"mtp": "", "dspark": DSPARK, "": "these weights have no MTP block"}[kind],
     )
 
 
@@ -220,10 +223,12 @@ def _tensor(name: str, shape: tuple[int, ...], parts: list[Stored], config: Conf
     stored = "+".join(sorted({FORMAT.get(part.entry.dtype, part.entry.dtype) for part in parts}))
     nbytes = sum(part.nbytes for part in parts)
     if parts[0].entry.dtype in INTEGERS:
-        return Tensor(name, shape, stored, nbytes, functools.partial(_read_expert_ids, parts[0], config.n_experts))
+        read_ids = functools.partial(_read_expert_ids, parts[0], config.n_experts)
+        return Tensor(name, shape, stored, nbytes, math.prod(shape) * jnp.dtype(jnp.int32).itemsize, read_ids)
     is_matrix = name.endswith(".weight") and len(shape) > 1
     into = jnp.dtype(dtype if is_matrix else jnp.float32)
-    return Tensor(name, shape, stored, nbytes, functools.partial(_read_values, shape, parts, into))
+    read = functools.partial(_read_values, shape, parts, into)
+    return Tensor(name, shape, stored, nbytes, math.prod(shape) * into.itemsize, read)
 
 
 def _read_values(shape: tuple[int, ...], parts: list[Stored], dtype: np.dtype) -> jax.Array:

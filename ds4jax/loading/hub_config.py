@@ -10,6 +10,7 @@ from typing import Any
 
 from ds4jax.config import Config
 from ds4jax.errors import InputError
+from ds4jax.loading.limits import require_plausible
 
 KEYS = {
     "vocab_size": "vocab_size",
@@ -117,6 +118,7 @@ def with_mtp(config: Config, path: Path) -> Config:
 
 def _construct(path: Path, **values: Any) -> Config:
     try:
+        require_plausible(values)
         return Config(**values)
     except ValueError as error:
         field, _, wrong = str(error).partition(" ")

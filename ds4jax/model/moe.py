@@ -5,6 +5,8 @@ Source: `Gate`, `Expert` and `MoE` of the reference inference code; the shared e
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,8 +14,8 @@ from flax import nnx
 from ds4jax.config import Config
 from ds4jax.model.layers import Linear, Rngs, parameter, together
 from ds4jax.model.tape import Record, ignore
-from pallas_kernels.formats import Q8_0
-from pallas_kernels.reference import as_float32
+from pallas_kernels.formats import Q8_0, Quantized
+from pallas_kernels.reference import Weight, as_float32, expert_dot
 
 # Up to this many rows each reads its own experts; above it every expert is read once and serves all rows.
 GATHER_ROWS = 8
@@ -23,6 +25,35 @@ LEAST_WEIGHT_SUM = 2.0**-14
 def swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
     """silu(min(gate, limit)) · clip(up, ±limit): the gate is clamped from above only."""
     return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+
+
+def _chosen(stack: Weight, chosen_TK: jax.Array) -> Weight:
+    """Matrices [T, K, ...] of the chosen experts from a stack [E, ...]."""
+    return stack.take(chosen_TK) if isinstance(stack, Quantized) else stack[chosen_TK]
+
+
+def _quantized(weight: Weight, strict: bool) -> TypeGuard[Quantized]:
+    """Whether a product quantises its activations.
+
+    Q8_0 experts keep float32 ones: for a small model's matrices a CPU would spend more time on quantising than on the product.
+    """
+    return isinstance(weight, Quantized) and not isinstance(weight, Q8_0) and not strict
+
+
+def _gate_or_up(x_TD: jax.Array, weight: Weight, *, strict: bool) -> jax.Array:
+    """Each row with its matrices [T, K, F, D]: [T, K, F]."""
+    if _quantized(weight, strict):
+        return expert_dot(x_TD[:, None], weight)
+    precision = "highest" if strict else None
+    return jnp.einsum("td,tkfd->tkf", x_TD, as_float32(weight), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _down(hidden_TKF: jax.Array, weight: Weight, *, strict: bool) -> jax.Array:
+    """Each row's hidden values with their matrices [T, K, D, F], summed over the experts: [T, D]."""
+    if _quantized(weight, strict):
+        return expert_dot(hidden_TKF, weight, add_up=True)
+    precision = "highest" if strict else None
+    return jnp.einsum("tkf,tkdf->td", hidden_TKF, as_float32(weight), precision=precision, preferred_element_type=jnp.float32)
 
 
 class Router(nnx.Module):
@@ -68,20 +99,23 @@ class Experts(nnx.Module):
         self.w3 = Stack(config, config.moe_dim, config.dim, rngs=rngs)
         self.config = config
 
-    def __call__(self, x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
-        """Weighted sum of the chosen experts' outputs, [T, D]; the weight is applied before w2."""
-        each = self._gathered if x_TD.shape[0] <= GATHER_ROWS else self._one_by_one
-        return each(x_TD, chosen_TK, weights_TK)
+    def __call__(self, x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array, *, strict: bool = False) -> jax.Array:
+        """Weighted sum of the chosen experts' outputs, [T, D]; the weight is applied before w2.
 
-    def _gathered(self, x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
-        def of_chosen(stack: Stack) -> jax.Array:
-            weight = stack.weight.get_value()
-            return as_float32(weight.take(chosen_TK) if isinstance(weight, Q8_0) else weight[chosen_TK])
+        Few rows read the experts that each has chosen. Strict takes one row at a time in float32, so that the library meets the
+        same shapes whatever the number of rows; else weights of fewer than eight bits meet quantised activations.
+        """
+        if x_TD.shape[0] > GATHER_ROWS:
+            return self._one_by_one(x_TD, chosen_TK, weights_TK)
+        if not strict:
+            return self._gathered(x_TD, chosen_TK, weights_TK, strict=False)
+        rows = (x_TD[:, None], chosen_TK[:, None], weights_TK[:, None])
+        return jax.lax.map(lambda row: self._gathered(*row, strict=True), rows)[:, 0]
 
-        gate = jnp.einsum("td,tkfd->tkf", x_TD, of_chosen(self.w1), preferred_element_type=jnp.float32)
-        up = jnp.einsum("td,tkfd->tkf", x_TD, of_chosen(self.w3), preferred_element_type=jnp.float32)
-        hidden = swiglu(gate, up, self.config.swiglu_limit) * weights_TK[..., None]
-        return jnp.einsum("tkf,tkdf->td", hidden, of_chosen(self.w2), preferred_element_type=jnp.float32)
+    def _gathered(self, x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array, *, strict: bool) -> jax.Array:
+        w1, w2, w3 = (_chosen(stack.weight.get_value(), chosen_TK) for stack in (self.w1, self.w2, self.w3))
+        gate_TKF, up_TKF = (_gate_or_up(x_TD, weight, strict=strict) for weight in (w1, w3))
+        return _down(swiglu(gate_TKF, up_TKF, self.config.swiglu_limit) * weights_TK[..., None], w2, strict=strict)
 
     def _one_by_one(self, x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
         query = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None]
@@ -122,4 +156,4 @@ class MoE(nnx.Module):
 
     def __call__(self, x_TD: jax.Array, ids_T: jax.Array, *, strict: bool = False, record: Record = ignore) -> jax.Array:
         chosen_TK, weights_TK = self.gate(x_TD, ids_T, record)
-        return self.experts(x_TD, chosen_TK, weights_TK) + self.shared_experts(x_TD, strict=strict)
+        return self.experts(x_TD, chosen_TK, weights_TK, strict=strict) + self.shared_experts(x_TD, strict=strict)

@@ -10,9 +10,9 @@ from flax import nnx
 
 from ds4jax.config import Config
 from ds4jax.model.transformer import Transformer
-from pallas_kernels.formats import Q8_0
+from pallas_kernels.formats import Quantized
 
-Value = jax.Array | Q8_0
+Value = jax.Array | Quantized
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import time
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from gguf_files import SMALL, unpacked, write_small
-from hypothesis import given, settings
+from gguf_files import SMALL, random_tensors, unpacked, vocabulary
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ds4jax.errors import InputError
 from ds4jax.loading import open_checkpoint
 from ds4jax.loading.gguf_header import TENSOR_TYPES, read_header
+from ds4jax.loading.gguf_write import write_gguf
 
 
 def string(text: str | bytes) -> bytes:
@@ -109,43 +111,63 @@ def test_empty_arrays_at_the_end_of_a_file(tmp_path: Path) -> None:
     assert (found["a"].value, found["b"].value.tolist()) == ([], [])
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, int]:
-    """A folder, a whole file, and where its tensor data begins."""
-    folder = tmp_path_factory.mktemp("small")
-    path = folder / "small.gguf"
-    write_small(path, SMALL, quantize=True)
-    return folder, path.read_bytes(), min(info.offset for info in read_header(path).tensors.values())
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A file that is fine, with the place where its tensor data begins and every place where a number of its header stands."""
+
+    path: Path
+    raw: bytes
+    end: int
+    numbers: list[int]
+
+
+@pytest.fixture(scope="module", params=["with vocabulary", "without"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Published types in a small model, with its MTP block inside."""
+    path = tmp_path_factory.mktemp("whole") / "whole.gguf"
+    given = random_tensors(SMALL)
+    vocabulary_too = vocabulary() if request.param == "with vocabulary" else {}
+    write_gguf(path, SMALL, given, quantize=True, **vocabulary_too)
+    raw = path.read_bytes()
+    end = min(info.offset for info in read_header(path).tensors.values())
+    # Beside a name stand its length, type and value, and a tensor's dimensions and offset.
+    names = [key.encode() for key in read_header(path).metadata] + [name.encode() for name in read_header(path).tensors]
+    starts = [raw.index(struct.pack("<Q", len(name)) + name) for name in names]
+    numbers = [place for start, name in zip(starts, names, strict=True) for place in (start, start + 8 + len(name))]
+    return Whole(path, raw, end, [4, 8, 16, *numbers])
 
 
 # Values that a count, length, type or offset may turn into.
 INTERESTING = [0, 1, 2, 3, 8, 9, 12, 31, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**60, 2**62, 2**63 - 1, 2**64 - 1]
 
 
-def mutation(end: int) -> st.SearchStrategy[tuple[int, bytes]]:
-    number = st.sampled_from(INTERESTING)
-    patch = st.one_of(
-        st.binary(min_size=1, max_size=8),
-        number.map(lambda value: struct.pack("<I", value & 0xFFFFFFFF)),
-        number.map(lambda value: struct.pack("<Q", value)),
-    )
-    return st.tuples(st.integers(0, end - 1), patch)
+@st.composite
+def mutations(draw: st.DrawFn, whole: Whole) -> bytes:
+    """The file with one to three places of its header overwritten, half of them at a number, and perhaps cut short."""
+    raw = bytearray(whole.raw)
+    for _ in range(draw(st.integers(1, 3))):
+        if draw(st.booleans()):
+            place = draw(st.sampled_from(whole.numbers)) + draw(st.sampled_from([0, 4, 8, 12, 16, 20, 24, 28]))
+        else:
+            place = draw(st.integers(0, whole.end - 1))
+        number = draw(st.sampled_from(INTERESTING))
+        patch = draw(
+            st.one_of(
+                st.binary(min_size=1, max_size=8), st.sampled_from([struct.pack("<Q", number), struct.pack("<Q", number)[:4]])
+            )
+        )
+        raw[place : place + len(patch)] = patch
+    if draw(st.integers(0, 4)) == 0:
+        del raw[draw(st.integers(0, len(raw))) :]
+    return bytes(raw)
 
 
-@settings(max_examples=300)
+@settings(max_examples=1250, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.data_too_large])
 @given(data=st.data())
-def test_a_mutated_header_opens_or_is_refused(small: tuple[Path, bytes, int], data: st.DataObject) -> None:
-    folder, whole, end = small
-    raw = bytearray(whole)
-    for offset, patch in data.draw(st.lists(mutation(end), min_size=1, max_size=3)):
-        raw[offset : offset + len(patch)] = patch
-    # Most of the header is vocabulary: aim half of the cases at what comes before and after it.
-    if data.draw(st.booleans()):
-        offset, patch = data.draw(mutation(2000))
-        raw[offset : offset + len(patch)] = patch
-    del raw[data.draw(st.one_of(st.just(len(raw)), st.integers(0, len(raw)))) :]
-    path = folder / "mutated.gguf"
-    path.write_bytes(raw)
+def test_a_mutated_header_opens_or_is_refused(whole: Whole, data: st.DataObject) -> None:
+    """2,500 cases, both files together."""
+    path = whole.path.with_name("mutated.gguf")
+    path.write_bytes(data.draw(mutations(whole)))
     message = ""
     start = time.process_time()
     try:

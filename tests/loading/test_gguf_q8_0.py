@@ -12,8 +12,8 @@ from hypothesis.extra import numpy as arrays
 from pallas_kernels.formats import BLOCK_BYTES, Q8_0
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
-# Up to the largest whose scale is a finite float16.
-FLOATS = st.floats(-(2.0**22), 2.0**22, width=32)
+# Up to the largest whose scale is a finite float16, and none so small that ggml divides by less than float32's normal range.
+FLOATS = st.floats(-(2.0**22), 2.0**22, width=32).map(lambda value: value if abs(value) > 1e-30 else 0.0)
 
 
 def shapes(last: int) -> st.SearchStrategy[tuple[int, ...]]:
@@ -42,3 +42,8 @@ def test_quantize_and_dequantize_are_ggmls_on_normal_weights(scale: float) -> No
     value, raw = Q8_0.quantize(weight), gguf.quants.quantize(weight, Q8)
     np.testing.assert_array_equal(value.to_bytes(), raw)
     np.testing.assert_array_equal(np.asarray(value.dequantize()), gguf.quants.dequantize(raw, Q8))
+
+
+def test_what_is_too_small_becomes_zero() -> None:
+    weight = np.full((1, 32), np.finfo(np.float32).tiny)
+    np.testing.assert_array_equal(Q8_0.quantize(weight).dequantize(), np.zeros((1, 32), np.float32))

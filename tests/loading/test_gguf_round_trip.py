@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf_files import SMALL, random_tensors, vocabulary, write_small
+from gguf_files import SMALL, random_tensors, rewrite, vocabulary, write_small
+from numerics import assert_bits_equal
+from quantized import random_blocks
 
 from ds4jax.config import Config
 from ds4jax.errors import InputError
@@ -20,7 +22,7 @@ from ds4jax.loading import open_checkpoint
 from ds4jax.loading.gguf_names import slots
 from ds4jax.loading.gguf_write import write_gguf
 from ds4jax.model.parameters import build, shapes
-from pallas_kernels.formats import Q8_0
+from pallas_kernels.formats import FORMATS, Q8_0, Quantized
 
 # One file of each mixture that a writer may choose.
 OPTIONS = {
@@ -44,6 +46,7 @@ def test_values_equal_the_gguf_packages(options: dict, tmp_path: Path) -> None:
         value = tensor.read()
         assert (tensor.stored, tensor.nbytes) == (theirs.tensor_type.name, theirs.n_bytes)
         assert isinstance(value, Q8_0) == (tensor.stored == "Q8_0")
+        assert value.nbytes == tensor.device_nbytes
         found = value.dequantize() if isinstance(value, Q8_0) else value
         dtype = {"BF16": jnp.bfloat16, "I32": jnp.int32}.get(tensor.stored, jnp.float32)
         assert (found.shape, found.dtype) == (tensor.shape, dtype)
@@ -78,6 +81,52 @@ def test_a_model_given_as_q8_0_and_bfloat16_is_stored_as_it_is(tmp_path: Path) -
             assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and jnp.array_equal(a, b), found, expected))
 
 
+MIXED = dataclasses.replace(SMALL, dim=256, moe_dim=256)
+EXPERTS = {
+    "layers.0": ("IQ2_XXS", "Q2_K"),
+    "layers.1": ("Q4_K", "Q4_K"),
+    "layers.2": ("MXFP4", "Q8_0"),
+    "mtp.0": ("Q8_0", "IQ2_XXS"),
+}
+
+
+def test_every_layer_may_have_expert_types_of_its_own(tmp_path: Path) -> None:
+    """Mixed files: stored as given, read with the same planes, and with the `gguf` package's values."""
+
+    def quantized(name: str, value: np.ndarray) -> np.ndarray | Quantized:
+        layer, experts, matrix = name.partition(".ffn.experts.")
+        if not experts:
+            return value
+        format = FORMATS[EXPERTS[layer][matrix == "w2.weight"]]
+        return format.from_bytes(random_blocks(format, value.shape))
+
+    given = {name: quantized(name, value) for name, value in random_tensors(MIXED).items()}
+    path = tmp_path / "mixed.gguf"
+    write_gguf(path, MIXED, given)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    gguf_names = {slot.name: slot.gguf_name for slot in slots(MIXED)}
+    seen = set()
+    for tensor in open_checkpoint(path).tensors:
+        expected = given[tensor.name]
+        if not isinstance(expected, Quantized):
+            continue
+        seen.add(tensor.stored)
+        value, theirs = tensor.read(), stored[gguf_names[tensor.name]]
+        assert isinstance(value, type(expected))
+        assert (tensor.stored, tensor.nbytes, tensor.device_nbytes) == (theirs.tensor_type.name, theirs.n_bytes, value.nbytes)
+        jax.tree.map(assert_bits_equal, value, expected)
+        dequantized = gguf.quants.dequantize(theirs.data, theirs.tensor_type)
+        assert_bits_equal(value.dequantize(), dequantized.reshape(tensor.shape))
+    assert seen == set(FORMATS)
+
+
+def test_a_quantised_value_is_not_stored_as_something_else(tmp_path: Path) -> None:
+    tensors = random_tensors(MIXED)
+    tensors["layers.1.attn.wkv.weight"] = FORMATS["Q4_K"].from_bytes(random_blocks(FORMATS["Q4_K"], (32, 256)))
+    with pytest.raises(ValueError, match=r"layers\.1\.attn\.wkv\.weight: cannot be stored as Q4_K"):
+        write_gguf(tmp_path / "mixed.gguf", MIXED, tensors)
+
+
 @pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, n_mtp=0, compress_ratios=(128, 0, 4), o_groups=1)])
 def test_shapes_are_the_models(config: Config) -> None:
     assert {slot.name: slot.shape for slot in slots(config)} == shapes(config)
@@ -110,19 +159,7 @@ def test_without_tokenizer_and_mtp(tmp_path: Path) -> None:
 def test_tensors_come_in_file_order_and_strangers_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "small.gguf"
     write_small(path)
-    reader = gguf.GGUFReader(path)
-    # The same file again, tensors backwards and one more.
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "deepseek4")
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            writer.add_key_value(key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
-    writer.add_tensor("blk.9.stranger.weight", np.zeros(4, np.float32))
-    for tensor in reversed(reader.tensors):
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    rewrite(path, tmp_path / "other.gguf", "deepseek4", lambda name: True, add="blk.9.stranger.weight")
     checkpoint, first = open_checkpoint(tmp_path / "other.gguf"), open_checkpoint(path)
     assert checkpoint.ignored == ("blk.9.stranger.weight",)
     assert [tensor.name for tensor in checkpoint.tensors] == [tensor.name for tensor in first.tensors][::-1]

@@ -158,6 +158,12 @@ def test_what_the_model_has_no_use_for(single):
     assert all(name in extra or name.startswith("mtp.0.") for name in checkpoint.ignored)
 
 
+def test_a_dspark_drafter_is_no_mtp_block(single):
+    checkpoint = open_hub(single({"mtp.1.attn_norm.weight": ("BF16", [128], bytes(256))}))
+    assert checkpoint.config.n_mtp == 0
+    assert "DSpark drafter" in checkpoint.no_mtp
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -1,0 +1,161 @@
+"""Quantised formats: bytes come back, values have the bits of ggml's, and the planes lie as their docstrings say."""
+
+from __future__ import annotations
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numerics import assert_bits_equal
+from quantized import random_blocks
+
+from pallas_kernels.formats import FORMATS, IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0, Quantized
+from pallas_kernels.formats.iq2_xxs import GRID, GRID_WORDS
+
+SHAPES = [(3, 256), (2, 768), (3, 2, 512)]
+MOST_OF_THE_FILE = 1.25
+
+every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
+
+
+def ggml(raw: np.ndarray, format: type[Quantized]) -> np.ndarray:
+    return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[format.__name__])
+
+
+@every_format
+@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 2**32 - 1))
+def test_bytes_return_and_values_are_ggmls(format: type[Quantized], shape: tuple[int, ...], seed: int) -> None:
+    raw = random_blocks(format, shape, seed)
+    weight = format.from_bytes(raw)
+    np.testing.assert_array_equal(weight.to_bytes(), raw)
+    assert weight.shape == shape
+    assert_bits_equal(weight.dequantize(), ggml(raw, format))
+
+
+@every_format
+def test_size_on_the_device(format: type[Quantized]) -> None:
+    raw = random_blocks(format, (4, 8, 512))
+    weight = format.from_bytes(raw)
+    assert weight.nbytes == raw.nbytes // format.BLOCK_BYTES * format.DEVICE_BYTES <= MOST_OF_THE_FILE * raw.nbytes
+    assert all(plane.nbytes // plane.shape[0] % 16 == 0 for plane in jax.tree.leaves(weight)), "an expert begins aligned"
+
+
+@every_format
+def test_block_sizes_are_ggmls(format: type[Quantized]) -> None:
+    kind = gguf.GGMLQuantizationType[format.__name__]
+    assert gguf.GGML_QUANT_SIZES[kind] == (format.BLOCK, format.BLOCK_BYTES)
+
+
+@every_format
+def test_experts_of_a_stack(format: type[Quantized]) -> None:
+    weight = format.from_bytes(random_blocks(format, (5, 3, 256)))
+    index = jnp.array([[4, 0], [2, 2]], jnp.int32)
+    taken = weight.take(index)
+    assert taken.shape == (2, 2, 3, 256)
+    assert_bits_equal(taken.dequantize(), np.asarray(weight.dequantize())[np.asarray(index)])
+
+
+def test_rows_of_a_matrix() -> None:
+    weight = Q8_0.from_bytes(random_blocks(Q8_0, (7, 96)))
+    index = jnp.array([6, 0, 6], jnp.int32)
+    assert_bits_equal(weight.take(index).dequantize(), np.asarray(weight.dequantize())[np.asarray(index)])
+
+
+@every_format
+def test_dequantised_inside_a_program(format: type[Quantized]) -> None:
+    """Fused with what comes before and after it, no bit may differ."""
+    raw = random_blocks(format, (3, 512))
+    weight = jax.jit(lambda weight: weight.dequantize() * 1.0)(format.from_bytes(raw))
+    assert_bits_equal(weight, ggml(raw, format))
+
+
+@every_format
+def test_broken_scales_are_found(format: type[Quantized]) -> None:
+    blocks = random_blocks(format, (6, format.BLOCK)).reshape(6, format.BLOCK_BYTES)
+    assert not format.broken(blocks).any()
+    for place in format.FLOAT16:
+        for value in (np.inf, -np.inf, np.nan):
+            spoiled = blocks.copy()
+            spoiled[4, place : place + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
+            assert format.broken(spoiled).tolist() == [False] * 4 + [True, False]
+
+
+def test_exponents_of_mxfp4() -> None:
+    """Every exponent: the smallest give numbers below the normal range, the largest none that is finite."""
+    raw = np.zeros((256, 17), np.uint8)
+    raw[:, 0] = np.arange(256)
+    raw[:, 1:] = np.arange(16) * 17
+    broken = MXFP4.broken(raw)
+    with np.errstate(over="ignore"):
+        expected = ggml(raw, MXFP4)
+    assert np.isfinite(expected[~broken]).all()
+    assert not np.isfinite(expected[broken]).all(axis=1).any()
+    normal = np.abs(expected) >= np.finfo(np.float32).tiny
+    kept = ~broken & (normal | (expected == 0)).all(axis=1)
+    assert kept.sum() == 251
+    assert_bits_equal(MXFP4.from_bytes(raw[kept]).dequantize(), expected[kept])
+
+
+def test_the_table_of_patterns_is_ggmls() -> None:
+    gguf.quants.IQ2_XXS.init_grid()
+    np.testing.assert_array_equal(GRID, np.asarray(gguf.quants.IQ2_XXS.grid).reshape(256, 8))
+    np.testing.assert_array_equal(GRID_WORDS.view(np.int8), GRID)
+
+
+def lane_bytes(words: np.ndarray) -> np.ndarray:
+    """int32 [..., 4] of a lane → its bytes, [..., 16]."""
+    return np.ascontiguousarray(words).view(np.uint8)
+
+
+def test_lanes_of_iq2_xxs() -> None:
+    raw = random_blocks(IQ2_XXS, (1, 512))
+    weight, expected = IQ2_XXS.from_bytes(raw), ggml(raw, IQ2_XXS).reshape(4, 4, 8, 4)
+    indices, signs = lane_bytes(np.asarray(weight.indices)[0]), np.asarray(weight.signs)[0]
+    for lane in range(4):
+        scale = np.float32(np.asarray(weight.scales)[0, lane // 2])
+        for j in range(4):
+            step = scale * np.float32(2 * (int(weight.factors[0, lane]) >> 4 * j & 15) + 1) / 8
+            for k in range(8):
+                magnitude = GRID[indices[lane, 4 * j + k // 2], 4 * (k % 2) : 4 * (k % 2) + 4]
+                plane = np.array([(signs[lane, j] >> k) & 0x01010101], np.int32).view(np.uint8)
+                np.testing.assert_array_equal(step * magnitude * np.where(plane, -1, 1), expected[lane, j, k])
+
+
+def test_lanes_of_q2_k() -> None:
+    raw = random_blocks(Q2_K, (1, 512))
+    weight, expected = Q2_K.from_bytes(raw), ggml(raw, Q2_K).reshape(2, 2, 4, 2, 16)
+    quants, groups = lane_bytes(np.asarray(weight.quants)[0]), lane_bytes(np.asarray(weight.groups)[0][:, None])
+    for lane in range(8):
+        b, h, p = lane // 4, lane // 2 % 2, lane % 2
+        scale, minimum = np.float32(np.asarray(weight.scales)[0, b]), np.float32(np.asarray(weight.minima)[0, b])
+        for s in range(4):
+            values = (quants[lane] >> 2 * s & 3).astype(np.float32)
+            factor, offset = np.float32(groups[lane, s] & 15), np.float32(groups[lane, s] >> 4)
+            np.testing.assert_array_equal(scale * factor * values - minimum * offset, expected[b, h, s, p])
+
+
+def test_lanes_of_q4_k() -> None:
+    raw = random_blocks(Q4_K, (1, 512))
+    weight, expected = Q4_K.from_bytes(raw), ggml(raw, Q4_K).reshape(8, 2, 2, 16)
+    quants, groups = lane_bytes(np.asarray(weight.quants)[:, 0]), lane_bytes(np.asarray(weight.groups)[0][:, None])
+    for lane in range(8):
+        scale, minimum = (np.float32(np.asarray(plane)[0, lane // 4]) for plane in (weight.scales, weight.minima))
+        for half in range(2):
+            for upper in range(2):
+                values = (quants[half, lane] >> 4 * upper & 15).astype(np.float32)
+                factor, offset = np.float32(groups[lane, upper]), np.float32(groups[lane, 2 + upper])
+                np.testing.assert_array_equal(scale * factor * values - minimum * offset, expected[lane, upper, half])
+
+
+def test_lanes_of_mxfp4() -> None:
+    raw = random_blocks(MXFP4, (1, 96))
+    weight, expected = MXFP4.from_bytes(raw), ggml(raw, MXFP4).reshape(3, 2, 16)
+    quants = lane_bytes(np.asarray(weight.quants)[0])
+    codes = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+    for lane in range(3):
+        scale = np.ldexp(np.float32(1), int(weight.exponents[0, lane]) - 128)
+        for upper in range(2):
+            np.testing.assert_array_equal(scale * codes[quants[lane] >> 4 * upper & 15], expected[lane, upper])

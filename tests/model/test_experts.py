@@ -1,0 +1,113 @@
+"""Experts of every format: quantised products, strict ones, and rows that do not depend on each other."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numerics import assert_bits_equal
+from quantized import random_blocks
+
+from ds4jax.config import Config
+from ds4jax.model.moe import GATHER_ROWS, Experts
+from pallas_kernels.formats import FORMATS, Q8_0
+
+CONFIG = Config(dim=512, moe_dim=256, n_experts=4, n_active=2, n_layers=1, compress_ratios=(0,), n_mtp=0, n_hash_layers=0)
+# Gate and up, down: as published, mixed files, the official checkpoint, and what a small model has.
+KINDS = [("IQ2_XXS", "Q2_K"), ("Q4_K", "Q4_K"), ("MXFP4", "MXFP4"), ("Q8_0", "Q8_0"), ("Q2_K", "IQ2_XXS")]
+ROWS = 6
+
+every_kind = pytest.mark.parametrize("kind", KINDS, ids="-".join)
+
+
+@functools.cache
+def experts(kind: tuple[str, str]) -> tuple[nnx.GraphDef, nnx.State]:
+    """Experts with random blocks, scaled so that the hidden values are of order 1 and some are clamped."""
+    module = Experts(CONFIG, rngs=nnx.Rngs(0))
+    for seed, (stack, name) in enumerate(((module.w1, kind[0]), (module.w3, kind[0]), (module.w2, kind[1]))):
+        shape = stack.weight.get_value().shape
+        format = FORMATS[name]
+        if format is Q8_0:
+            weight = Q8_0.quantize(np.random.default_rng(seed).standard_normal(shape) * 0.1)
+        else:
+            weight = format.from_bytes(random_blocks(format, shape, seed, least=-4, most=-2))
+        stack.weight.set_value(weight)
+    return nnx.split(module)
+
+
+def rows(seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Activations [T, D], chosen experts and their weights [T, K]."""
+    random = np.random.default_rng(seed)
+    chosen = np.stack([random.permutation(CONFIG.n_experts)[: CONFIG.n_active] for _ in range(ROWS)]).astype(np.int32)
+    x = random.standard_normal((ROWS, CONFIG.dim), np.float32)
+    return jnp.asarray(x), jnp.asarray(chosen), jnp.asarray(random.uniform(0.2, 1, chosen.shape), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "strict"))
+def run(graph: nnx.GraphDef, weights: nnx.State, *args: jax.Array, strict: bool) -> jax.Array:
+    return nnx.merge(graph, weights)(*args, strict=strict)
+
+
+def exact(kind: tuple[str, str], x: jax.Array, chosen: jax.Array, share: jax.Array) -> np.ndarray:
+    """The same in float64 on the dequantised weights."""
+    module = nnx.merge(*experts(kind))
+    w1, w2, w3 = (np.asarray(s.weight.get_value().dequantize(), np.float64) for s in (module.w1, module.w2, module.w3))
+    y = np.zeros((ROWS, CONFIG.dim))
+    for row, (row_x, ids, weights) in enumerate(
+        zip(np.asarray(x, np.float64), np.asarray(chosen), np.asarray(share), strict=True)
+    ):
+        for expert, weight in zip(ids, weights, strict=True):
+            gate, up = np.minimum(w1[expert] @ row_x, 10), np.clip(w3[expert] @ row_x, -10, 10)
+            y[row] += w2[expert] @ (gate / (1 + np.exp(-gate)) * up * weight)
+    return y
+
+
+def distance(actual: jax.Array, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(actual) - expected) / np.linalg.norm(expected))
+
+
+@every_kind
+def test_strict_is_the_float_product(kind: tuple[str, str]) -> None:
+    args = rows()
+    assert distance(run(*experts(kind), *args, strict=True), exact(kind, *args)) < 1e-6
+
+
+@every_kind
+def test_quantised_activations_cost_a_few_percent(kind: tuple[str, str]) -> None:
+    args = rows()
+    off = distance(run(*experts(kind), *args, strict=False), exact(kind, *args))
+    assert off < 0.04
+    assert off > 1e-4 or kind[0] == "Q8_0", "activations were not quantised"
+
+
+@every_kind
+@pytest.mark.parametrize("strict", [True, False])
+def test_each_row_has_the_bits_of_the_row_alone(kind: tuple[str, str], strict: bool) -> None:
+    """Contract 1."""
+    args = rows()
+    alone = [np.asarray(run(*experts(kind), *(a[i : i + 1] for a in args), strict=strict)) for i in range(ROWS)]
+    for count in (2, 3, ROWS):
+        assert_bits_equal(run(*experts(kind), *(a[:count] for a in args), strict=strict), np.concatenate(alone[:count]))
+
+
+@every_kind
+def test_many_rows_read_every_expert_once(kind: tuple[str, str]) -> None:
+    """Prefill: float products, whether strict or not."""
+    args = rows()
+    repeats = 2 * GATHER_ROWS // ROWS + 1
+    many = [jnp.concatenate([a] * repeats) for a in args]
+    y = run(*experts(kind), *many, strict=False)
+    assert distance(y[:ROWS], exact(kind, *args)) < 1e-6
+    assert_bits_equal(run(*experts(kind), *many, strict=True), y)
+
+
+def test_the_router_weight_is_applied_before_the_hidden_values_are_quantised() -> None:
+    """Twice the weight is twice the output to the bit: a power of two passes through Q8_K's scale unchanged."""
+    x, chosen, share = rows()
+    graph, weights = experts(KINDS[0])
+    once, twice = (run(graph, weights, x, chosen, share * factor, strict=False) for factor in (1.0, 2.0))
+    assert_bits_equal(twice, once * 2)

@@ -1,0 +1,24 @@
+"""Random quantised weights that tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pallas_kernels.formats import MXFP4, Quantized
+
+
+def random_blocks(
+    format: type[Quantized], shape: tuple[int, ...], seed: int = 0, *, least: int = -7, most: int = 0
+) -> np.ndarray:
+    """Rows of a weight [..., N, K] as a file stores them: random bytes, scales between these powers of ten.
+
+    As they are given, some scales lie below float16's normal range.
+    """
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // format.BLOCK, format.BLOCK_BYTES), np.uint8)
+    for place in format.FLOAT16:
+        scale = random.standard_normal(blocks.shape[:-1]) * 10.0 ** random.integers(least, most, blocks.shape[:-1])
+        blocks[..., place : place + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
+    if format is MXFP4:
+        blocks[..., 0] = random.integers(110, 130, blocks.shape[:-1])
+    return blocks.reshape(*shape[:-1], -1)
