@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from numerics import assert_close
+from numerics import assert_bits_equal, assert_close
 
 import ds4jax
 from ds4jax.language_model import SHIPPED, LanguageModel
@@ -83,3 +84,17 @@ def test_greedy_text_is_the_argmax_of_its_own_logits():
     result = model().generate(prompt, max_new_tokens=20, ignore_eos=True, strict=True)
     logits = model().logits([*prompt, *result.ids], strict=True)["logits"]
     np.testing.assert_array_equal(logits[99:-1].argmax(-1), result.ids)
+
+
+@pytest.mark.gpu
+def test_the_shipped_model_says_on_the_gpu_what_it_says_on_the_cpu():
+    """Strict float32 within rounding of the CPU's; fast decode close to it, and the same bits run after run."""
+    here = ds4jax.load()
+    ids = here.encode("And it came to pass, when the king heard it, that he rent his clothes, and went into the house.")
+    gpu = here.logits(ids, decode_from=0, strict=True)["logits"]
+    with jax.default_device(jax.devices("cpu")[0]):
+        cpu = ds4jax.load().logits(ids, decode_from=0, strict=True)["logits"]
+    np.testing.assert_allclose(gpu, cpu, rtol=0, atol=2e-2)
+    fast = here.logits(ids, decode_from=0)["logits"]
+    assert np.abs(fast - gpu).mean() < 0.1
+    assert_bits_equal(here.logits(ids, decode_from=0)["logits"], fast)

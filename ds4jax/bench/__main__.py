@@ -18,7 +18,9 @@ from ds4jax.bench.environment import ROOT
 from ds4jax.errors import InputError
 
 PROBE = "import jax; print(jax.default_backend()); print(jax.devices()[0].device_kind)"
-TESTS = ("-m", "pytest", "-m", "gpu", "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "-v", "-rs")
+# Of plugins that happen to be installed, pytest-benchmark warns of workers, and warnings are errors here.
+PLUGINS = ("-p", "no:cacheprovider", "-p", "no:benchmark")
+TESTS = ("-m", "pytest", "-m", "gpu", "-o", "addopts=", "--import-mode=importlib", *PLUGINS, "-v", "-rs")
 
 DESCRIPTION = """\
 Run one part's benchmarks and bit-equality checks, then its tests marked gpu. Exit code 1 when a test fails, a bit differs or
@@ -119,7 +121,7 @@ class Part:
 
 PARTS = {
     "kernels": Part(kernels_part, ("-n", "0", "tests/kernels")),
-    "lossless": Part(None, ("-n", "4", "tests/test_lossless.py")),
+    "lossless": Part(None, ("-n", "5", "tests/test_lossless.py", "tests/test_tiny_model.py")),
 }
 
 

@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: bits of every V4-Flash product over the number of rows, golden products, and the shipped model."""
+"""On an NVIDIA GPU: bits of every V4-Flash product over the number of rows, and golden products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from numerics import assert_bits_equal
 
-import ds4jax
 from pallas_kernels import activation, ops
 from pallas_kernels.formats import BLOCK, HALF, Q8_0
 from pallas_kernels.shapes import FLASH
@@ -67,16 +66,3 @@ def test_each_row_has_the_bits_of_the_row_alone(product):
             assert_bits_equal(y, expected[:rows])
         for again, expected in zip(call(x[:rows]), alone, strict=True):
             assert_bits_equal(again, expected[:rows])
-
-
-def test_the_shipped_model_says_on_the_gpu_what_it_says_on_the_cpu():
-    """Strict float32 within rounding of the CPU's; fast decode close to it, and the same bits run after run."""
-    model = ds4jax.load()
-    ids = model.encode("And it came to pass, when the king heard it, that he rent his clothes, and went into the house.")
-    gpu = model.logits(ids, decode_from=0, strict=True)["logits"]
-    with jax.default_device(jax.devices("cpu")[0]):
-        cpu = ds4jax.load().logits(ids, decode_from=0, strict=True)["logits"]
-    np.testing.assert_allclose(gpu, cpu, rtol=0, atol=2e-2)
-    fast = model.logits(ids, decode_from=0)["logits"]
-    assert np.abs(fast - gpu).mean() < 0.1
-    assert_bits_equal(model.logits(ids, decode_from=0)["logits"], fast)
