@@ -20,8 +20,6 @@ from pallas_kernels.shapes import tile_key
 TABLE = Path(__file__).with_name("tiles.json")
 # With fewer programs than this a device of a hundred multiprocessors has not enough loads on their way.
 PROGRAMS = 2048
-# The same multiprocessors before a faster memory: until its own tiles are measured, a device has those of its like.
-LIKE = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}
 MOST_LOADS = 4
 
 Table = dict[str, dict[str, dict[str, list[int]]]]
@@ -78,9 +76,7 @@ def tile_for(sizes: tuple[int, ...], k: int, groups: int, m: int, device_kind: s
     before it multiplies the first, from up to four rows, since these share the activations, but from fewer where there would be
     too few programs for the device.
     """
-    table = _shipped()
-    device = device_kind if device_kind in table else LIKE.get(device_kind, "")
-    entries = table.get(device, {}).get(tile_key(sizes, k, groups))
+    entries = _shipped().get(device_kind, {}).get(tile_key(sizes, k, groups))
     if entries:
         measured = sorted(map(int, entries))
         rows, unroll, chained = entries[str(next((known for known in measured if known >= m), measured[-1]))]

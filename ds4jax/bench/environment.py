@@ -59,16 +59,16 @@ def _driver() -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout, "-dirty" after it when a tracked or new file differs.
+    """What `DS4JAX_COMMIT` says, else the commit of the checkout, "-dirty" after it when a tracked or new file differs, or None.
 
-    Outside a checkout, as where a copy of the tree was sent without its history, what `DS4JAX_COMMIT` says, or None. An installed
-    package may lie inside a repository that is not this project's; its own folder must be the top.
+    The variable is for a copy of the tree that was sent somewhere with an older history or none. An installed package may lie
+    inside a repository that is not this project's; its own folder must be the top.
     """
+    if told := os.environ.get("DS4JAX_COMMIT"):
+        return told
     top = _printed("git", "rev-parse", "--show-toplevel")
     head = _printed("git", "rev-parse", "HEAD") if top and Path(top).resolve() == ROOT else None
-    if head is None:
-        return os.environ.get("DS4JAX_COMMIT")
-    return head + ("-dirty" if _printed("git", "status", "--porcelain") else "")
+    return head and head + ("-dirty" if _printed("git", "status", "--porcelain") else "")
 
 
 def kernels_sha256(folder: Path = ROOT / "pallas_kernels") -> str:

@@ -29,14 +29,6 @@ def test_measured_tiles_come_from_the_table() -> None:
             assert found in tune.candidates(product, measured)
 
 
-def test_a_device_without_tiles_has_those_of_its_like(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {H100: {tile_key((512,), 4096, 1): {"2": [4, 2, 0]}}}
-    monkeypatch.setattr(tiles, "_shipped", lambda: table)
-    assert tiles.tile_for((512,), 4096, 1, 2, "NVIDIA H200") == Tile(4, 2)
-    table["NVIDIA H200"] = {tile_key((512,), 4096, 1): {"2": [2, 1, 0]}}
-    assert tiles.tile_for((512,), 4096, 1, 2, "NVIDIA H200") == Tile(2, 1)
-
-
 def test_the_table_comes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = {"2": [4, 2, 0], "4": [2, 8, 1]}
     monkeypatch.setattr(tiles, "_shipped", lambda: {"a device": {tile_key((512, 256), 4096, 1): entries}})
