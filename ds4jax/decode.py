@@ -132,8 +132,9 @@ def _step(
 ) -> DecodeState:
     """Draft, run the model over the last token and the drafts, commit what stands and the token after it."""
     position, width = state.cache.length[0], 1 + max_draft
-    # No deeper than what is left, so that neither the tokens nor the context can be exceeded.
-    depth = jnp.minimum(choose_depth(policy, state.acceptance), limits.most - state.count - 1)
+    # No row may lie beyond the context. That fewer tokens may be wanted does not change the depth: what is drawn is the same
+    # however many are asked for.
+    depth = jnp.minimum(choose_depth(policy, state.acceptance), model.config.max_context - 1 - position)
     drafting, drafts = state.drafting, Drafts(jnp.zeros(0, jnp.int32), jnp.zeros((0, model.config.vocab_size), jnp.float32))
     if drafter and max_draft:
         row = Rows.following(position, 1, 1, strict=strict)
@@ -150,6 +151,7 @@ def _step(
     new_W = jnp.where(offset < stand, jnp.append(drafts.tokens, jnp.int32(0)), follower)
     stops_W = jnp.any(new_W[:, None] == limits.stop_ids[None, :], axis=1) & (offset <= stand)
     count = jnp.where(jnp.any(stops_W), jnp.argmax(stops_W).astype(jnp.int32), stand) + 1
+    count = jnp.minimum(count, limits.most - state.count)
 
     committed = Rows.following(position, width, count, strict=strict)
     if drafter:
@@ -163,7 +165,7 @@ def _step(
         tokens=state.tokens.at[place].set(new_W, mode="drop"),
         fingerprints=state.fingerprints.at[place].set(fingerprint(logits_WV), mode="drop"),
         count=state.count + count,
-        stopped=jnp.any(stops_W),
+        stopped=stops_W[count - 1],
         acceptance=state.acceptance.after(depth, stand),
     )
 

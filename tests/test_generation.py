@@ -38,6 +38,15 @@ def test_the_same_seed_draws_the_same_tokens():
     assert ids(5) != ids(6)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=3)])
+def test_fewer_tokens_are_the_beginning_of_more(sampling):
+    def ids(count: int) -> tuple[int, ...]:
+        return golden_model().generate(prompt(), max_new_tokens=count, sampling=sampling, ignore_eos=True, draft=2).ids
+
+    for count in (1, 2, 3, 7, 10):
+        assert ids(count) == ids(20)[:count]
+
+
 def test_prompt_of_one_token():
     model = golden_model()
     result = model.generate([17], max_new_tokens=3, ignore_eos=True)
