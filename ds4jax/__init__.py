@@ -17,16 +17,29 @@ if TYPE_CHECKING:
     from ds4jax.generation import Generation, Result
     from ds4jax.language_model import LanguageModel, generate, load
     from ds4jax.sampling import Sampling
+    from ds4jax.session import Session
     from ds4jax.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Generation", "InputError", "LanguageModel", "Result", "Sampling", "Tokenizer", "generate", "load"]
+__all__ = [
+    "Config",
+    "Generation",
+    "InputError",
+    "LanguageModel",
+    "Result",
+    "Sampling",
+    "Session",
+    "Tokenizer",
+    "generate",
+    "load",
+]
 
 _HOME = {
     "Generation": "generation",
     "LanguageModel": "language_model",
     "Result": "generation",
     "Sampling": "sampling",
+    "Session": "session",
     "Tokenizer": "tokenizer",
     "generate": "language_model",
     "load": "language_model",

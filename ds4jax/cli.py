@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import ds4jax
-from ds4jax.commands import bench, check, generate, inspect, logits
+from ds4jax.commands import bench, chat, check, convert, generate, inspect, logits, vectors
 from ds4jax.commands import eval as evaluation
 from ds4jax.errors import InputError
 
@@ -42,7 +42,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"ds4jax {ds4jax.__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (generate, logits, inspect, evaluation, check, bench):
+    for module in (generate, chat, logits, inspect, convert, evaluation, vectors, check, bench):
         module.add_parser(commands)
     return parser
 

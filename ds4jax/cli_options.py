@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,7 @@ temperature = number(lambda value: value >= 0, "it must be finite and at least 0
 top_p = number(lambda value: 0 < value <= 1, "it must be above 0 and at most 1")
 min_p = number(lambda value: 0 <= value <= 1, "it must be between 0 and 1")
 
+alternatives = integer(0, MOST_TOKENS, "it must be at least 0 and fit in 32 bits")
 draft_count = integer(0, MOST_DRAFTS, f"it must be 0 to {MOST_DRAFTS}")
 
 
@@ -68,15 +70,34 @@ def draft(word: str) -> int | str:
     return word if word == "auto" else draft_count(word)
 
 
+def valid_text(word: str, name: str) -> str:
+    """A text that tokens can spell: one that was not made of bytes that are no UTF-8."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{name} is not valid UTF-8") from None
+    return word
+
+
 def prompt(word: str) -> str:
     """A text to continue or score, with something in it."""
     if not word:
         raise argparse.ArgumentTypeError("the prompt is empty; give at least one character")
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("the prompt is not valid UTF-8") from None
-    return word
+    return valid_text(word, "the prompt")
+
+
+def prompt_or_stdin(word: str) -> str:
+    """A text to continue; `-` reads all of stdin."""
+    if word != "-":
+        return prompt(word)
+    return _checked(sys.stdin.buffer.read() if sys.stdin else b"", "stdin").decode()
+
+
+def stop_text(word: str) -> str:
+    """A text that ends a continuation."""
+    if not word:
+        raise argparse.ArgumentTypeError("an empty text is everywhere; give at least one character")
+    return valid_text(word, "the text")
 
 
 def model_path(word: str) -> Path:
@@ -116,12 +137,24 @@ def text_file(word: str) -> bytes:
         data = Path(word).read_bytes()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{word}: {error.strerror or error}") from None
+    return _checked(data, word)
+
+
+def folder(word: str) -> Path:
+    """A folder that is there."""
+    if not os.path.isdir(word):
+        raise argparse.ArgumentTypeError(f"{word}: no such folder")
+    return Path(word)
+
+
+def _checked(data: bytes, name: str) -> bytes:
+    """Bytes that are UTF-8, with something in them."""
     if not data:
-        raise argparse.ArgumentTypeError(f"{word}: the file is empty")
+        raise argparse.ArgumentTypeError(f"{name}: the file is empty")
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{word}: not UTF-8 at byte {error.start}") from None
+        raise argparse.ArgumentTypeError(f"{name}: not UTF-8 at byte {error.start}") from None
     return data
 
 

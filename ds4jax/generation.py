@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ NO_STOP = -1
 MOST_DRAFTS = 4
 
 Prompt = str | Sequence[int] | np.ndarray
+# Prompt ids int32 [T] and the capacity they need, to a state whose cache holds the first of them; None for an empty cache.
+Holder = Callable[[np.ndarray, int], DecodeState | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,12 @@ class Generation:
         finish_reason: "stop" or "length" once it has ended, "interrupted" before.
     """
 
-    def __init__(self, model: LanguageModel, prompt: Prompt, options: Options):
+    def __init__(self, model: LanguageModel, prompt: Prompt, options: Options, hold: Holder | None = None):
+        """Args: `hold` finds what an earlier continuation left of the prompt; it is asked once everything else is checked.
+
+        Raises:
+            InputError: as for `LanguageModel.generate`.
+        """
         self._model, self._options = model, options
         self._check_draft()
         self._drafter = (options.drafter or MTPDrafter()) if model.max_draft else None
@@ -146,7 +153,9 @@ class Generation:
                 f"prompt has {len(self.prompt_ids)} tokens, all that the model's context of {model.config.max_context} holds"
             )
         self._most = min(options.max_new_tokens, room)
-        self._capacity = capacity_for(len(self.prompt_ids) + self._most, model.config.max_context)
+        capacity = capacity_for(len(self.prompt_ids) + self._most, model.config.max_context)
+        held = hold(self.prompt_ids, capacity) if hold else None
+        self._capacity = len(held.tokens) if held else capacity
         self._policy = self._choose_policy()
         self._filters = options.sampling.arrays()
         self._stop_ids = jnp.array([NO_STOP if options.ignore_eos else model.config.eos_id], jnp.int32)
@@ -155,7 +164,7 @@ class Generation:
         self._ready: list[int] = []
         self._seconds = 0.0
         self._began = time.perf_counter()
-        self._state = self._prefill()
+        self._state = self._prefill(held)
         self._told = _read(self._state)
 
     def _check_draft(self) -> None:
@@ -164,7 +173,7 @@ class Generation:
         name = model.path or "the model"
         # A loop that can draft learns from every token, at depth 0 too.
         if (wanted or model.max_draft) and not model.config.n_mtp and not self._options.drafter:
-            raise InputError(f"{name}: mtp: these weights have no MTP block, which drafting needs; use draft 0 and max_draft 0")
+            raise InputError(f"{name}: mtp: {model.no_mtp}, which drafting needs; use draft 0 and max_draft 0")
         if wanted > model.max_draft:
             raise InputError(f"draft is {draft}, but {name} was opened with max_draft {model.max_draft}")
 
@@ -176,13 +185,20 @@ class Generation:
         depth = model.max_draft if options.draft is None else int(options.draft)
         return Policy(jnp.int32(depth), jnp.ones(1 + model.max_draft, jnp.float32))
 
-    def _prefill(self) -> DecodeState:
-        """Everything but the prompt's last token goes into the cache; the loop's first step takes that one."""
-        model, known = self._model, len(self.prompt_ids) - 1
-        last = int(self.prompt_ids[-1])
-        state = decode.start(model.config, self._capacity, last, drafter=self._drafter, max_draft=model.max_draft)
+    @property
+    def state(self) -> DecodeState:
+        """Where the loop is; the next call of `advance` gives its buffers away."""
+        return self._state
+
+    def _prefill(self, held: DecodeState | None) -> DecodeState:
+        """Everything but the prompt's last token goes into the cache, as far as it is not there; that one is the first step's."""
+        model, last = self._model, int(self.prompt_ids[-1])
+        state = held or decode.start(model.config, self._capacity, last, drafter=self._drafter, max_draft=model.max_draft)
         cache, drafting = state.cache, state.drafting
-        for start, width, count in chunks(known, known):
+        there = int(cache.length[0])
+        missing = len(self.prompt_ids) - 1 - there
+        for offset, width, count in chunks(missing, missing):
+            start = there + offset
             cache, drafting = decode.prefill(
                 model.graph,
                 model.weights,
@@ -194,7 +210,7 @@ class Generation:
                 drafter=self._drafter,
                 strict=self._options.strict,
             )
-        return dataclasses.replace(state, cache=cache, drafting=drafting)
+        return dataclasses.replace(state, cache=cache, drafting=drafting, last=jnp.int32(last))
 
     def advance(self, budget: int) -> list[int]:
         """Generate at most `budget` more tokens and return them; an empty list means that the continuation has ended.
@@ -223,7 +239,8 @@ class Generation:
             return
         model, options = self._model, self._options
         limits = Limits(jnp.int32(min(counted + budget, self._most)), jnp.int32(self._most), self._stop_ids)
-        state = decode.run(
+        # Kept before it is read: a Ctrl-C while the device works must not lose the cache.
+        self._state = decode.run(
             model.graph,
             model.weights,
             self._state,
@@ -234,8 +251,7 @@ class Generation:
             max_draft=model.max_draft,
             strict=options.strict,
         )
-        told = _read(state)
-        self._state, self._told = state, told
+        self._told = told = _read(self._state)
         self._ready += told.tokens[counted : told.count - told.stopped].tolist()
         self._seconds += time.perf_counter() - began
 

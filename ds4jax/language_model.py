@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -18,12 +19,13 @@ from ds4jax.config import Config
 from ds4jax.drafter import Drafter
 from ds4jax.errors import InputError
 from ds4jax.generation import MOST_DRAFTS, Generation, Options, Prompt, Result
-from ds4jax.model.parameters import build
+from ds4jax.model.parameters import Value, build
 from ds4jax.model.transformer import Transformer
 from ds4jax.scoring import extend
 
 if TYPE_CHECKING:
     from ds4jax.check import Report
+    from ds4jax.loading import Checkpoint
     from ds4jax.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "assets" / "tiny.gguf"
@@ -36,19 +38,26 @@ class LanguageModel:
 
     Attributes:
         config, tokenizer, path: what was loaded and from where; the tokenizer is None where the files hold none.
+        no_mtp: why there is no MTP block, a phrase for a message that begins with the path; empty where there is one.
         max_draft: the deepest draft that the decode loop is compiled for, 0 to 4; with 0 it is narrow and fastest without drafts.
         graph, weights: the Flax module split into its static and its array part, for jitted functions of your own.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer | None, path: Path | None = None, *, max_draft: int | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        path: Path | None = None,
+        *,
+        max_draft: int | None = None,
+        no_mtp: str = "these weights have no MTP block",
     ):
         self.config: Config = model.config
         self.tokenizer = tokenizer
         self.path = path
+        self.no_mtp = "" if self.config.n_mtp else no_mtp
         self.max_draft = (DEFAULT_DRAFTS if self.config.n_mtp else 0) if max_draft is None else max_draft
-        if not 0 <= self.max_draft <= MOST_DRAFTS:
-            raise InputError(f"max-draft is {max_draft}; it must be 0 to {MOST_DRAFTS}")
+        _require_depth(self.max_draft)
         self.graph, self.weights = nnx.split(model)
         self._step_costs: dict[tuple[int, bool, Drafter | None], tuple[float, ...]] = {}
 
@@ -83,7 +92,7 @@ class LanguageModel:
         if decode_from is not None and not 0 <= decode_from <= total:
             raise InputError(f"decode-from is {decode_from}; the sequence has {total} tokens")
         if mtp and not self.config.n_mtp:
-            raise InputError(f"{self.path or 'the model'}: mtp: these weights have no MTP block")
+            raise InputError(f"{self.path or 'the model'}: mtp: {self.no_mtp}")
         capacity = capacity_for(total, self.config.max_context)
         cache = caches.empty(self.config, capacity)
         mtp_cache = caches.empty_mtp(self.config, capacity) if mtp else None
@@ -152,7 +161,7 @@ class LanguageModel:
             InputError: `max_draft` is outside 0 to 4.
         """
         model = nnx.merge(self.graph, self.weights)
-        return LanguageModel(model, self.tokenizer, self.path, max_draft=max_draft)
+        return LanguageModel(model, self.tokenizer, self.path, max_draft=max_draft, no_mtp=self.no_mtp)
 
     def step_costs(self, capacity: int, *, strict: bool, drafter: Drafter | None = None) -> tuple[float, ...]:
         """Milliseconds of a decode step at each depth 0 to `max_draft`, measured once for each program that is asked about."""
@@ -175,13 +184,7 @@ class LanguageModel:
         Raises:
             InputError: as for `generate`.
         """
-        if not isinstance(prompt, str):
-            return self.checked(prompt)
-        if self.tokenizer is None:
-            raise InputError(f"{self.path or 'the model'}: tokenizer: none in these files; give the prompt as token ids")
-        if not prompt:
-            raise InputError("prompt is empty; give at least one character")
-        return self.checked([self.config.bos_id, *self.tokenizer.encode(prompt)])
+        return encoded(prompt, self.config, self.tokenizer, self.path)
 
     def checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Token ids as int32 [T].
@@ -189,37 +192,96 @@ class LanguageModel:
         Raises:
             InputError: not a list of integers, empty, longer than the context, or an id outside the vocabulary.
         """
-        array = np.asarray(ids)
-        if array.size == 0:
-            raise InputError("prompt is empty; give at least one token")
-        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise InputError(f"token ids are {array.dtype}{list(array.shape)}; they must be a list of integers")
-        if len(array) > self.config.max_context:
-            raise InputError(f"prompt has {len(array)} tokens; the model's context is {self.config.max_context}")
-        outside = array[(array < 0) | (array >= self.config.vocab_size)]
-        if len(outside):
-            raise InputError(f"token id {outside[0]} is outside the vocabulary of {self.config.vocab_size}")
-        return array.astype(np.int32)
+        return _checked(ids, self.config)
 
 
-def load(path: str | Path | None = None, *, qat: bool | None = None, max_draft: int | None = None) -> LanguageModel:
+def encoded(prompt: Prompt, config: Config, tokenizer: Tokenizer | None, path: Path | None) -> np.ndarray:
+    """A prompt as int32 [T] for a model of which only the header has been read; as `LanguageModel.encode`."""
+    if not isinstance(prompt, str):
+        return _checked(prompt, config)
+    if tokenizer is None:
+        raise InputError(f"{path or 'the model'}: tokenizer: none in these files; give the prompt as token ids")
+    if not prompt:
+        raise InputError("prompt is empty; give at least one character")
+    return _checked([config.bos_id, *tokenizer.encode(prompt)], config)
+
+
+def _checked(ids: Sequence[int] | np.ndarray, config: Config) -> np.ndarray:
+    array = np.asarray(ids)
+    if array.size == 0:
+        raise InputError("prompt is empty; give at least one token")
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"token ids are {array.dtype}{list(array.shape)}; they must be a list of integers")
+    if len(array) > config.max_context:
+        raise InputError(f"prompt has {len(array)} tokens; the model's context is {config.max_context}")
+    outside = array[(array < 0) | (array >= config.vocab_size)]
+    if len(outside):
+        raise InputError(f"token id {outside[0]} is outside the vocabulary of {config.vocab_size}")
+    return array.astype(np.int32)
+
+
+def _require_depth(max_draft: int) -> None:
+    if not 0 <= max_draft <= MOST_DRAFTS:
+        raise InputError(f"max-draft is {max_draft}; it must be 0 to {MOST_DRAFTS}")
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    mtp_file: str | Path | None = None,
+    dense: str | None = None,
+    qat: bool | None = None,
+    max_draft: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LanguageModel:
     """Load a GGUF file or a checkpoint directory in the hub's form, tensor by tensor, weights as they are stored.
 
     Args:
         path: None loads the tiny model that ships with the package.
+        mtp_file: the GGUF file with the MTP block of a GGUF model that has none; None looks for one beside it.
+        dense: for a checkpoint directory: None multiplies everything out to float32, exactly; "q8_0", "bf16" or "f32" keeps FP4
+            experts as MXFP4 and makes dense matrices that type.
         qat: overrides whether the FP8 and FP4 rounding of published weights is simulated.
         max_draft: 0 to 4, the deepest draft of the decode loop; by default 2 where there is an MTP block and 0 elsewhere. Plain
             and speculative decode say the same within one such loop; a loop for 0 is the fastest without drafts.
+        progress: called after each tensor with the bytes of the file that have been read and those of all tensors.
 
     Raises:
-        InputError: anything about the files that keeps them from being used, in one line.
+        InputError: anything about the files that keeps them from being used, or weights that the device has no room for, in one
+            line and before any weight is read where the headers show it.
     """
     from ds4jax.loading import open_checkpoint
 
-    checkpoint = open_checkpoint(Path(path) if path is not None else SHIPPED)
+    checkpoint = open_checkpoint(Path(path) if path is not None else SHIPPED, mtp_file, dense=dense)
+    return from_checkpoint(checkpoint, qat=qat, max_draft=max_draft, progress=progress)
+
+
+def from_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    qat: bool | None = None,
+    max_draft: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LanguageModel:
+    """Read the weights of an opened model; arguments and errors as for `load`."""
+    from ds4jax.loading.plan import require_fit
+
+    _require_depth(max_draft or 0)
+    require_fit(checkpoint)
     config = checkpoint.config if qat is None else dataclasses.replace(checkpoint.config, qat=qat)
-    model = build(config, ((tensor.name, tensor.read()) for tensor in checkpoint.tensors))
-    return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft)
+    model = build(config, _values(checkpoint, progress))
+    return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, no_mtp=checkpoint.no_mtp)
+
+
+def _values(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> Iterator[tuple[str, Value]]:
+    """Every tensor, the next one asked for only when the device has done with the last: one at a time is in the making."""
+    done, total = 0, sum(tensor.nbytes for tensor in checkpoint.tensors)
+    for tensor in checkpoint.tensors:
+        value = jax.block_until_ready(tensor.read())
+        done += tensor.nbytes
+        if progress is not None:
+            progress(done, total)
+        yield tensor.name, value
 
 
 def generate(model: LanguageModel, prompt: Prompt, **options: Any) -> Result:

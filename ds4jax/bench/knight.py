@@ -77,7 +77,7 @@ def knight(model: LanguageModel, new_tokens: int, note: Callable[[str], None]) -
         InputError: the model has no MTP block or no tokenizer.
     """
     if not model.config.n_mtp:
-        raise InputError(f"{model.path}: mtp: these weights have no MTP block, and this compares it with plain decode")
+        raise InputError(f"{model.path}: mtp: {model.no_mtp}, and this compares it with plain decode")
     if model.tokenizer is None:
         raise InputError(f"{model.path}: tokenizer: none in these files, and the prompt of this benchmark is a text")
     opened = {depth: model.with_max_draft(depth) for depth in (DRAFT, 0)}

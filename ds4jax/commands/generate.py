@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import argparse
-import io
+import dataclasses
 import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 from ds4jax import cli_options
+from ds4jax.commands import chat
 from ds4jax.commands import model as models
+from ds4jax.commands import reply as replies
 from ds4jax.errors import InputError
 
 if TYPE_CHECKING:
     from ds4jax.generation import Generation, Result
+    from ds4jax.language_model import LanguageModel
+    from ds4jax.logprobs import Scored
+    from ds4jax.reading import Reading
     from ds4jax.tokenizer import Tokenizer
 
 INTERRUPTED = 130
+NEW_TOKENS = 128
 
 DESCRIPTION = """\
 Continue a prompt. The continuation alone goes to stdout as it is made; progress and figures go to stderr.
 
+With --chat the prompt is a user's turn and the reply goes to stdout: on a terminal the reasoning of --think dimmed before the
+answer, elsewhere the answer alone.
+
 Ctrl-C ends the text where it is, with exit code 130. With --json, stdout is one object: prompt_tokens (how many), tokens (a list
-of ids), text, tokens_per_second, finish_reason: "stop" (the model ended its text), "length" (the limit or the model's context
-ended it) or "interrupted", and draft, strict, steps, tokens_per_step, ms_per_step, acceptance (for each depth that was tried, how
-often a draft stood when those before it had).
+of ids), text, with --chat reasoning (null without --think) and answer, tokens_per_second, finish_reason: "stop" (the model ended
+its text, or --stop did), "length" (the limit or the model's context ended it) or "interrupted", and draft, strict, steps,
+tokens_per_step, ms_per_step, acceptance (for each depth that was tried, how often a draft stood when those before it had). tokens
+has those of a stop text, text does not.
+
+With --logprobs N, logprobs holds for each token its id, text and logprob, and top, the N best alternatives. They are of the
+distribution at temperature 1 without filters, and are computed afterwards by scoring prompt and continuation once more.
 
 Drafting changes the speed and never what is said: with temperature 0 the same tokens, above it the same distribution."""
 
@@ -33,6 +46,8 @@ examples:
   ds4jax generate "In the beginning"
   ds4jax generate "And it came to pass" --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 1
   ds4jax generate "In the beginning" --draft auto --stats
+  ds4jax generate - --stop "." --json --logprobs 5 < prompt.txt
+  ds4jax generate "Why is the sky blue?" --model model.gguf --chat --think
   ds4jax generate --ids prompt.npy --json --stats"""
 
 
@@ -40,31 +55,25 @@ def add_parser(commands: Any) -> None:
     """Declare the sub-command."""
     parser = commands.add_parser("generate", help="continue a prompt", description=DESCRIPTION, epilog=EXAMPLES)
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("prompt", nargs="?", type=cli_options.prompt, metavar="PROMPT", help="the text to continue")
+    given.add_argument(
+        "prompt",
+        nargs="?",
+        type=cli_options.prompt_or_stdin,
+        metavar="PROMPT",
+        help="the text to continue, - for stdin",
+    )
+    given.add_argument("--prompt-file", type=cli_options.text_file, metavar="FILE", help="a UTF-8 text to continue, all of it")
     given.add_argument("--ids", type=cli_options.ids_file, metavar="FILE.npy", help="the prompt as token ids, integers [T]")
     models.add_options(parser)
     models.add_strict(parser)
     models.add_draft(parser)
-    parser.add_argument(
-        "--max-new-tokens", type=cli_options.token_count, default=128, metavar="N", help="the most tokens to add (128)"
-    )
-    parser.add_argument(
-        "--temperature", type=cli_options.temperature, default=0.0, metavar="T", help="0 takes the most likely token (0)"
-    )
-    parser.add_argument("--top-k", type=cli_options.top_k, default=0, metavar="K", help="keep the K most likely tokens (0: all)")
-    parser.add_argument(
-        "--top-p", type=cli_options.top_p, default=1.0, metavar="P", help="keep the likeliest tokens that sum to P (1: all)"
-    )
-    parser.add_argument(
-        "--min-p",
-        type=cli_options.min_p,
-        default=0.0,
-        metavar="P",
-        help="keep tokens P times as likely as the first, or more (0)",
-    )
-    parser.add_argument("--seed", type=cli_options.seed, default=0, metavar="S", help="the same seed draws the same tokens (0)")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after the model has ended its text")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn; print the model's reply")
+    chat.add_conversation(parser)
+    replies.add_sampling(parser, new_tokens=NEW_TOKENS)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    parser.add_argument(
+        "--logprobs", type=cli_options.alternatives, metavar="N", help="with --json: log-probabilities, and of the N best tokens"
+    )
     parser.add_argument("--stats", action="store_true", help="print counts, tokens/s and acceptance to stderr at the end")
     parser.set_defaults(run=run)
 
@@ -73,32 +82,78 @@ def run(options: argparse.Namespace) -> int:
     """Carry the command out; returns 0, or 130 after Ctrl-C.
 
     Raises:
-        InputError: the model or the prompt cannot be used.
+        InputError: options that exclude each other, or the model or the prompt cannot be used.
     """
-    model = models.open_model(options, max_draft=models.max_draft(options))
-    if model.tokenizer is None and not options.json:
+    _check(options)
+    given = _given(options)
+    model = models.open_model(options, max_draft=models.max_draft(options), prompt=None if options.chat else given)
+    if model.tokenizer is None and not (options.json and options.ids is not None and not options.stop):
         raise InputError(f"{model.path}: tokenizer: none in these files; give --ids, and --json to get token ids back")
-    generation = _start(model, options)
-    interrupted = _stream(generation, model.tokenizer, silent=options.json)
+    prompt = chat.opening(model.tokenizer, given, options) if options.chat and model.tokenizer else given
+    with models.status("reading the prompt"):
+        generation = model.stream(prompt, **replies.generation_options(options))
+    reading = _reading(model.tokenizer, options)
+    interrupted = _stream(generation, reading, silent=options.json)
     result = generation.result()
+    if reading and reading.stopped:
+        result = dataclasses.replace(result, ids=tuple(reading.ids), text=reading.text, finish_reason="stop")
     if options.json:
-        fields = {
-            "prompt_tokens": len(result.prompt_ids),
-            "tokens": result.ids,
-            "text": result.text,
-            "tokens_per_second": round(result.tokens_per_second, 3),
-            "finish_reason": result.finish_reason,
-            "draft": result.draft,
-            "strict": result.strict,
-            "steps": result.steps,
-            "tokens_per_step": round(result.tokens_per_step, 4),
-            "ms_per_step": round(result.ms_per_step, 4),
-            "acceptance": [round(share, 4) for share in result.acceptance],
-        }
-        print(json.dumps(fields, ensure_ascii=False))
+        print(json.dumps(_fields(model, result, reading, options), ensure_ascii=False))
     if options.stats:
         print(_stats(result), file=sys.stderr)
     return INTERRUPTED if interrupted else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.chat and options.ids is not None:
+        raise InputError("--chat renders a text; give one, or a rendered conversation as --ids without --chat")
+    if (options.think or options.system) and not options.chat:
+        raise InputError(f"{'--think' if options.think else '--system'} is for conversations; give --chat as well")
+    if options.logprobs is not None and not options.json:
+        raise InputError("--logprobs goes into the object that --json prints; give --json as well")
+
+
+def _given(options: argparse.Namespace) -> Any:
+    """The prompt as text, or token ids [T]."""
+    if options.ids is not None:
+        return options.ids
+    return options.prompt_file.decode() if options.prompt_file else options.prompt
+
+
+def _reading(tokenizer: Tokenizer | None, options: argparse.Namespace) -> Reading | None:
+    from ds4jax.reading import Reading
+
+    return Reading(tokenizer, options.stop, chat=options.chat, think=options.think) if tokenizer else None
+
+
+def _fields(model: LanguageModel, result: Result, reading: Reading | None, options: argparse.Namespace) -> dict[str, Any]:
+    fields: dict[str, Any] = {"prompt_tokens": len(result.prompt_ids), "tokens": result.ids, "text": result.text}
+    if options.chat and reading:
+        fields |= {"reasoning": reading.reasoning if options.think else None, "answer": reading.answer}
+    fields |= {
+        "tokens_per_second": round(result.tokens_per_second, 3),
+        "finish_reason": result.finish_reason,
+        "draft": result.draft,
+        "strict": result.strict,
+        "steps": result.steps,
+        "tokens_per_step": round(result.tokens_per_step, 4),
+        "ms_per_step": round(result.ms_per_step, 4),
+        "acceptance": [round(share, 4) for share in result.acceptance],
+    }
+    if options.logprobs is not None:
+        from ds4jax.logprobs import score
+
+        with models.status("scoring the continuation"):
+            scored = score(model, result.prompt_ids, result.ids, options.logprobs, strict=options.strict)
+        fields["logprobs"] = [_logprob_fields(model.tokenizer, token) for token in scored]
+    return fields
+
+
+def _logprob_fields(tokenizer: Tokenizer | None, scored: Scored) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {"id": token, "text": tokenizer.decode([token]) if tokenizer else "", "logprob": round(logprob, 6)}
+
+    return entry(scored.id, scored.logprob) | {"top": [entry(*alternative) for alternative in scored.top]}
 
 
 def _stats(result: Result) -> str:
@@ -111,40 +166,24 @@ def _stats(result: Result) -> str:
     )
 
 
-def _start(model: Any, options: argparse.Namespace) -> Generation:
-    from ds4jax.sampling import Sampling
-
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.seed)
-    prompt = options.prompt if options.ids is None else options.ids
-    with models.status("reading the prompt"):
-        return model.stream(
-            prompt,
-            max_new_tokens=options.max_new_tokens,
-            sampling=sampling,
-            ignore_eos=options.ignore_eos,
-            strict=options.strict,
-            draft=options.draft,
-        )
-
-
-def _stream(generation: Generation, tokenizer: Tokenizer | None, *, silent: bool) -> bool:
-    """Run to the end, printing text as it comes unless `silent`; True when Ctrl-C came first."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a character must not end the program.
-        sys.stdout.reconfigure(errors="replace")
-    text = None if silent or tokenizer is None else tokenizer.stream()
+def _stream(generation: Generation, reading: Reading | None, *, silent: bool) -> bool:
+    """Run to the end or a stop text, printing text as it comes unless `silent`; True when Ctrl-C came first."""
+    screen = None if silent else replies.Screen()
     interrupted = False
     chunks = iter(generation)
     try:
         with models.status("finding the first tokens"):
             ids = next(chunks, None)
         while ids:
-            if text:
-                print(text.push(ids), end="", flush=True)
-            ids = next(chunks, None)
+            pieces = list(reading.push(ids)) if reading else []
+            if screen:
+                screen.show(pieces)
+            ids = None if reading and reading.stopped else next(chunks, None)
     except KeyboardInterrupt:
         interrupted = True
-    if text:
-        # A terminal gets a line end, so that the shell's own prompt starts a line; a pipe gets the text and nothing else.
-        print(text.flush(), end="\n" if sys.stdout and sys.stdout.isatty() else "", flush=True)
+    pieces = list(reading.flush()) if reading else []
+    if screen:
+        screen.show(pieces)
+        # A pipe gets the text and nothing else; a terminal a line end, so that the shell's own prompt starts a line.
+        screen.end(line=False)
     return interrupted

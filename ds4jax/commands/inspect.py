@@ -15,15 +15,24 @@ from ds4jax.commands import model as models
 
 if TYPE_CHECKING:
     from ds4jax.loading.checkpoint import Checkpoint
+    from ds4jax.loading.plan import Device, Plan
 
 DESCRIPTION = """\
-Print a model's configuration, its tensors by stored type, and their sizes. Only headers are read, so this takes a moment for a
-file of any size; every tensor's name, type and shape is checked against the configuration on the way."""
+Print a model's configuration, its tensors by stored type, and what it takes: bytes by class in the file and on the device, bytes
+of the cache for a context, bytes that a decoded token reads, and what fits where. Only headers are read, so this takes a moment
+for a file of any size; every tensor's name, type and shape is checked against the configuration on the way.
+
+With --check, every stored value is looked at instead, without an accelerator: numbers and scales are finite, expert ids exist."""
+
+# As in the plan's own table, which is imported when it is needed.
+DEVICES = ("h100", "h200")
 
 EXAMPLES = """\
 examples:
   ds4jax inspect
   ds4jax inspect model.gguf --json
+  ds4jax inspect model.gguf --context 131072 --device h200
+  ds4jax inspect model.gguf --mtp-file mtp.gguf --check
   ds4jax inspect model.gguf --dispatch"""
 
 
@@ -33,12 +42,21 @@ def add_parser(commands: Any) -> None:
         "inspect", help="print a model's configuration and sizes", description=DESCRIPTION, epilog=EXAMPLES
     )
     parser.add_argument(
-        "path",
+        "model",
         nargs="?",
         type=cli_options.model_path,
         metavar="PATH",
         help="a GGUF file or a checkpoint directory (the tiny model)",
     )
+    models.add_mtp_file(parser)
+    models.add_dense(parser)
+    parser.add_argument(
+        "--context", type=cli_options.token_count, metavar="N", help="tokens to plan for (32768, or all that the model takes)"
+    )
+    parser.add_argument(
+        "--device", choices=DEVICES, help="the accelerator to plan for (the one that is here, and all that are known)"
+    )
+    parser.add_argument("--check", action="store_true", help="look at every stored value and print a verdict")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--dispatch", action="store_true", help="also print which path each product takes, and why")
     parser.set_defaults(run=run)
@@ -48,15 +66,34 @@ def run(options: argparse.Namespace) -> int:
     """Carry the command out; returns 0.
 
     Raises:
-        InputError: the files are not a model that can be loaded.
+        InputError: the files are not a model that can be loaded, or with --check the first value that no model can have.
     """
+    if options.check:
+        return _check(options)
     with models.status("reading headers"):
-        from ds4jax.language_model import SHIPPED
-        from ds4jax.loading import open_checkpoint
-
-        checkpoint = open_checkpoint(options.path or SHIPPED)
-        found = summary(checkpoint) | ({"dispatch": dispatch(checkpoint)} if options.dispatch else {})
+        checkpoint = models.open_checkpoint(options)
+        found = summary(checkpoint) | {"plan": planned(checkpoint, options.context, options.device)}
+        found |= {"dispatch": dispatch(checkpoint)} if options.dispatch else {}
     print(json.dumps(found, ensure_ascii=False) if options.json else as_text(found))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Look at every value; the verdict is one line, or with --json an object."""
+    import jax
+
+    # Before anything else asks for devices: the values stay on the host.
+    jax.config.update("jax_platforms", "cpu")
+    with models.loading_bar("looking at values") as bar:
+        from ds4jax.loading.check_values import check_values
+
+        checkpoint = models.open_checkpoint(options)
+        check_values(checkpoint, bar)
+    count, nbytes = len(checkpoint.tensors), sum(tensor.nbytes for tensor in checkpoint.tensors)
+    if options.json:
+        print(json.dumps({"path": str(checkpoint.path), "checked": count, "bytes": nbytes}, ensure_ascii=False))
+    else:
+        print(f"{checkpoint.path}: {count:,} tensors, {nbytes / 1e6:,.1f} MB: every value can be used")
     return 0
 
 
@@ -64,25 +101,78 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the headers say.
 
     Returns:
-        path, kind, config (every field of `Config`), tensors (stored type → count, values, bytes), values and bytes in all,
-        vocabulary (None without a tokenizer), and metadata (numbers and short texts; lists and long texts are left out).
+        path, kind, mtp_path (the file of the MTP block where it is another), config (every field of `Config`), tensors (stored
+        type → count, values, bytes, device_bytes), values, bytes and device_bytes in all, vocabulary (None without a tokenizer),
+        and metadata (numbers and short texts; lists and long texts are left out).
     """
     count: Counter[str] = Counter()
     values: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
+    device: Counter[str] = Counter()
     for tensor in checkpoint.tensors:
         count[tensor.stored] += 1
         values[tensor.stored] += math.prod(tensor.shape)
         nbytes[tensor.stored] += tensor.nbytes
+        device[tensor.stored] += tensor.device_nbytes
     return {
         "path": str(checkpoint.path),
         "kind": checkpoint.kind,
+        "mtp_path": str(checkpoint.mtp_path) if checkpoint.mtp_path is not None else None,
         "config": dataclasses.asdict(checkpoint.config),
-        "tensors": {kind: {"count": count[kind], "values": values[kind], "bytes": nbytes[kind]} for kind in sorted(count)},
+        "tensors": {
+            kind: {"count": count[kind], "values": values[kind], "bytes": nbytes[kind], "device_bytes": device[kind]}
+            for kind in sorted(count)
+        },
         "values": values.total(),
         "bytes": nbytes.total(),
+        "device_bytes": device.total(),
         "vocabulary": checkpoint.tokenizer.vocab_size if checkpoint.tokenizer else None,
         "metadata": {key: value for key, value in checkpoint.metadata.items() if _short(value)},
+    }
+
+
+def planned(checkpoint: Checkpoint, context: int | None = None, device: str | None = None) -> dict[str, Any]:
+    """What the model takes, and where it fits; everything in bytes.
+
+    Args:
+        device: a name of `DEVICES`; None takes the device that is here, where it tells its memory, and all of `DEVICES`.
+
+    Returns:
+        context, capacity (rows of the cache), classes (class → file, device, token: read by one decoded token), cache and
+        cache_token, token (read in all), draft (read by one draft), working (left free for programs), needed (on the device in
+        all), and devices: name, memory, bandwidth (bytes/s), tokens_per_second (at most, without drafts), fits, largest_context.
+
+    Raises:
+        InputError: a context that the model does not have.
+    """
+    from ds4jax.loading import plan as plans
+
+    made = plans.plan(checkpoint, context)
+    present = plans.present_device() if device is None else None
+    chosen = [plans.DEVICES[name] for name in (DEVICES if device is None else (device,))]
+    return {
+        "context": made.context,
+        "capacity": made.capacity,
+        "classes": {name: dataclasses.asdict(part) for name, part in made.parts.items()},
+        "cache": made.cache,
+        "cache_token": made.cache_token,
+        "token": made.token,
+        "draft": made.draft,
+        "working": plans.WORKING_BYTES,
+        "needed": made.needed,
+        "devices": [_on(made, checkpoint, one) for one in ([present] if present else []) + chosen],
+    }
+
+
+def _on(made: Plan, checkpoint: Checkpoint, device: Device) -> dict[str, Any]:
+    from ds4jax.loading import plan as plans
+
+    bound = made.bound(device)
+    return {
+        **dataclasses.asdict(device),
+        "tokens_per_second": round(bound, 1) if bound is not None else None,
+        "fits": made.needed <= device.memory,
+        "largest_context": plans.largest_context(checkpoint, made.device, device.memory),
     }
 
 
@@ -120,11 +210,15 @@ def _short(value: Any) -> bool:
 
 def as_text(found: dict[str, Any]) -> str:
     """`summary` for a person."""
-    lines = [f"{found['path']}: {found['kind']}, {found['values']:,} values in {found['bytes'] / 1e6:,.1f} MB", "", "config"]
+    lines = [f"{found['path']}: {found['kind']}, {found['values']:,} values in {found['bytes'] / 1e6:,.1f} MB"]
+    lines += [f"MTP block in {found['mtp_path']}"] if found["mtp_path"] else []
+    lines += ["", "config"]
     lines += [f"  {name:<22} {_value(value)}" for name, value in found["config"].items()]
-    lines += ["", f"tensors      {'count':>8} {'values':>18} {'bytes':>18}"]
+    lines += ["", f"tensors      {'count':>8} {'values':>18} {'bytes':>18} {'on the device':>18}"]
     for kind, row in found["tensors"].items():
-        lines.append(f"  {kind:<10} {row['count']:>8,} {row['values']:>18,} {row['bytes']:>18,}")
+        sizes = f"{row['values']:>18,} {row['bytes']:>18,} {row['device_bytes']:>18,}"
+        lines.append(f"  {kind:<10} {row['count']:>8,} {sizes}")
+    lines += ["", *_plan_lines(found["plan"])]
     lines += ["", f"tokenizer    {found['vocabulary']:,} tokens" if found["vocabulary"] else "tokenizer    none"]
     # What made the file; the rest of the metadata is the configuration over again.
     origin = {key: value for key, value in found["metadata"].items() if key.startswith(("general.", "ds4jax."))}
@@ -136,6 +230,31 @@ def as_text(found: dict[str, Any]) -> str:
             shape = "x".join(map(str, row["shape"]))
             lines.append(f"  {row['product']:<28} {shape:>14} {row['stored']:>8} {row['count']:>5}  {_paths(row)}")
     return "\n".join(lines)
+
+
+def _plan_lines(plan: dict[str, Any]) -> list[str]:
+    """The plan for a person, in MB of a million bytes."""
+    lines = [f"{'plan, in MB':<26} {'file':>12} {'device':>12} {'read a token':>14}"]
+    rows = {name: (part["file"], part["device"], part["token"]) for name, part in plan["classes"].items()}
+    rows["weights"] = (sum(row[0] for row in rows.values()), sum(row[1] for row in rows.values()), 0)
+    rows["weights"] = (*rows["weights"][:2], plan["token"] - plan["cache_token"])
+    rows[f"cache of {plan['context']:,}"] = (0, plan["cache"], plan["cache_token"])
+    rows["working memory"] = (0, plan["working"], 0)
+    rows["all"] = (rows["weights"][0], plan["needed"], plan["token"])
+    lines += [f"  {name:<24} {_mb(sizes[0]):>12} {_mb(sizes[1]):>12} {_mb(sizes[2]):>14}" for name, sizes in rows.items()]
+    if plan["draft"]:
+        lines.append(f"  a draft of the MTP block reads {_mb(plan['draft'])} more")
+    for device in plan["devices"]:
+        rate = f", at most {device['tokens_per_second']:,.1f} tokens/s" if device["tokens_per_second"] is not None else ""
+        most = device["largest_context"]
+        fits = "fits" if device["fits"] else "does not fit"
+        room = f"room for a context of {most:,}" if most else "no room for any context"
+        lines.append(f"  {device['name']}: {device['memory'] / 1e9:,.0f} GB: {fits}, {room}{rate}")
+    return lines
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f}" if nbytes else "-"
 
 
 def _paths(row: dict[str, Any]) -> str:

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     total = len(options.ids) if options.ids is not None else None
     if total is not None and options.decode_from is not None and options.decode_from > total:
         raise InputError(f"--decode-from is {options.decode_from}; the sequence has {total} tokens")
-    model = models.open_model(options)
+    model = models.open_model(options, prompt=options.prompt if options.ids is None else options.ids)
     ids = model.encode(options.prompt if options.ids is None else options.ids)
     with models.status(f"scoring {len(ids)} tokens"):
         arrays = model.logits(ids, decode_from=options.decode_from, mtp=options.mtp, strict=options.strict)

@@ -6,24 +6,53 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ds4jax import cli_options
 
 if TYPE_CHECKING:
+    from ds4jax.generation import Prompt
     from ds4jax.language_model import LanguageModel
+    from ds4jax.loading import Checkpoint
+
+# Bytes of weights from which on loading takes long enough to say first what it will take.
+LARGE = 1_000_000_000
+# Seconds after which a bar is worth looking at.
+BAR_AFTER = 2.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """--model and --qat."""
+    """--model, --mtp-file, --dense and --qat."""
     parser.add_argument(
         "--model", type=cli_options.model_path, metavar="PATH", help="a GGUF file or a checkpoint directory (the tiny model)"
     )
+    add_mtp_file(parser)
+    add_dense(parser)
     parser.add_argument(
         "--qat",
         action=argparse.BooleanOptionalAction,
         help="simulate the FP8 and FP4 rounding that published weights were trained with (as the model's files say)",
+    )
+
+
+def add_mtp_file(parser: argparse.ArgumentParser) -> None:
+    """--mtp-file."""
+    parser.add_argument(
+        "--mtp-file",
+        type=cli_options.model_path,
+        metavar="PATH",
+        help="the GGUF file with the MTP block of a GGUF model that has none (the one beside the model)",
+    )
+
+
+def add_dense(parser: argparse.ArgumentParser) -> None:
+    """--dense."""
+    parser.add_argument(
+        "--dense",
+        choices=("q8_0", "bf16", "f32"),
+        help="of a checkpoint directory: keep FP4 experts as MXFP4 and make dense matrices this type (all float32, exactly)",
     )
 
 
@@ -64,18 +93,81 @@ def add_strict(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_model(options: argparse.Namespace, *, max_draft: int | None = None) -> LanguageModel:
+def open_model(options: argparse.Namespace, *, max_draft: int | None = None, prompt: Prompt | None = None) -> LanguageModel:
     """Load the model that the options name, through the compilation cache; `max_draft` as for `ds4jax.load`.
 
-    Raises:
-        InputError: anything about the files that keeps them from being used.
-    """
-    with status("loading the model"):
-        from ds4jax import runtime
-        from ds4jax.language_model import load
+    Args:
+        prompt: what the model is going to be given, checked before weights are read.
 
+    Raises:
+        InputError: anything about the files that keeps them from being used, or a prompt that the model cannot take.
+    """
+    with loading_bar("loading the model") as bar:
+        from ds4jax import runtime
+        from ds4jax.language_model import encoded, from_checkpoint
+
+        checkpoint = open_checkpoint(options)
+        if prompt is not None:
+            encoded(prompt, checkpoint.config, checkpoint.tokenizer, checkpoint.path)
+        _say_plan(checkpoint, max_draft)
         runtime.configure()
-        return load(options.model, qat=options.qat, max_draft=max_draft)
+        return from_checkpoint(checkpoint, qat=options.qat, max_draft=max_draft, progress=bar)
+
+
+def open_checkpoint(options: argparse.Namespace) -> Checkpoint:
+    """Read the headers of the model that the options name, by default the tiny one.
+
+    Raises:
+        InputError: the files are not a model that can be loaded.
+    """
+    from ds4jax.language_model import SHIPPED
+    from ds4jax.loading import open_checkpoint
+
+    return open_checkpoint(options.model or SHIPPED, options.mtp_file, dense=options.dense)
+
+
+def _say_plan(checkpoint: Checkpoint, max_draft: int | None) -> None:
+    """One line on stderr about what a large model takes."""
+    if sum(tensor.nbytes for tensor in checkpoint.tensors) <= LARGE or not sys.stderr:
+        return
+    from ds4jax.loading.plan import plan
+
+    print(f"ds4jax: {checkpoint.path}: {plan(checkpoint, max_draft=max_draft).line()}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def loading_bar(message: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show on a terminal's stderr how far reading is, as bytes done of a total: a bar with the rate once it takes its time.
+
+    Yields:
+        What to call with both; None where nobody watches.
+    """
+    if not (sys.stderr and sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console, began = Console(stderr=True), time.monotonic()
+    columns = (TextColumn(message), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    waiting, bar = console.status(message), Progress(*columns, console=console, transient=True)
+    task = bar.add_task(message, total=None)
+
+    def show(done: int, total: int) -> None:
+        if not bar.live.is_started:
+            if time.monotonic() - began < BAR_AFTER:
+                return
+            # A console shows one thing that moves at a time.
+            waiting.stop()
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    waiting.start()
+    try:
+        yield show
+    finally:
+        waiting.stop()
+        bar.stop()
 
 
 @contextlib.contextmanager

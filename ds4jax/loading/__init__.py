@@ -12,12 +12,13 @@ from ds4jax.loading.gguf_read import open_gguf
 __all__ = ["Checkpoint", "Tensor", "open_checkpoint"]
 
 
-def open_checkpoint(path: str | Path, mtp_file: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, mtp_file: str | Path | None = None, *, dense: str | None = None) -> Checkpoint:
     """Open a GGUF file or a checkpoint directory in the hub's form; only headers are read.
 
     Args:
         mtp_file: the GGUF file with the MTP block of a GGUF model. None looks for one beside a model that has none: with "mtp"
             as a word in its name, and a support file by its architecture.
+        dense: what dense matrices of a checkpoint directory become, as for `open_hub`; a GGUF file is taken as it is.
 
     Raises:
         InputError: nothing there, or files that cannot be used; one line that names the file and what is wrong.
@@ -29,5 +30,5 @@ def open_checkpoint(path: str | Path, mtp_file: str | Path | None = None) -> Che
 
         if mtp_path is not None:
             raise InputError(f"{mtp_path}: mtp file: it goes with a GGUF model; {path} is a checkpoint directory")
-        return open_hub(path)
+        return open_hub(path, dense=dense)
     return open_gguf(path, mtp_path)

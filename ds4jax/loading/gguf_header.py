@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ds4jax.errors import InputError
+from ds4jax.loading.unfinished import require_finished
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -101,6 +102,7 @@ def read_header(path: Path) -> Header:
     """
     cursor = _Cursor(path, _map(path))
     magic = cursor.take(4, "magic")
+    require_finished(path, magic)
     if magic != MAGIC:
         raise InputError(f"{path}: not a GGUF file: its magic is {magic!r}")
     version = cursor.number("I", "version")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,10 +16,14 @@ from ds4jax.config import Config
 from ds4jax.errors import InputError
 from ds4jax.files import replacing
 from ds4jax.loading import gguf_config
+from ds4jax.loading.gguf_header import DEFAULT_ALIGNMENT
 from ds4jax.loading.gguf_names import EMBEDDING, SMALL, Slot, slots
 from ds4jax.loading.gguf_values import encode
 from ds4jax.tokenizer import KIND, MERGES_KEY, PRE_TOKENIZER, TOKENS_KEY, TYPES_KEY
 from pallas_kernels.formats import Quantized
+
+# Multiple of bytes at which the data of each tensor begins.
+ALIGNMENT = DEFAULT_ALIGNMENT
 
 _VALUE_TYPES = {
     "u32": GGUFValueType.UINT32,
@@ -62,14 +67,7 @@ def write_gguf(
         ValueError: tensors that do not fit the configuration or the chosen types.
     """
     path = Path(path)
-    writer = GGUFWriter(None, gguf_config.ARCHITECTURE)
-    writer.add_quantization_version(2)
-    for key, kind, value in gguf_config.metadata(config):
-        _add(writer, key, kind, value)
-    if tokens:
-        _add_tokenizer(writer, tokens, merges, token_types)
-    for key, value in (metadata or {}).items():
-        _add(writer, key, _TYPE_OF[type(value)], value)
+    writer = _writer(config, tokens, merges, token_types, metadata or {})
     rest = dict(tensors)
     for slot in slots(config):
         if slot.name not in rest:
@@ -83,6 +81,53 @@ def write_gguf(
     if rest:
         raise ValueError(f"{min(rest)}: the model has no such parameter")
     _write_atomically(writer, path)
+
+
+def header(
+    config: Config,
+    tensors: Sequence[tuple[str, tuple[int, ...], str, int]],
+    *,
+    tokens: Sequence[str] = (),
+    merges: Sequence[str] = (),
+    token_types: Sequence[int] = (),
+    metadata: Mapping[str, str | bool | int | float] | None = None,
+) -> bytes:
+    """All of a GGUF file that comes before its data, whose tensors follow in this order, each padded to `ALIGNMENT` bytes.
+
+    Args:
+        tensors: of each its GGUF name, shape, stored type and bytes.
+        tokens, merges, token_types, metadata: as for `write_gguf`.
+    """
+    writer = _writer(config, tokens, merges, token_types, metadata or {})
+    for name, shape, stored, nbytes in tensors:
+        # With the stored type given, the writer takes the shape as it is for any type but uint8.
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=GGMLQuantizationType[stored])
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(writer):
+        path = Path(folder) / "header.gguf"
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        content = path.read_bytes()
+    return content + bytes(-len(content) % ALIGNMENT)
+
+
+def _writer(
+    config: Config,
+    tokens: Sequence[str],
+    merges: Sequence[str],
+    token_types: Sequence[int],
+    metadata: Mapping[str, str | bool | int | float],
+) -> GGUFWriter:
+    """A writer that has all metadata and no tensor yet."""
+    writer = GGUFWriter(None, gguf_config.ARCHITECTURE)
+    writer.add_quantization_version(2)
+    for key, kind, value in gguf_config.metadata(config):
+        _add(writer, key, kind, value)
+    if tokens:
+        _add_tokenizer(writer, tokens, merges, token_types)
+    for key, value in metadata.items():
+        _add(writer, key, _TYPE_OF[type(value)], value)
+    return writer
 
 
 def _stored_type(slot: Slot, value: jax.Array | np.ndarray | Quantized, *, quantize: bool, small: str, embedding: str) -> str:

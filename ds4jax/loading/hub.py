@@ -3,109 +3,153 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from ds4jax.config import Config
 from ds4jax.errors import InputError
 from ds4jax.loading import hub_values
 from ds4jax.loading.checkpoint import Checkpoint, Tensor
+from ds4jax.loading.gguf_names import DENSE, EXPERTS, TABLE, slots
 from ds4jax.loading.hub_config import read_config, read_json, with_mtp
+from ds4jax.loading.hub_read import INTEGERS, Entry, Source, Stored
 from ds4jax.loading.mtp_file import DSPARK, drafter
 from ds4jax.model.parameters import shapes
+from pallas_kernels.formats import Q8_0
 
 if TYPE_CHECKING:
     from ds4jax.tokenizer import Tokenizer
 
 CONFIG, INDEX, SINGLE, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "tokenizer.json"
-EXPERTS = ".ffn.experts."
+EXPERTS_IN = ".ffn.experts."
 
-# What may store a table of expert ids, a matrix, and everything else.
-INTEGERS = ("I64", "I32")
+# What may store a matrix, and everything else but a table of expert ids.
 MATRICES = ("F8_E4M3", "I8", "BF16", "F32")
 VECTORS = ("BF16", "F32")
 SCALED = ("F8_E4M3", "I8")
 # I8 holds two FP4 codes a byte.
 FORMAT = {"I8": "F4_E2M1"}
-PLAIN = {"F32": "<f4", "I64": "<i8", "I32": "<i4"}
+# What `dense` may be, and the GGUF type that it stands for.
+DENSE_FORMS = {"q8_0": "Q8_0", "bf16": "BF16", "f32": "F32"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """One tensor of a shard: where its bytes are."""
+class Hub:
+    """A checkpoint directory whose headers were read and agree with its config.
 
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    Attributes:
+        metadata: everything that `config.json` says.
+        sources: every parameter once, in the order of the files.
+        ignored: tensors that the model has no use for.
+        no_mtp: as in `Checkpoint`.
+    """
 
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor with the scales that belong to it; `shape` is that of its values."""
-
-    entry: Entry
-    scale: Entry | None
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file, scales included."""
-        return self.entry.nbytes + (self.scale.nbytes if self.scale else 0)
+    path: Path
+    config: Config
+    metadata: dict[str, Any]
+    sources: tuple[Source, ...]
+    ignored: tuple[str, ...]
+    no_mtp: str
 
 
-def open_hub(path: Path, *, dtype: DTypeLike = jnp.float32) -> Checkpoint:
+def open_hub(path: Path, *, dense: str | None = None) -> Checkpoint:
     """Open a checkpoint directory: config and headers are read and checked, no tensor is.
 
-    Values are exact: FP8 and FP4 weights are multiplied out, experts of a layer are stacked. The model gets an MTP block when the
-    weights hold one, whatever the config claims.
+    The model gets an MTP block when the weights hold one, whatever the config claims.
 
     Args:
-        dtype: float32, or bfloat16 for the matrices (all named `.weight`); published matrices are exact in both.
+        dense: None multiplies everything out to exact float32. "q8_0", "bf16" or "f32" keeps FP4 experts as MXFP4, which loses
+            nothing, and makes dense matrices of that type. Then the embedding, the router's matrix and those of compressors and
+            indexers become bfloat16, in which published values are exact; where the files have float32, or with "f32",
+            float32. All else is float32: norms, biases, sinks, hyper-connections.
 
     Raises:
-        InputError: a file is missing or broken, or a tensor is missing, mis-shaped or stored in an unsupported way; names file
-            and key or tensor.
-        ValueError: `dtype` is something else.
+        InputError: a file is missing or broken, or a tensor is missing, mis-shaped, stored in an unsupported way or not to be had
+            as `dense`; names file and key or tensor.
 
     Source: file layout and tensor inventory of the V4-Flash checkpoint.
     """
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"dtype is {jnp.dtype(dtype).name}; it must be float32 or bfloat16")
+    hub = read_hub(path, dense=dense)
+    return Checkpoint(
+        path=path,
+        kind="hub",
+        config=hub.config,
+        tensors=tuple(_tensor(source) for source in hub.sources),
+        tokenizer=_tokenizer(path / TOKENIZER, hub.config),
+        metadata=hub.metadata,
+        ignored=hub.ignored,
+        no_mtp=hub.no_mtp,
+    )
+
+
+def read_hub(path: Path, *, dense: str | None = None) -> Hub:
+    """What `open_hub` makes a checkpoint of: config and headers, and where and how each parameter is to be read.
+
+    Raises:
+        InputError: as for `open_hub`, the tokenizer aside.
+    """
+    if dense is not None and dense not in DENSE_FORMS:
+        raise InputError(f"dense is {dense!r}; it must be {', '.join(DENSE_FORMS)}")
     config, metadata = read_config(path / CONFIG)
     source, entries = _entries(path)
     kind = drafter(entries)
     if kind == "mtp":
         config = with_mtp(config, path / CONFIG)
-    used: set[str] = set()
-    tensors = []
-    for name, shape in shapes(config).items():
-        parts = [_stored(source, entries, part, size) for part, size in _parts(name, shape)]
-        used.update(entry.name for part in parts for entry in (part.entry, part.scale) if entry)
-        tensors.append((parts[0].entry, _tensor(name, shape, parts, config, dtype)))
-    tensors.sort(key=lambda pair: (pair[0].file, pair[0].offset))
-    return Checkpoint(
+    found = {
+        name: tuple(_stored(source, entries, part, size) for part, size in _parts(name, shape))
+        for name, shape in shapes(config).items()
+    }
+    forms = _forms(config, found, dense)
+    used = {entry.name for parts in found.values() for part in parts for entry in (part.entry, part.scale) if entry}
+    in_order = sorted(found.items(), key=lambda one: (one[1][0].entry.file, one[1][0].entry.offset))
+    return Hub(
         path=path,
-        kind="hub",
         config=config,
-        tensors=tuple(tensor for _, tensor in tensors),
-        tokenizer=_tokenizer(path / TOKENIZER, config),
         metadata=metadata,
+        sources=tuple(_source(name, parts, forms[name], config) for name, parts in in_order),
         ignored=tuple(sorted(entries.keys() - used)),
         no_mtp={"mtp": "", "dspark": DSPARK, "": "these weights have no MTP block"}[kind],
     )
+
+
+def _forms(config: Config, found: dict[str, tuple[Stored, ...]], dense: str | None) -> dict[str, str]:
+    """The type that each parameter becomes."""
+    fp4 = {name for name, parts in found.items() if all(part.entry.dtype == "I8" for part in parts)}
+    forms = {}
+    for slot in slots(config):
+        # Gate and up of an expert have one type.
+        partner = slot.name.replace(".experts.w1.", ".experts.w3.") if ".w1." in slot.name else slot.name.replace(".w3.", ".w1.")
+        if slot.types is TABLE:
+            form = "I32"
+        elif dense is None or not slot.name.endswith(".weight") or len(slot.shape) == 1:
+            form = "F32"
+        elif slot.types is EXPERTS and {slot.name, partner} <= fp4:
+            form = "MXFP4"
+        elif slot.types in (DENSE, EXPERTS):
+            form = DENSE_FORMS[dense]
+        else:
+            is_float32 = dense == "f32" or any(part.entry.dtype == "F32" for part in found[slot.name])
+            form = "F32" if is_float32 else "BF16"
+        forms[slot.name] = form
+    return forms
+
+
+def _source(name: str, parts: tuple[Stored, ...], form: str, config: Config) -> Source:
+    shape = parts[0].shape if EXPERTS_IN not in name else (len(parts), *parts[0].shape)
+    if form == "Q8_0" and shape[-1] % Q8_0.BLOCK:
+        file = parts[0].entry.file
+        raise InputError(f"{file}: {name}: rows of {shape[-1]} values; Q8_0 needs a multiple of {Q8_0.BLOCK}, bf16 does not")
+    return Source(name, shape, parts, form, config.n_experts)
+
+
+def _tensor(source: Source) -> Tensor:
+    stored = "+".join(sorted({FORMAT.get(part.entry.dtype, part.entry.dtype) for part in source.parts}))
+    nbytes = sum(part.nbytes for part in source.parts)
+    return Tensor(source.name, source.shape, stored, nbytes, source.nbytes, source.read)
 
 
 def _tokenizer(path: Path, config: Config) -> Tokenizer | None:
@@ -173,13 +217,13 @@ def _entry(file: Path, name: str, info: Any, data: int) -> Entry:
 
 def _parts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of each stored tensor that makes up a parameter: one for every expert of a stack, else itself."""
-    head, experts, tail = name.partition(EXPERTS)
+    head, experts, tail = name.partition(EXPERTS_IN)
     if not experts:
         yield name, shape
         return
     # One at a time: the first that is missing ends the search, however many a broken config asks for.
     for expert in range(shape[0]):
-        yield f"{head}{EXPERTS}{expert}.{tail}", shape[1:]
+        yield f"{head}{EXPERTS_IN}{expert}.{tail}", shape[1:]
 
 
 def _stored(source: Path, entries: dict[str, Entry], name: str, shape: tuple[int, ...]) -> Stored:
@@ -217,62 +261,3 @@ def _stored(source: Path, entries: dict[str, Entry], name: str, shape: tuple[int
 def _check_shape(entry: Entry, expected: tuple[int, ...]) -> None:
     if entry.shape != expected:
         raise InputError(f"{entry.file}: {entry.name}: has shape {list(entry.shape)}; {CONFIG} makes it {list(expected)}")
-
-
-def _tensor(name: str, shape: tuple[int, ...], parts: list[Stored], config: Config, dtype: DTypeLike) -> Tensor:
-    stored = "+".join(sorted({FORMAT.get(part.entry.dtype, part.entry.dtype) for part in parts}))
-    nbytes = sum(part.nbytes for part in parts)
-    if parts[0].entry.dtype in INTEGERS:
-        read_ids = functools.partial(_read_expert_ids, parts[0], config.n_experts)
-        return Tensor(name, shape, stored, nbytes, math.prod(shape) * jnp.dtype(jnp.int32).itemsize, read_ids)
-    is_matrix = name.endswith(".weight") and len(shape) > 1
-    into = jnp.dtype(dtype if is_matrix else jnp.float32)
-    read = functools.partial(_read_values, shape, parts, into)
-    return Tensor(name, shape, stored, nbytes, math.prod(shape) * into.itemsize, read)
-
-
-def _read_values(shape: tuple[int, ...], parts: list[Stored], dtype: np.dtype) -> jax.Array:
-    """Read a tensor, or its parts one by one into the only array of its full size."""
-    values = np.empty((len(parts), *parts[0].shape), dtype)
-    for slot, part in zip(values, parts, strict=True):
-        slot[...] = _dequantized(part)
-    return jnp.asarray(values.reshape(shape))
-
-
-def _dequantized(stored: Stored) -> np.ndarray:
-    """Values of one tensor, float32."""
-    entry, raw = stored.entry, _bytes(stored.entry)
-    if stored.scale is not None:
-        multiply_out = hub_values.from_fp8 if entry.dtype == "F8_E4M3" else hub_values.from_fp4
-        scales = _bytes(stored.scale).reshape(stored.scale.shape)
-        # Codes that overflow are refused below, with the name of the tensor.
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = multiply_out(raw.reshape(entry.shape), scales)
-    elif entry.dtype == "BF16":
-        values = hub_values.from_bf16(raw.view("<u2")).reshape(entry.shape)
-    else:
-        values = raw.view(PLAIN[entry.dtype]).reshape(entry.shape)
-    if not np.isfinite(values).all():
-        raise InputError(f"{entry.file}: {entry.name}: holds values that are not finite; fetch the shard again")
-    return values
-
-
-def _read_expert_ids(stored: Stored, n_experts: int) -> jax.Array:
-    """The table of a hash-routed layer, int32."""
-    entry = stored.entry
-    ids = _bytes(entry).view(PLAIN[entry.dtype]).reshape(entry.shape)
-    outside = ids[(ids < 0) | (ids >= n_experts)]
-    if len(outside):
-        raise InputError(f"{entry.file}: {entry.name}: names expert {outside[0]} of {n_experts}")
-    return jnp.asarray(ids.astype(np.int32))
-
-
-def _bytes(entry: Entry) -> np.ndarray:
-    """A tensor's bytes as the file holds them, uint8 [nbytes]."""
-    try:
-        raw = np.fromfile(entry.file, np.uint8, entry.nbytes, offset=entry.offset)
-    except OSError as error:
-        raise InputError(f"{entry.file}: {entry.name}: cannot be read ({error.strerror})") from error
-    if len(raw) < entry.nbytes:
-        raise InputError(f"{entry.file}: {entry.name}: the file ends inside it; it has become shorter since it was opened")
-    return raw

@@ -44,3 +44,19 @@ def from_fp4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 def from_bf16(raw: np.ndarray) -> np.ndarray:
     """bfloat16 as bits, uint16 [...] → float32 [...]."""
     return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def to_mxfp4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The same matrix in blocks as a GGUF file stores MXFP4: uint8 [N, 17·K/32] of the arguments of `from_fp4`.
+
+    Nothing is computed: both formats have a power of two for every 32 codes. The file pairs code j of a block with code j + 16,
+    the checkpoint code 2j with code 2j + 1.
+    """
+    rows, groups = scales.shape
+    pairs = codes.reshape(rows, groups, FP4_GROUP // 2)
+    first, second = pairs[..., : FP4_GROUP // 4], pairs[..., FP4_GROUP // 4 :]
+    blocks = np.empty((rows, groups, 1 + FP4_GROUP // 2), np.uint8)
+    blocks[..., 0] = scales
+    blocks[..., 1::2] = (first & 15) | (second << 4)
+    blocks[..., 2::2] = (first >> 4) | (second & 0xF0)
+    return blocks.reshape(rows, -1)

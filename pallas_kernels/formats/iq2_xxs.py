@@ -80,11 +80,13 @@ class IQ2_XXS(Quantized):
     def split(cls, blocks: jax.Array) -> IQ2_XXS:
         """Blocks as a file stores them to planes."""
         lead = blocks.shape[:-2]
-        pairs = words(blocks[..., 2:]).reshape(*lead, -1, 4, 2)
-        packed = jax.lax.bitcast_convert_type(pairs[..., 1], jnp.uint32)
+        # Halves of bytes before words: a compiler then copies each plane once.
+        pairs = blocks[..., 2:].reshape(*lead, -1, 4, 8)
+        indices = words(pairs[..., :4])[..., 0]
+        packed = jax.lax.bitcast_convert_type(words(pairs[..., 4:])[..., 0], jnp.uint32)
         shifts = jnp.arange(0, 16, 4, dtype=jnp.uint32)
         factors = jnp.sum((packed >> 28) << shifts, axis=-1, dtype=jnp.uint32).astype(jnp.uint16)
-        return cls(pairs[..., 0], _spread_signs(packed), factors, halves(blocks[..., :2])[..., 0])
+        return cls(indices, _spread_signs(packed), factors, halves(blocks[..., :2])[..., 0])
 
     def join(self) -> jax.Array:
         """The inverse of `split`."""

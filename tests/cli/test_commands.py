@@ -202,7 +202,7 @@ def test_what_was_held_out_is_not_in_the_extract() -> None:
     assert HELDOUT.read_text()[1000:1200] not in EXTRACT.read_text()
 
 
-@pytest.mark.parametrize("command", ["generate", "logits", "inspect", "eval", "check", "bench"])
+@pytest.mark.parametrize("command", ["generate", "chat", "logits", "inspect", "convert", "eval", "vectors", "check", "bench"])
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

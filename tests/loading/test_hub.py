@@ -7,7 +7,6 @@ import math
 import shutil
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -90,20 +89,6 @@ def test_every_golden_tensor():
         value = np.asarray(tensor.read())
         assert value.dtype == (np.int32 if "tid2eid" in tensor.name else np.float32), tensor.name
         np.testing.assert_array_equal(value, expected(tensor.name), err_msg=tensor.name, strict=True)
-
-
-def test_matrices_in_bfloat16_are_exact_too():
-    for tensor in open_hub(HUB, dtype=jnp.bfloat16).tensors:
-        value = tensor.read()
-        is_matrix = tensor.name.endswith(".weight") and len(tensor.shape) > 1
-        if "tid2eid" not in tensor.name:
-            assert value.dtype == (jnp.bfloat16 if is_matrix else jnp.float32), tensor.name
-        np.testing.assert_array_equal(np.asarray(value).astype(np.float64), expected(tensor.name), err_msg=tensor.name)
-
-
-def test_refuses_other_dtypes():
-    with pytest.raises(ValueError, match="dtype is float16"):
-        open_hub(HUB, dtype=jnp.float16)
 
 
 def test_one_file_without_index_in_other_types(single):

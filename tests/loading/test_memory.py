@@ -1,0 +1,143 @@
+"""Loading a file in the published layout: one tensor at a time in memory, and hardly slower than copying its bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from q2_files import WIDE, WIDER, write_q2
+
+from ds4jax.loading import open_checkpoint
+from ds4jax.loading.gguf_header import read_header
+from pallas_kernels.formats import FORMATS
+
+# What jax, the model's structure and compiling take, beside tensors.
+ALLOWED = 1_500_000_000
+# The same in practice, for a file that would fit into the allowance whole.
+USUAL = 250_000_000
+LEAST_RATE = 0.5
+ROUNDS = 3
+# Where a block of a file falls into parts.
+PARTS = {"Q8_0": (2,), "IQ2_XXS": (2,), "Q2_K": (16, 80, 82)}
+
+LOADING = """
+import json, sys, threading
+import jax
+import ds4jax
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+live, over, done = 0, 0, threading.Event()
+
+def watch():
+    global over
+    while not done.wait(0.002):
+        held = live
+        over = max(over, anonymous() - held)
+
+def told(count, total):
+    global live
+    live = sum(array.nbytes for array in jax.live_arrays())
+
+jax.block_until_ready(jax.numpy.zeros(8) + 1)
+before = anonymous()
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = ds4jax.load(sys.argv[1], progress=told)
+done.set()
+watcher.join()
+print(json.dumps({"before": before, "over": over, "live": live, "after": anonymous()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def q2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file of 0.4 GB."""
+    path = tmp_path_factory.mktemp("q2") / "q2.gguf"
+    write_q2(path, WIDE)
+    yield path
+    path.unlink()
+
+
+def measured(path: Path) -> dict[str, int]:
+    """Bytes of anonymous memory before loading, at most beyond live device arrays, and at the end, and those of the arrays."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", LOADING, path], capture_output=True, text=True, check=True, env=environment)
+    return json.loads(done.stdout)
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from Linux's /proc")
+
+
+@linux
+def test_one_tensor_at_a_time(q2: Path) -> None:
+    tensors = open_checkpoint(q2).tensors
+    largest = max(tensor.device_nbytes for tensor in tensors)
+    found = measured(q2)
+    assert found["live"] >= sum(tensor.device_nbytes for tensor in tensors)
+    assert found["after"] >= found["live"]
+    assert found["over"] <= largest + ALLOWED
+    assert found["over"] <= found["before"] + largest + USUAL
+
+
+@linux
+@pytest.mark.slow
+def test_one_tensor_at_a_time_of_four_gigabytes(tmp_path: Path) -> None:
+    path = tmp_path / "q2.gguf"
+    largest = write_q2(path, WIDER)
+    try:
+        assert path.stat().st_size > 4e9
+        found = measured(path)
+    finally:
+        path.unlink()
+    assert found["live"] > 4e9
+    assert found["over"] <= largest + ALLOWED
+
+
+def loaded(path: Path) -> list[object]:
+    """Every tensor as the loader reads it."""
+    return [jax.block_until_ready(tensor.read()) for tensor in open_checkpoint(path).tensors]
+
+
+def copied(path: Path) -> list[list[np.ndarray]]:
+    """The least that any loader does, in numpy: map the file, split blocks into parts, and copy these; F16 becomes float32."""
+    header, values = read_header(path), []
+    for info in sorted(header.tensors.values(), key=lambda info: info.offset):
+        raw = header.raw(info)
+        if info.type in FORMATS:
+            blocks = raw.reshape(-1, FORMATS[info.type].BLOCK_BYTES)
+            parts = [np.ascontiguousarray(part) for part in np.split(blocks, PARTS[info.type], axis=1)]
+        else:
+            parts = [raw.view(np.float16).astype(np.float32) if info.type == "F16" else raw]
+        values.append([part.copy() for part in parts])
+    return values
+
+
+def seconds(work: Callable[[Path], object], path: Path) -> float:
+    """Seconds of one pass; its result is dropped before the next begins."""
+    start = time.perf_counter()
+    kept = work(path)
+    taken = time.perf_counter() - start
+    del kept
+    return taken
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the reference runs on the host; GPUs have a benchmark of their own")
+def test_rate(q2: Path) -> None:
+    # What is compiled stays, and the file is in memory from here on.
+    loaded(q2)
+    rounds = [(seconds(loaded, q2), seconds(copied, q2)) for _ in range(ROUNDS)]
+    ours, reference = (statistics.median(column) for column in zip(*rounds, strict=True))
+    print(f"{q2.stat().st_size / ours / 1e9:.2f} GB/s, reference {q2.stat().st_size / reference / 1e9:.2f} GB/s")
+    assert reference / ours >= LEAST_RATE
