@@ -173,7 +173,7 @@ class Generation:
         name = model.path or "the model"
         # A loop that can draft learns from every token, at depth 0 too.
         if (wanted or model.max_draft) and not model.config.n_mtp and not self._options.drafter:
-            raise InputError(f"{name}: mtp: {model.no_mtp}, which drafting needs; use draft 0 and max_draft 0")
+            raise InputError(f"{name}: mtp: {model.no_mtp}; drafting needs that block, so use draft 0 and max_draft 0")
         if wanted > model.max_draft:
             raise InputError(f"draft is {draft}, but {name} was opened with max_draft {model.max_draft}")
 

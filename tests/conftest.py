@@ -41,6 +41,8 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 def _reason_to_skip(item: pytest.Item, markexpr: str) -> str | None:
     if item.get_closest_marker("slow") and "slow" not in markexpr:
         return "slow: run it with -m slow"
+    if item.get_closest_marker("long") and not markexpr:
+        return 'long: CI runs it; run it with -m "not slow"'
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         return f"gpu: jax runs on {jax.default_backend()} here"
     if item.get_closest_marker("weights") and not os.environ.get("DS4JAX_WEIGHTS"):

@@ -135,7 +135,7 @@ def said(draft: int | str, strict: bool) -> ds4jax.generation.Result:
     return model().generate("And it came to pass", max_new_tokens=TOKENS, ignore_eos=True, draft=draft, strict=strict)
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_auto_says_what_plain_decode_says_at_measured_costs(strict):
     costs = model().step_costs(512, strict=strict)
     assert len(costs) == 3
@@ -147,7 +147,7 @@ def test_auto_says_what_plain_decode_says_at_measured_costs(strict):
     np.testing.assert_array_equal(result.fingerprints, plain(strict).fingerprints)
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "costs", [(1.0, 1.0, 1.0), (1.0, 9.0, 9.0), (1.0, 1.3, 1.75), (1.0, 9.0, 1.1)], ids=["deep", "never", "mixed", "not one"]
 )

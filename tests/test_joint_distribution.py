@@ -274,7 +274,7 @@ def observed_continuations(count: int) -> np.ndarray:
     return np.bincount(drawn, minlength=len(index))
 
 
-@pytest.mark.parametrize("count", [IN_CI, pytest.param(IN_FULL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [pytest.param(IN_CI, marks=pytest.mark.long), pytest.param(IN_FULL, marks=pytest.mark.slow)])
 def test_the_shipped_model_draws_from_its_own_joint_distribution(count):
     ids, probability = continuations()
     assert len(np.unique(ids, axis=0)) == TOP_K**LENGTH

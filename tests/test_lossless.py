@@ -54,7 +54,7 @@ def check(name: str, strict: bool, *, prompts: tuple[int, ...], tokens: int, dra
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", ["tiny", "golden"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("golden", marks=pytest.mark.long)])
 def test_drafting_changes_no_bit(name, strict, one_bucket):
     check(name, strict, **SHORT)
 
@@ -73,16 +73,16 @@ def test_drafting_changes_no_bit_on_the_gpu(name, strict, one_bucket):
     check(name, strict, **WHOLE)
 
 
-def test_a_long_prompt():
-    """More than 2,052 tokens, where the original's definitions of attention part: plain, drafted and strict streams."""
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_long_prompt(strict):
+    """More than 2,052 tokens, where the original's definitions of attention part: plain and drafted streams."""
     prompt, tokens = ids("tiny")[:2100], 32
     assert len(prompt) == 2100
-    for strict in (False, True):
-        options = {"max_new_tokens": tokens, "ignore_eos": True, "strict": strict}
-        plain = opened("tiny").generate(prompt, draft=0, **options)
-        drafted = opened("tiny").generate(prompt, draft=2, **options)
-        assert drafted.steps < tokens
-        assert_same(drafted, plain)
+    options = {"max_new_tokens": tokens, "ignore_eos": True, "strict": strict}
+    plain = opened("tiny").generate(prompt, draft=0, **options)
+    drafted = opened("tiny").generate(prompt, draft=2, **options)
+    assert drafted.steps < tokens
+    assert_same(drafted, plain)
 
 
 def test_drafting_pays_on_text_that_it_was_not_trained_on():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,7 @@ def test_only_what_is_new_is_computed() -> None:
     assert session.reused == 0
 
 
+@pytest.mark.long
 def test_a_larger_cache_holds_what_the_smaller_one_held() -> None:
     model = golden_model()
     session = Session(model, max_new_tokens=16, **OPTIONS)
@@ -136,7 +138,12 @@ def test_prompts_of_one_token() -> None:
         assert sum(session.stream(prompt), []) == list(model.generate(prompt, max_new_tokens=4, **OPTIONS).ids)
 
 
-@pytest.mark.parametrize(("think", "max_draft"), [(False, 0), (False, 2), (True, 0), (True, 2)])
+CASES = itertools.product((False, True), (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("think", "max_draft"), [pytest.param(*case, marks=[] if case == (True, 2) else pytest.mark.long) for case in CASES]
+)
 def test_a_conversation_of_three_turns(think: bool, max_draft: int) -> None:
     model = ds4jax.load(max_draft=max_draft)
     tokenizer = model.tokenizer

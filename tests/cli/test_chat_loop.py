@@ -39,6 +39,7 @@ def answers(model: ds4jax.LanguageModel, system: str = "") -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_three_turns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: ds4jax.LanguageModel) -> None:
     expected = "".join(f"{answer}\n" for answer in answers(model, "Be brief."))
     data = "\n\n".join(QUESTIONS).encode()

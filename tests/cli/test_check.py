@@ -95,6 +95,7 @@ def test_json(capsys: pytest.CaptureFixture[str], prompt_file: Path) -> None:
         assert (row["tokens_per_step"] > 1.2) is (row["draft"] > 0)
 
 
+@pytest.mark.long
 def test_every_depth_and_length(small: Path, short: None) -> None:
     report = ds4jax.load(small, max_draft=4).check(strict=False)
     depths = [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (4, 4)]
@@ -120,6 +121,7 @@ def test_long_is_the_whole_matrix() -> None:
     assert plan.comparisons == 6 * 2 * 6
 
 
+@pytest.mark.long
 def test_without_an_mtp_block(capsys: pytest.CaptureFixture[str], folder: Path, prompt_file: Path, short: None) -> None:
     path = folder / "plain.gguf"
     write_small(path, dataclasses.replace(SMALL, n_mtp=0, compress_ratios=SMALL.compress_ratios[: SMALL.n_layers]))
@@ -128,6 +130,7 @@ def test_without_an_mtp_block(capsys: pytest.CaptureFixture[str], folder: Path, 
     assert ["draft 0 against itself again" in line for line in lines] == [False, False, True, True, False]
 
 
+@pytest.mark.long
 def test_without_a_tokenizer_the_prompts_are_random(capsys: pytest.CaptureFixture[str], prompt_file: Path, short: None) -> None:
     lines = printed(capsys, 0, "--model", HUB, "--max-draft", "0", "--no-strict")
     assert "(random tokens, since there is no tokenizer)" in lines[0]
@@ -135,6 +138,7 @@ def test_without_a_tokenizer_the_prompts_are_random(capsys: pytest.CaptureFixtur
     assert "tokenizer: none in these files" in refused(capsys, "--model", HUB, "--prompt-file", prompt_file)
 
 
+@pytest.mark.long
 def test_what_the_context_cannot_hold_is_left_out(capsys: pytest.CaptureFixture[str], folder: Path, short: None) -> None:
     path = folder / "narrow.gguf"
     write_small(path, dataclasses.replace(SMALL, max_context=140))
@@ -223,7 +227,7 @@ def test_the_bar_stays_off_stdout(
 
 
 def result(ids: list[int], fingerprints: list[int]) -> Result:
-    return Result((1,), tuple(ids), "", "length", 1.0, 1.0, 0, False, 1, (), 1.0, np.array(fingerprints, np.uint32)[:, None])
+    return Result((1,), tuple(ids), "", "length", 1.0, 1.0, 0, False, 1, 1.0, (), 1.0, np.array(fingerprints, np.uint32)[:, None])
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def refused(capsys: pytest.CaptureFixture[str], model: Path) -> str:
     return err
 
 
+@pytest.mark.long
 def test_json_of_the_shipped_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "knight", "--max-new-tokens", "24", "--json"]) == 0
     out, err = capsys.readouterr()
