@@ -53,7 +53,7 @@ def check(name: str, strict: bool, *, prompts: tuple[int, ...], tokens: int, dra
             assert_same(opened(name).generate(ids(name)[:length], draft=draft, **options), plain)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["tiny", pytest.param("golden", marks=pytest.mark.long)])
 def test_drafting_changes_no_bit(name, strict, one_bucket):
     check(name, strict, **SHORT)

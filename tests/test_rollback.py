@@ -147,6 +147,7 @@ def test_the_mtp_cache_has_no_holes():
         assert np.abs(visible(model.config, state.cache, state.drafting.cache)[name] - array).mean() < 0.05, name
 
 
+@pytest.mark.long
 def test_one_executable_holds_target_and_mtp_block_and_updates_the_cache_in_place():
     model, drafter = ds4jax.load(), MTPDrafter()
     state = decode.start(model.config, 512, 1, drafter=drafter, max_draft=model.max_draft)

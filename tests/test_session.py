@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -138,12 +137,9 @@ def test_prompts_of_one_token() -> None:
         assert sum(session.stream(prompt), []) == list(model.generate(prompt, max_new_tokens=4, **OPTIONS).ids)
 
 
-CASES = itertools.product((False, True), (0, 2))
-
-
-@pytest.mark.parametrize(
-    ("think", "max_draft"), [pytest.param(*case, marks=[] if case == (True, 2) else pytest.mark.long) for case in CASES]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("max_draft", [0, 2])
+@pytest.mark.parametrize("think", [False, True])
 def test_a_conversation_of_three_turns(think: bool, max_draft: int) -> None:
     model = ds4jax.load(max_draft=max_draft)
     tokenizer = model.tokenizer

@@ -16,6 +16,8 @@ from pallas_kernels.q8_matmul import MOST_ROWS, Tile, q8_matmul
 
 TILES = [Tile(1, 1), Tile(2, 2), Tile(4, 1)]
 LENGTHS = [1, 2, 3, 5, 6, 8]
+SOME_TILES = [TILES[1], *(pytest.param(tile, marks=pytest.mark.long) for tile in (TILES[0], TILES[2]))]
+CHUNKED = [Tile(1, 2), Tile(2, 4), Tile(1, 8)]
 
 
 def random_weight(seed: int, n: int, k: int) -> Q8_0:
@@ -35,7 +37,7 @@ def rows_alone(x: jax.Array, weights: list[Q8_0], **how) -> np.ndarray:
     return np.concatenate([np.asarray(product(x[m : m + 1], weights, **how)[0]) for m in range(x.shape[0])])
 
 
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", SOME_TILES)
 def test_golden_products(activation_golden, tile):
     weight = Q8_0.from_bytes(activation_golden["q8_0.weight_raw"])
     [y] = product(jnp.asarray(activation_golden["q8_0.x"]), [weight], tile=tile)
@@ -66,13 +68,14 @@ def test_each_row_has_the_bits_of_the_row_alone(blocks):
         assert_bits_equal(product(x[:m], weights, tile=tile)[0], alone[:m])
 
 
-@pytest.mark.parametrize("tile", [Tile(1, 2), Tile(1, 3), Tile(2, 4), Tile(1, 8)])
+@pytest.mark.parametrize("tile", [Tile(1, 3), *(pytest.param(tile, marks=pytest.mark.long) for tile in CHUNKED)])
 def test_bits_do_not_depend_on_how_many_chunks_are_loaded_at_once(tile):
     """Seven chunks of 32 blocks, the last one short: turns of a loop and what remains after them."""
     weights, x = [random_weight(0, 9, 200 * BLOCK)], random_rows(1, 2, 200 * BLOCK)
     assert_bits_equal(product(x, weights, tile=tile)[0], product(x, weights)[0])
 
 
+@pytest.mark.long
 def test_more_accumulators_than_lanes():
     """Eight rows of activations and of weights are 64 sums: two groups of 32."""
     weights, x = [random_weight(0, 13, 96)], random_rows(1, MOST_ROWS, 96)
@@ -110,15 +113,17 @@ def test_the_jnp_form_of_a_grouped_product():
     assert float(jnp.abs(strict - expected).mean()) < 0.02 * float(jnp.abs(expected).std())
 
 
-@pytest.mark.parametrize("sizes", [(40, 24), (7, 50, 1)])
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("sizes", [(40, 24), pytest.param((7, 50, 1), marks=pytest.mark.long)])
+@pytest.mark.parametrize("tile", SOME_TILES)
 def test_several_matrices_in_one_launch(sizes, tile):
     weights, x = [random_weight(n, n, 192) for n in sizes], random_rows(5, 4, 192)
     for y, weight in zip(product(x, weights, tile=tile), weights, strict=True):
         assert_bits_equal(y, product(x, [weight], tile=tile)[0])
 
 
-@pytest.mark.parametrize("rows", [1, 5, 8, 9, 12, 20, 32])
+@pytest.mark.parametrize(
+    "rows", [pytest.param(n, marks=[] if n in (5, 12) else pytest.mark.long) for n in (1, 5, 8, 9, 12, 20, 32)]
+)
 def test_more_rows_are_more_launches(rows):
     weight, x = random_weight(6, 24, 96), random_rows(7, rows, 96)
     y = ops.matmul(x, weight, strict=False, implementation="interpret")

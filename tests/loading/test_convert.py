@@ -149,6 +149,7 @@ def test_experts_equal_the_golden_weights(whole: Path) -> None:
         assert_bits_equal(decoded, golden + np.float32(0))
 
 
+@pytest.mark.long
 def test_the_same_logits(whole: Path) -> None:
     directory = open_hub(HUB, dense="q8_0")
     weights = ((tensor.name, tensor.read()) for tensor in directory.tensors)
