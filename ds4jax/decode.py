@@ -69,9 +69,17 @@ class Limits:
     stop_ids: jax.Array
 
 
+def step_rows(max_draft: int) -> int:
+    """Rows of a step: the last token, the drafts, and for four drafts three clones more.
+
+    A CPU's products take rows by fours and the rest in another way: a fifth row would have other bits than the first.
+    """
+    return 1 + max_draft if max_draft < 4 else 8
+
+
 def start(config: Config, capacity: int, last: int, *, drafter: Drafter | None, max_draft: int) -> DecodeState:
     """The state before anything is in the cache; `last` is the prompt's last token."""
-    rows = 1 + max_draft
+    rows = step_rows(max_draft)
     return DecodeState(
         cache=caches.empty(config, capacity, slack=rows),
         drafting=drafter.init(config, capacity, rows) if drafter else None,
@@ -131,7 +139,7 @@ def _step(
     strict: bool,
 ) -> DecodeState:
     """Draft, run the model over the last token and the drafts, commit what stands and the token after it."""
-    position, width = state.cache.length[0], 1 + max_draft
+    position, width, most = state.cache.length[0], step_rows(max_draft), 1 + max_draft
     # No row may lie beyond the context. That fewer tokens may be wanted does not change the depth: what is drawn is the same
     # however many are asked for.
     depth = jnp.minimum(choose_depth(policy, state.acceptance), model.config.max_context - 1 - position)
@@ -144,10 +152,10 @@ def _step(
     live = jnp.minimum(jnp.arange(width, dtype=jnp.int32), depth)
     ids_W = jnp.concatenate([state.last[None], drafts.tokens])[live]
     h_WND, cache = model.streams(ids_W, rows, state.cache)
-    logits_WV = model.logits(h_WND, strict=strict)
+    logits_WV = model.logits(h_WND, strict=strict)[:most]
 
     stand, follower = accept(logits_WV, drafts, depth, filters, position)
-    offset = jnp.arange(width, dtype=jnp.int32)
+    offset = jnp.arange(most, dtype=jnp.int32)
     new_W = jnp.where(offset < stand, jnp.append(drafts.tokens, jnp.int32(0)), follower)
     stops_W = jnp.any(new_W[:, None] == limits.stop_ids[None, :], axis=1) & (offset <= stand)
     count = jnp.where(jnp.any(stops_W), jnp.argmax(stops_W).astype(jnp.int32), stand) + 1
@@ -155,7 +163,7 @@ def _step(
 
     committed = Rows.following(position, width, count, strict=strict)
     if drafter:
-        kept = jnp.minimum(offset, count - 1)
+        kept = jnp.minimum(jnp.arange(width, dtype=jnp.int32), count - 1)
         drafting = drafter.commit(model, drafting, h_WND[kept], new_W[kept], committed)
     place = jnp.where(offset < count, state.count + offset, state.tokens.shape[0])
     return DecodeState(
