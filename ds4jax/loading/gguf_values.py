@@ -22,6 +22,8 @@ _EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 _CHUNK = 1 << 20
 # A CPU takes an array as it lies in the mapped file, without a copy, when it begins at a multiple of so many bytes.
 _ALIGNED = 64
+# A tensor of fewer bytes is copied on the host: that takes less time than compiling for where it begins.
+_SMALL = 1 << 24
 
 
 def device_nbytes(info: TensorInfo) -> int:
@@ -65,6 +67,11 @@ def read_value(header: Header, info: TensorInfo, n_experts: int) -> jax.Array | 
     if plain is not None and plain == _ON_DEVICE[info.type]:
         # A copy in any case: a parameter must not change when somebody writes to the file.
         return jax.device_put(header.raw(info).view(plain).reshape(info.shape), may_alias=False)
+    if info.nbytes < _SMALL:
+        raw = header.raw(info)
+        if plain is not None:
+            return jnp.asarray(raw.view(plain).reshape(info.shape).astype(np.float32))
+        return _split(FORMATS[info.type], jnp.asarray(raw), 0, info.shape[:-1])
     skip = info.offset % _ALIGNED
     stored = header.data[info.offset - skip : info.offset + info.nbytes]
     if plain is None:
