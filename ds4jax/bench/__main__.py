@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import re
 import subprocess
@@ -106,6 +107,25 @@ def kernels_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     return bits.equal(found.bits) and not found.problems
 
 
+def decode_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
+    """The decode step of the whole of V4-Flash; writes `<slug>-decode.json`, `.png` and `-decode-profile.txt`, prints tables."""
+    from ds4jax import runtime
+
+    runtime.configure()
+    environment.require_gpu()
+    from ds4jax.bench import decode, decode_report, report
+
+    content = decode.bench(decode.Options(strict=True, acceptance=(0.79, 0.58)), note)
+    report.write(out / f"{slug}-decode.json", content)
+    decode_report.write_profile(out / f"{slug}-decode-profile.txt", content)
+    if importlib.util.find_spec("matplotlib") is None:
+        note("no picture: matplotlib is not installed")
+    else:
+        decode_report.plot(out / f"{slug}-decode.png", content)
+    decode_report.show(content)
+    return decode.good(content)
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What the suite runs at once.
@@ -121,6 +141,7 @@ class Part:
 
 PARTS = {
     "kernels": Part(kernels_part, ("-n", "0", "tests/kernels")),
+    "decode": Part(decode_part, ("-n", "0", "tests/kernels")),
     "lossless": Part(None, ("-n", "5", "tests/test_lossless.py", "tests/test_tiny_model.py")),
 }
 

@@ -17,13 +17,16 @@ from ds4jax.errors import InputError
 
 # Mirrors what a decode step may ask for; more rows take another path.
 MOST_ROWS = 32
+# Mirrors the names in `ds4jax.bench.synthetic`; importing it would import JAX.
+LAYOUTS = ("flash-q2", "small-q2")
 DEFAULT_ROWS = "1,2,3,4,8,12"
 
-DESCRIPTION = "Time the kernels on an NVIDIA GPU, or drafting on any device."
+DESCRIPTION = "Time the kernels on an NVIDIA GPU, or decoding on any device."
 
 EXAMPLES = """\
 examples:
   ds4jax bench kernels
+  ds4jax bench decode --synthetic flash-q2
   ds4jax bench knight --model model.gguf"""
 
 KERNELS = """\
@@ -47,11 +50,36 @@ examples:
   ds4jax bench knight
   ds4jax bench knight --model model.gguf --max-new-tokens 512 --json"""
 
+DECODE = """\
+Decode with a model of random weights in the layout of the published 2-bit file, made in device memory in seconds, with caches as
+full as --context says. Print the time of a step without drafts and at each depth, what it reads, how near that is to the bandwidth
+of a copy in the same run, the kernels by the profiler, and whether drafting gives the tokens and the bits of plain decode. Speed
+does not depend on the values. On a CPU there are no kernel times. Exit code 1 when something could not be measured or differs.
+
+flash-q2 is DeepSeek-V4-Flash: 96 GB of weights, of which --layers takes the first few. small-q2 is a toy for any machine."""
+
+DECODE_EXAMPLES = """\
+examples:
+  ds4jax bench decode --synthetic flash-q2 --json decode.json --plot decode.png
+  ds4jax bench decode --synthetic flash-q2 --layers 8 --draft 0 --strict
+  ds4jax bench decode --synthetic flash-q2 --acceptance 0.79,0.58"""
+
 
 def row_counts(word: str) -> tuple[int, ...]:
     """A comma-separated list of row counts, each once, in order."""
     read = cli_options.integer(1, MOST_ROWS, f"a launch takes 1 to {MOST_ROWS} rows")
     return tuple(sorted({read(part) for part in word.split(",")}))
+
+
+def depths(word: str) -> tuple[int, ...]:
+    """A comma-separated list of drafts a step, each once, in order."""
+    return tuple(sorted({cli_options.draft_count(part) for part in word.split(",")}))
+
+
+def shares(word: str) -> tuple[float, ...]:
+    """A comma-separated list of shares, one for each draft after the other."""
+    read = cli_options.number(lambda value: 0 <= value <= 1, "a share of drafts is 0 to 1")
+    return tuple(read(part) for part in word.split(","))
 
 
 def plot_file(word: str) -> Path:
@@ -73,6 +101,7 @@ def add_parser(commands: Any) -> None:
     kernels.add_argument("--json", type=cli_options.output_file, metavar="FILE", help="write every sample to this file")
     kernels.add_argument("--plot", type=plot_file, metavar="FILE.png", help="draw a roofline picture; needs matplotlib")
     kernels.set_defaults(run=run_kernels)
+    _add_decode(targets)
     knight = targets.add_parser(
         "knight", help="drafting, strict and plain, on one prompt", description=KNIGHT, epilog=KNIGHT_EXAMPLES
     )
@@ -82,6 +111,37 @@ def add_parser(commands: Any) -> None:
     )
     knight.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     knight.set_defaults(run=run_knight)
+
+
+def _add_decode(targets: Any) -> None:
+    parser = targets.add_parser("decode", help="the decode step at full shape", description=DECODE, epilog=DECODE_EXAMPLES)
+    parser.add_argument("--synthetic", choices=LAYOUTS, required=True, help="which model's shapes to make")
+    parser.add_argument("--layers", type=cli_options.token_count, metavar="N", help="the first N layers alone: a slice")
+    parser.add_argument(
+        "--context",
+        type=cli_options.token_count,
+        default=2048,
+        metavar="N",
+        help="rows in the caches before the first step (2048)",
+    )
+    parser.add_argument("--draft", type=depths, default="0,1,2", metavar="D,...", help="drafts a step, 0 to 4 (0,1,2)")
+    parser.add_argument("--strict", action="store_true", help="time strict plain decode too")
+    parser.add_argument("--steps", type=cli_options.token_count, default=64, metavar="N", help="tokens of each run (64)")
+    parser.add_argument(
+        "--acceptance",
+        type=shares,
+        default=(),
+        metavar="P,...",
+        help="add tokens/s if these shares of first, second, .. drafts stood; labelled simulated",
+    )
+    parser.add_argument("--json", type=cli_options.output_file, metavar="FILE", help="write everything to this file")
+    parser.add_argument("--plot", type=plot_file, metavar="FILE.png", help="draw the longest kernels; needs matplotlib")
+    parser.set_defaults(run=run_decode)
+
+
+def _require_matplotlib(options: argparse.Namespace) -> None:
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot: matplotlib is not installed; pip install matplotlib")
 
 
 def _notes() -> Callable[[str], None]:
@@ -101,8 +161,7 @@ def run_kernels(options: argparse.Namespace) -> int:
     Raises:
         InputError: there is no GPU, or no matplotlib for the picture.
     """
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot: matplotlib is not installed; pip install matplotlib")
+    _require_matplotlib(options)
     from ds4jax import runtime
     from ds4jax.bench import environment
 
@@ -121,6 +180,36 @@ def run_kernels(options: argparse.Namespace) -> int:
     if options.plot:
         report.plot(options.plot, content)
     return 1 if found.problems else 0
+
+
+def run_decode(options: argparse.Namespace) -> int:
+    """Carry `bench decode` out; returns 0, or 1 when something could not be measured or drafting changes what is said.
+
+    Raises:
+        InputError: a slice, a context or a list of shares that does not fit, or no matplotlib for the picture.
+    """
+    _require_matplotlib(options)
+    from ds4jax import runtime
+
+    runtime.configure()
+    from ds4jax.bench import decode, decode_report, report
+
+    chosen = decode.Options(
+        layout=options.synthetic,
+        layers=options.layers,
+        context=options.context,
+        drafts=options.draft,
+        strict=options.strict,
+        steps=options.steps,
+        acceptance=options.acceptance,
+    )
+    content = decode.bench(chosen, _notes())
+    if options.json:
+        report.write(options.json, content)
+    if options.plot:
+        decode_report.plot(options.plot, content)
+    decode_report.show(content)
+    return 0 if decode.good(content) else 1
 
 
 def run_knight(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from ds4jax.model.moe import MoE
 from ds4jax.model.tape import Record, ignore, under
 
 
-def _initial_base(config: Config, layer: int) -> jax.Array:
+def initial_base(config: Config, layer: int) -> jax.Array:
     """Biases under which each sub-layer reads mostly one stream and the streams mostly keep to themselves.
 
     Only a start for training: equal streams would stay equal without it.
@@ -32,7 +32,7 @@ class Block(nnx.Module):
         streams = config.hc_mult * config.dim
         for part in ("attn", "ffn"):
             setattr(self, f"hc_{part}_fn", parameter(rngs, config.hc_mixes, streams, scale=streams**-0.5))
-            setattr(self, f"hc_{part}_base", nnx.Param(_initial_base(config, layer)))
+            setattr(self, f"hc_{part}_base", nnx.Param(initial_base(config, layer)))
             setattr(self, f"hc_{part}_scale", parameter(rngs, 3, mean=0.1))
         self.attn_norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
