@@ -17,10 +17,12 @@ LANES = 32
 
 def _asm(instruction: str, constraints: str, dtype: jnp.dtype, *args: jax.Array, after: str = "") -> jax.Array:
     operands = ", ".join(f"${i}" for i in range(len(args) + 1))
+    return _code(f"{instruction} {operands}{after};", constraints, dtype, *args)
+
+
+def _code(code: str, constraints: str, dtype: jnp.dtype, *args: jax.Array) -> jax.Array:
     shape = jax.ShapeDtypeStruct(args[0].shape, dtype)
-    [result] = plt.elementwise_inline_asm(
-        f"{instruction} {operands}{after};", args=list(args), constraints=constraints, pack=1, result_shape_dtypes=[shape]
-    )
+    [result] = plt.elementwise_inline_asm(code, args=list(args), constraints=constraints, pack=1, result_shape_dtypes=[shape])
     return result
 
 
@@ -45,6 +47,26 @@ def chained_dot(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
     constraints = ",".join(["=r"] * 4 + ["r"] * 16)
     [total] = plt.elementwise_inline_asm(code, args=[*a, *b], constraints=constraints, pack=4, result_shape_dtypes=[shape])
     return jnp.sum(total, axis=-1)
+
+
+def pick_bytes(low: int, high: int, selector: jax.Array, *, interpret: bool) -> jax.Array:
+    """A word of four bytes out of the eight constants in `low` (0..3) and `high` (4..7), int32.
+
+    The low half of `selector` names them, four bits each, the first byte's lowest; each must be below 8.
+    """
+    if not interpret:
+        return _code(f"prmt.b32 $0, {low:#x}, {high:#x}, $1;", "=r,r", jnp.int32, selector)
+
+    def byte(i: int) -> jax.Array:
+        name = (selector >> (4 * i)) & 15
+        found = jnp.where(name < 4, _signed(low) >> (8 * (name & 3)), _signed(high) >> (8 * (name & 3)))
+        return (found & 255) << (8 * i)
+
+    return byte(0) | byte(1) | byte(2) | byte(3)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
 
 
 def fma(a: jax.Array, b: jax.Array, c: jax.Array, *, interpret: bool) -> jax.Array:
