@@ -101,7 +101,7 @@ def round_to_int(x: jax.Array, *, interpret: bool) -> jax.Array:
     return jnp.nan_to_num(jnp.round(x), nan=0.0).astype(jnp.int32)
 
 
-def _exchange(x: jax.Array, distance: int, *, interpret: bool) -> jax.Array:
+def exchange(x: jax.Array, distance: int, *, interpret: bool) -> jax.Array:
     """Lane l gets what lane l ^ distance has; x is float32 [32], one value a lane."""
     if x.shape != (LANES,):
         raise ValueError(f"x is {list(x.shape)}; a warp exchanges one value a lane, [{LANES}]")
@@ -130,11 +130,11 @@ def sum_lanes(values: Sequence[jax.Array], lane: jax.Array, *, interpret: bool) 
         half, upper = places >> (merged + 1), (lane & distance) != 0
         # The second half may be short; a value with no partner is summed by the lanes on both sides.
         pairs = [_merge(low, high, upper, distance, interpret=interpret) for low, high in zip(left, left[half:], strict=False)]
-        alone = [low + _exchange(low, distance, interpret=interpret) for low in left[len(pairs) : half]]
+        alone = [low + exchange(low, distance, interpret=interpret) for low in left[len(pairs) : half]]
         left, distance = pairs + alone, distance // 2
     [total] = left
     while distance:
-        total, distance = total + _exchange(total, distance, interpret=interpret), distance // 2
+        total, distance = total + exchange(total, distance, interpret=interpret), distance // 2
     place = lane // spread
     return total, place, (lane % spread == 0) & (place < len(values))
 
@@ -142,4 +142,4 @@ def sum_lanes(values: Sequence[jax.Array], lane: jax.Array, *, interpret: bool) 
 def _merge(low: jax.Array, high: jax.Array, upper: jax.Array, distance: int, *, interpret: bool) -> jax.Array:
     """One step of two butterflies in one exchange: `upper` lanes go on with `high`, the others with `low`."""
     kept, sent = jnp.where(upper, high, low), jnp.where(upper, low, high)
-    return kept + _exchange(sent, distance, interpret=interpret)
+    return kept + exchange(sent, distance, interpret=interpret)

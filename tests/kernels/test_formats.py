@@ -121,8 +121,8 @@ def test_lanes_of_iq2_xxs() -> None:
             step = scale * np.float32(2 * (int(weight.factors[0, lane]) >> 4 * j & 15) + 1) / 8
             for k in range(8):
                 magnitude = GRID[indices[lane, 4 * j + k // 2], 4 * (k % 2) : 4 * (k % 2) + 4]
-                plane = np.array([(signs[lane, j] >> k) & 0x01010101], np.int32).view(np.uint8)
-                np.testing.assert_array_equal(step * magnitude * np.where(plane, -1, 1), expected[lane, j, k])
+                negative = (signs[lane, j] >> (k // 2 + 16 * (k % 2) + np.arange(0, 16, 4))) & 1
+                np.testing.assert_array_equal(step * magnitude * np.where(negative, -1, 1), expected[lane, j, k])
 
 
 def test_lanes_of_q2_k() -> None:
