@@ -1,7 +1,7 @@
 """Activations in int8 blocks of 256, in the order in which the lanes of one weight format meet them.
 
-The experts' formats give a lane 64 or 128 weights that lie apart in K. Activations are stored in planes in the same order, so that
-a lane's words lie beside its neighbours' and each plane is one 16-byte load a lane.
+The experts' formats give a lane 64 or 128 weights that lie apart in K. Activations are stored in planes in the same order, so
+that a lane's words lie beside its neighbours' and each plane is one 16-byte load a lane.
 """
 
 from __future__ import annotations
@@ -135,14 +135,14 @@ def store(
     plt.store(sums_ref.at[row, block * order.lanes + lane, plane], sums)
 
 
-def out_shapes(rows: int, k: int, order: Order) -> ActivationK:
-    """Shapes of the activations of M rows of K values."""
+def out_shapes(rows: int, k: int, order: Order) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of the three arrays of `ActivationK` for M rows of K values."""
     blocks = k // K_BLOCK
-    return ActivationK(
+    return [
         jax.ShapeDtypeStruct((rows, order.planes, blocks * order.lanes, 4), jnp.int32),
         jax.ShapeDtypeStruct((rows, blocks), jnp.float32),
         jax.ShapeDtypeStruct((rows, blocks * order.lanes, order.planes), jnp.int32),
-    )
+    ]
 
 
 def quantize_k(x: jax.Array, format: type[Quantized], *, interpret: bool = False) -> ActivationK:
@@ -150,10 +150,9 @@ def quantize_k(x: jax.Array, format: type[Quantized], *, interpret: bool = False
     order = ORDERS[format]
     rows, k = x.shape
     kernel = functools.partial(_kernel, order=order, interpret=interpret)
-    shapes = out_shapes(rows, k, order)
     made = pl.pallas_call(
         kernel,
-        out_shape=jax.tree.leaves(shapes),
+        out_shape=out_shapes(rows, k, order),
         grid=(rows, k // K_BLOCK),
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -74,7 +75,7 @@ class Format(abc.ABC):
     def add(self, w: Loaded, x: Loaded, acc: jax.Array) -> jax.Array:
         """The accumulator float32 [32] and the product."""
 
-    def _dot(self, words: list[jax.Array], x: Loaded) -> jax.Array:
+    def _dot(self, words: Sequence[jax.Array], x: Sequence[jax.Array]) -> jax.Array:
         total = jnp.zeros_like(words[0])
         for word, part in zip(words, x, strict=True):
             total = dp4a(word, part, total, interpret=self.interpret)

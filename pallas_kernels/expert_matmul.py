@@ -159,7 +159,7 @@ def gate_up(
     Returns:
         float32 [M·K, F].
     """
-    kind, (experts, n, k) = type(gate), gate.shape
+    kind, (_, n, k) = type(gate), gate.shape
     tokens, active = chosen.shape
     rows = (tile or ExpertTile()).gate_up
     format = OF[kind](interpret)
@@ -191,7 +191,7 @@ def down(
     Returns:
         float32 [M, D].
     """
-    kind, (experts, n, k) = type(weight), weight.shape
+    kind, (_, n, k) = type(weight), weight.shape
     tokens, active = chosen.shape
     rows = (tile or ExpertTile()).down
     format = OF[kind](interpret)

@@ -45,7 +45,7 @@ def lane_values(dtype: Any) -> int:
 
 
 def _kernel(x_ref: Any, *refs: Any, sizes: tuple[int, ...], rows: int, unroll: int, interpret: bool) -> None:
-    count, tokens, columns, width = len(sizes), *x_ref.shape
+    count, (tokens, columns, width) = len(sizes), x_ref.shape
     program, first, matrices = pl.program_id(0), 0, []
     for weight, out, n in zip(refs[:count], refs[count:], sizes, strict=True):
         tiles = pl.cdiv(n, rows)
