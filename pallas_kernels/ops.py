@@ -23,7 +23,7 @@ def matmul(x: jax.Array, weight: Weight, *, strict: bool, implementation: str | 
 
     Args:
         x: float32 [M, K] activations, M at least 1.
-        weight: [N, K], float32, bfloat16 or Q8_0.
+        weight: [N, K], float32, bfloat16, float16 or Q8_0.
         strict: static. True multiplies float32 values by `jnp.dot` at highest precision and one fixed row count, and puts no
             Pallas kernel into the program. False reads Q8_0 weights in int8 with activations in int8 blocks of 32 where there
             are few rows: on CUDA by the share-warp kernel, elsewhere by the same arithmetic in jnp.
