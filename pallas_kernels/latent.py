@@ -77,11 +77,11 @@ def _kernel(*refs: Any, eps: float, qat: bool, interpret: bool) -> None:
     row, part = pl.program_id(0), pl.program_id(1)
 
     @pl.when(part == 0)
-    def _() -> None:
+    def query() -> None:
         _query(row, q_ref, q_weight_ref, out_ref, quants_ref, scales_ref, eps=eps, interpret=interpret)
 
     @pl.when(part == 1)
-    def _() -> None:
+    def key() -> None:
         _key(row, kv_ref, kv_weight_ref, cos_ref, sin_ref, slot_ref, ring_ref, eps=eps, qat=qat)
 
 
