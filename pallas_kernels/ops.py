@@ -117,9 +117,7 @@ def _share_warp(x: jax.Array, weights: tuple[Q8_0, ...], *, interpret: bool) -> 
     return tuple(y.reshape(m, groups, -1) for y in outputs)
 
 
-def quantized_products(
-    x: Activation, weights: Sequence[Q8_0], *, groups: int = 1, interpret: bool = False
-) -> list[jax.Array]:
+def quantized_products(x: Activation, weights: Sequence[Q8_0], *, groups: int = 1, interpret: bool = False) -> list[jax.Array]:
     """One launch of the share-warp kernel with the tile measured for this device; the arguments are those of `q8_matmul`."""
     m, _, blocks = x.scales.shape
     device_kind = "" if interpret else jax.devices()[0].device_kind

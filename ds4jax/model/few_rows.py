@@ -25,7 +25,8 @@ from pallas_kernels import activation, attention, compressor, expert_matmul, hyp
 from pallas_kernels.activation import Activation
 from pallas_kernels.dispatch import OPT_OUT
 from pallas_kernels.float_matmul import float_matmul
-from pallas_kernels.formats import Q8_0, Quantized
+from pallas_kernels.formats import BLOCK, Q8_0, Quantized
+from pallas_kernels.hyper_connections import Entered
 from pallas_kernels.ops import quantized_products
 
 MOST_ROWS = 8
@@ -82,8 +83,8 @@ class Steps:
     Attributes:
         rows: where they stand.
         ids: int32 [T].
-        angles: cos and sin float32 [T, R/2] by a layer's kind: "plain", "compressed", and by ratio at the first token of the block
-            that a row closes.
+        angles: cos and sin float32 [T, R/2] by a layer's kind: "plain", "compressed", and by ratio at the first token of the
+            block that a row closes.
     """
 
     rows: Rows
@@ -143,7 +144,9 @@ def layers(
     """Run float32 [T, N, D] through blocks and their caches; T at most 8, all of one sequence."""
     steps, streams, done = Steps.of(config, rows, ids_T), Streams.of(h_TND), []
     for block, cache in zip(blocks, caches, strict=True):
-        streams, cache = _block(weights_of(block), streams, steps, cache, config=config, ratio=block.attn.ratio, interpret=interpret)
+        streams, cache = _block(
+            weights_of(block), streams, steps, cache, config=config, ratio=block.attn.ratio, interpret=interpret
+        )
         done.append(cache)
     return streams.written(), tuple(done)
 
@@ -160,11 +163,13 @@ def _block(
     return Streams(entered.h, outputs, entered.post, entered.comb), cache
 
 
-def _enter(config: Config, weights: Weights, part: str, streams: Streams, interpret: bool) -> hyper_connections.Entered:
+def _enter(config: Config, weights: Weights, part: str, streams: Streams, interpret: bool) -> Entered:
     fn, scale, base = (weights[f"hc_{part}_{name}"] for name in ("fn", "scale", "base"))
+    experts = type(weights["ffn.experts.w1"])
+    format = experts if part == "ffn" and experts.BLOCK != BLOCK else None
     return hyper_connections.enter(
         streams.h, fn, scale, base, weights[f"{part}_norm"], outputs=streams.outputs, post=streams.post, comb=streams.comb,
-        iterations=config.hc_iters, eps=config.hc_eps, norm_eps=config.norm_eps, interpret=interpret,
+        iterations=config.hc_iters, eps=config.hc_eps, norm_eps=config.norm_eps, format=format, interpret=interpret,
     )  # fmt: skip
 
 
@@ -173,7 +178,7 @@ def _q8(x: Activation, *weights: Q8_0, interpret: bool) -> list[jax.Array]:
 
 
 def _attention(
-    config: Config, weights: Weights, entered: Any, steps: Steps, cache: LayerCache, ratio: int, interpret: bool
+    config: Config, weights: Weights, entered: Entered, steps: Steps, cache: LayerCache, ratio: int, interpret: bool
 ) -> tuple[jax.Array, LayerCache]:
     rows = steps.rows
     q_low, kv = _q8(entered.quantized, weights["attn.wq_a"], weights["attn.wkv"], interpret=interpret)
@@ -231,7 +236,7 @@ def _compress(
     return CompressorCache(*made)
 
 
-def _experts(config: Config, weights: Weights, entered: Any, steps: Steps, interpret: bool) -> tuple[jax.Array, ...]:
+def _experts(config: Config, weights: Weights, entered: Entered, steps: Steps, interpret: bool) -> tuple[jax.Array, ...]:
     """Outputs of the routed experts and of the shared one, [T, D] each."""
     [logits] = float_matmul(entered.x, [weights["ffn.gate"]], interpret=interpret)
     if "ffn.gate.tid2eid" in weights:
@@ -240,11 +245,14 @@ def _experts(config: Config, weights: Weights, entered: Any, steps: Steps, inter
         how = {"bias": weights["ffn.gate.bias"]}
     chosen, share = router.route(logits, active=config.n_active, scale=config.route_scale, **how, interpret=interpret)
     w1, w2, w3 = (weights[f"ffn.experts.{name}"] for name in ("w1", "w2", "w3"))
-    routed = expert_matmul.experts(entered.x, chosen, share, w1, w3, w2, limit=config.swiglu_limit, interpret=interpret)
+    x = entered.quantized_k or entered.quantized
+    hidden = expert_matmul.gate_up(x, chosen, share, w1, w3, limit=config.swiglu_limit, interpret=interpret)
+    quantized = expert_matmul.quantize_for(hidden, type(w2), interpret=interpret)
+    routed = expert_matmul.down(quantized, chosen, w2, interpret=interpret)
     gate, up = _q8(entered.quantized, weights[SHARED[0]], weights[SHARED[2]], interpret=interpret)
-    hidden = swiglu.swiglu(gate, up, limit=config.swiglu_limit, interpret=interpret)
-    [shared] = _q8(hidden, weights[SHARED[1]], interpret=interpret)
-    return routed, shared
+    shared = swiglu.swiglu(gate, up, limit=config.swiglu_limit, interpret=interpret)
+    [output] = _q8(shared, weights[SHARED[1]], interpret=interpret)
+    return routed, output
 
 
 def scores(config: Config, head: Any, rows: int, *, strict: bool) -> bool:
@@ -264,4 +272,3 @@ def logits(
         eps=config.hc_eps, norm_eps=config.norm_eps, interpret=interpret,
     )  # fmt: skip
     return _q8(quantized, head, interpret=interpret)[0]
-
