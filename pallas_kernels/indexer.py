@@ -3,7 +3,7 @@
 A query of few visible keys attends to them all: then each launch ends at once. Otherwise `index_queries` rotates and rounds the
 heads, `index_scores` multiplies them with tiles of keys on the tensor cores, and `index_select` finds the k-th best score by
 bisection over the scores' bits and stores the indices that reach it. More scores than a program's registers hold are first
-cut down to k in each chunk, by the same bisection in a launch before.
+cut down to k in each chunk, by the same bisection in a launch of its own.
 
 The row is a grid axis everywhere: no body sees the number of rows, and row m of any call has the bits of the same row alone.
 
@@ -38,6 +38,11 @@ LEAST, MOST = -(1 << 31), (1 << 31) - 1
 HIGH_HALF = -(1 << 16)
 
 
+def _value(i: int) -> jax.Array:
+    """A Python integer as a traced value."""
+    return jax.lax.full((), i, jnp.int32)
+
+
 def _parts(x: jax.Array, count: int) -> list[jax.Array]:
     """x as the sum of `count` bfloat16 arrays, each the leading eight digits of what the ones before leave over."""
     found = []
@@ -58,7 +63,7 @@ def _queries(q: Any, cos: Any, sin: Any, visible: Any, out: Any, *, topk: int, q
     def _() -> None:
         x = rotate(q[m, mine, :], *angles(cos, sin, m, q.shape[2] // 2))
         for i, part in enumerate(_parts(round_fp4(x) if qat else x, out.shape[1])):
-            out[m, jax.lax.full((), i, jnp.int32), mine, :] = part
+            out[m, _value(i), mine, :] = part
 
 
 def _products(keys: jax.Array, queries: list[jax.Array]) -> jax.Array:
@@ -83,12 +88,11 @@ def _scores(q: Any, weights: Any, keys: Any, visible: Any, out: Any, *, topk: in
         head = jax.lax.broadcasted_iota(jnp.int32, (max(heads, LEAST_HEADS),), 0)
         real = head < heads
         real_queries = jnp.broadcast_to(real[:, None], (head.shape[0], dim))
-        queries = [
-            plt.load(q.at[m, jax.lax.full((), i, jnp.int32), pl.ds(0, head.shape[0]), :], mask=real_queries, other=0.0)
-            for i in range(parts)
-        ]
+        # Heads that there are none of lie past the end, which a slice from a constant may not reach.
+        span = pl.ds(_value(0), head.shape[0])
+        queries = [plt.load(q.at[m, _value(i), span, :], mask=real_queries, other=0.0) for i in range(parts)]
         scale = jnp.float32(dim**-0.5 * heads**-0.5)
-        weight = plt.load(weights.at[m, pl.ds(0, head.shape[0])], mask=real, other=0.0) * scale
+        weight = plt.load(weights.at[m, span], mask=real, other=0.0) * scale
 
         def tile(i: jax.Array, carry: jax.Array) -> jax.Array:
             span = pl.ds((first + i * programs) * KEYS_A_TILE, KEYS_A_TILE)
@@ -151,17 +155,17 @@ def _first(visible: jax.Array, topk: int) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 def _chunks(scores: Any, visible: Any, out: Any, *, topk: int, keys: int) -> None:
-    """Of each chunk of scores the indices of the best `topk`, or of all that are visible where that is fewer."""
+    """Of each chunk of scores the indices of the best `topk` or of all that are visible; nothing where one chunk has them all."""
     m, chunk = pl.program_id(0), pl.program_id(1)
     count = jnp.minimum(visible[m], keys)
     here = jnp.minimum(count - chunk * CHUNK, CHUNK)
 
-    @pl.when((count > topk) & (here > 0) & (here <= topk))
+    @pl.when((count > CHUNK) & (here > 0) & (here <= topk))
     def _() -> None:
         place, value, there = _first(here, topk)
         plt.store(out.at[m, chunk, place], chunk * CHUNK + value, mask=there)
 
-    @pl.when((count > topk) & (here > topk))
+    @pl.when((count > CHUNK) & (here > topk))
     def _() -> None:
         place = jax.lax.broadcasted_iota(jnp.int32, (CHUNK,), 0)
         index, real = chunk * CHUNK + place, place < here
@@ -182,13 +186,13 @@ def _select(scores: Any, visible: Any, *refs: Any, topk: int, keys: int) -> None
 
     @pl.when(count > topk)
     def _() -> None:
-        total = candidates[0].shape[1] if candidates else keys
-        place = jax.lax.broadcasted_iota(jnp.int32, (pl.next_power_of_2(total),), 0)
+        place = jax.lax.broadcasted_iota(jnp.int32, (min(pl.next_power_of_2(keys), CHUNK),), 0)
         index, real = place, place < count
         if candidates:
-            chunk = place // topk
-            real = (place < total) & (place - chunk * topk < count - chunk * CHUNK)
-            index = plt.load(candidates[0].at[m, place], mask=real, other=0)
+            chunk, many = place // topk, count > CHUNK
+            named = (place < candidates[0].shape[1]) & (place - chunk * topk < count - chunk * CHUNK)
+            real = jnp.where(many, named, real)
+            index = jnp.where(many, plt.load(candidates[0].at[m, place], mask=real & many, other=0), place)
         score = plt.load(scores.at[m, index], mask=real, other=0.0)
         _choose(_ordered(score), real, topk, lambda place, chosen: plt.store(out.at[m, place], index, mask=chosen))
 
@@ -269,19 +273,17 @@ def select(score: jax.Array, visible: jax.Array, *, topk: int, keys: int, interp
     """
     m = score.shape[0]
     candidates: tuple[jax.Array, ...] = ()
-    total = keys
     if keys > CHUNK:
         chunks = pl.cdiv(keys, CHUNK)
-        total = chunks * topk
-        if total > CHUNK or topk > CHUNK:
+        if chunks * topk > CHUNK:
             raise ValueError(f"the best {topk} of {keys} keys: at most {CHUNK // topk} chunks of {CHUNK} keys can be chosen from")
         kernel = functools.partial(_chunks, topk=topk, keys=keys)
         shape = jax.ShapeDtypeStruct((m, chunks, topk), jnp.int32)
         best = _launch(kernel, shape, chunks, _warps(CHUNK), NAMES[2], interpret)(score, visible)
-        candidates = (best.reshape(m, total),)
+        candidates = (best.reshape(m, chunks * topk),)
     kernel = functools.partial(_select, topk=topk, keys=keys)
     shape = jax.ShapeDtypeStruct((m, topk), jnp.int32)
-    chosen: jax.Array = _launch(kernel, shape, 1, _warps(total), NAMES[3], interpret)(score, visible, *candidates)
+    chosen: jax.Array = _launch(kernel, shape, 1, _warps(min(keys, CHUNK)), NAMES[3], interpret)(score, visible, *candidates)
     return chosen
 
 

@@ -53,11 +53,12 @@ class Case:
 
     def expected(self, visible: list[int]) -> np.ndarray:
         """The choice by the reference."""
-        score = jax.jit(functools.partial(indexer.reference_scores, qat=self.qat))(*self.inputs)[: len(visible)]
+        score = _reference_scores(*self.inputs, qat=self.qat)[: len(visible)]
         return np.asarray(indexer.reference_select(score, jnp.asarray(visible, jnp.int32), topk=self.topk))
 
 
 _index = jax.jit(indexer.index, static_argnames=("topk", "qat", "interpret"))
+_reference_scores = jax.jit(indexer.reference_scores, static_argnames="qat")
 _select = jax.jit(indexer.select, static_argnames=("topk", "keys", "interpret"))
 
 
@@ -80,7 +81,7 @@ def test_equal_keys_keep_the_lower_index():
     """Among copies of one key beside a better and a worse one."""
     case = Case(60, 8, True, rows=1)
     *rows, keys = case.inputs
-    score = np.asarray(indexer.reference_scores(*rows, keys, qat=True))[0]
+    score = np.asarray(_reference_scores(*rows, keys, qat=True))[0]
     low, middle, high = (int(np.argsort(score)[i]) for i in (5, 30, 55))
     copies = keys[0][jnp.asarray([middle] * 4 + [high, middle, low] + [middle] * 33)][None]
     chosen = _index(*rows, copies, jnp.full(1, 40, jnp.int32), topk=8, qat=True, interpret=True)
@@ -102,22 +103,27 @@ def test_each_row_has_the_bits_of_the_row_alone(qat):
 
 def _score(case: Case, visible: list[int], *, first: int = 0, interpret: bool = True) -> list[jax.Array]:
     """Finished queries as bits, and scores with 0 where there are none."""
-    q, weights, cos, sin = (array[first : first + len(visible)] for array in case.inputs[:4])
+    q, *rows = (array[first : first + len(visible)] for array in case.inputs[:4])
     count = jnp.asarray(visible, jnp.int32)
-    q = q.reshape(len(visible), case.heads, case.dim)
-    queries = indexer.finish_queries(q, cos, sin, count, topk=case.topk, qat=case.qat, interpret=interpret)
-    score = indexer.scores(queries, weights, case.inputs[4][0], count, topk=case.topk, interpret=interpret)
+    options = {"topk": case.topk, "qat": case.qat, "interpret": interpret}
+    return _queries_and_scores(q.reshape(len(visible), case.heads, case.dim), *rows, case.inputs[4], count, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("topk", "qat", "interpret"))
+def _queries_and_scores(q, weights, cos, sin, keys, visible, *, topk, qat, interpret):
+    queries = indexer.finish_queries(q, cos, sin, visible, topk=topk, qat=qat, interpret=interpret)
+    score = indexer.scores(queries, weights, keys[0], visible, topk=topk, interpret=interpret)
+    some = (visible > topk)[:, None]
+    bits = jnp.where(some[..., None, None], jax.lax.bitcast_convert_type(queries, jnp.uint16), jnp.uint16(0))
     block = jnp.arange(score.shape[1], dtype=jnp.int32)
-    some = (count > case.topk)[:, None]
-    shown = jnp.where(some[..., None, None], jax.lax.bitcast_convert_type(queries, jnp.uint16), jnp.uint16(0))
-    return [shown, jnp.where(some & (block < count[:, None]), score, 0.0)]
+    return [bits, jnp.where(some & (block < visible[:, None]), score, 0.0)]
 
 
 @pytest.mark.parametrize("qat", [True, False])
 def test_scores(qat):
     case = Case(100, 16, qat)
     _, score = _score(case, [100] * 8)
-    expected = indexer.reference_scores(*case.inputs, qat=qat)
+    expected = _reference_scores(*case.inputs, qat=qat)
     np.testing.assert_allclose(score[:, :100], expected, rtol=0, atol=1e-6)
 
 
@@ -181,7 +187,7 @@ def test_the_reference_is_the_model(qat):
     chosen, cache, found = call(cache)
     angle = rows.position.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config, compressed=True))
     q, weights = module.wq_b(low_TL, strict=True), module.weights_proj(x_TD, strict=True)
-    score = indexer.reference_scores(q, weights, jnp.cos(angle), jnp.sin(angle), cache.rows, qat=qat)
+    score = _reference_scores(q, weights, jnp.cos(angle), jnp.sin(angle), cache.rows, qat=qat)
     visible = (rows.position + 1) // 4
     assert visible.tolist() == [22, 23, 23]
     np.testing.assert_allclose(score[:, :22], found["score"][:, :22], rtol=0, atol=2e-6)
@@ -201,6 +207,15 @@ def test_v4_flash_lowers(keys, rows, qat):
     jitted = jax.jit(functools.partial(indexer.index, topk=512, qat=qat))
     text = lowered_for_cuda(jitted, *operands(rows, keys))
     assert [kernel_calls(text, name) for name in indexer.NAMES] == [1, 1, int(keys > indexer.CHUNK), 1]
+
+
+@pytest.mark.parametrize("qat", [True, False])
+def test_few_heads_lower(qat):
+    """Fewer than a tensor core's tile has."""
+    case = Case(40, 8, qat)
+    given = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in case.inputs]
+    jitted = jax.jit(functools.partial(indexer.index, topk=8, qat=qat))
+    assert kernel_calls(lowered_for_cuda(jitted, *given, jax.ShapeDtypeStruct((8,), jnp.int32)), "index_scores") == 1
 
 
 def test_operands_that_do_not_fit():
