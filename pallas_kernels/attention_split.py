@@ -1,7 +1,7 @@
 """One split of a decode step's attention: 16 heads of one query and some spans of the rows that it may see.
 
-Products run on tensor cores: rows in float16, which holds most values of FP8-rounded rows exactly, queries and weights as the sum
-of two float16 numbers.
+Products run on tensor cores: queries and weights as the sum of two float16 numbers, rows in float16, which holds FP8-rounded
+values exactly. The columns that turn are not rounded to FP8; float32 rows have them as the sum of two numbers too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ CHUNK = 128
 MOST_SPLITS = 64
 
 Parts = tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]
-Chunks = list[jax.Array]
+# One float16 number for each value of a row, or two.
+Chunks = list[tuple[jax.Array, ...]]
 
 
 @jax.tree_util.register_dataclass
@@ -103,6 +104,10 @@ class Form:
         """Column numbers of each chunk."""
         return [jnp.arange(self.chunk, dtype=jnp.int32) + first for first in range(0, self.dim, self.chunk)]
 
+    def turns(self, chunk: int) -> bool:
+        """Whether a chunk has columns that turn."""
+        return (chunk + 1) * self.chunk > self.still
+
     @property
     def still(self) -> int:
         """Columns that do not turn."""
@@ -121,9 +126,12 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.float16)
 
 
-def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Product of float16 a [M, K] with b over its `axis`, summed in float32."""
-    return jax.lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+def _dot(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, ...], axis: int) -> jax.Array:
+    """Product of a [M, K] with b over its `axis`, both in parts of float16, summed in float32; without that of two low parts."""
+    pairs = [(part, b[0]) for part in a] + [(a[0], part) for part in b[1:]]
+    dimensions = (((1,), (axis,)), ((), ()))
+    dots = [jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32) for x, y in pairs]
+    return functools.reduce(jnp.add, dots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +177,7 @@ class Split:
         form = self.form
         chunks = [self.load_heads(column) for column in form.columns]
         # The pair's other value comes from memory again: lanes would have to exchange registers for it.
-        turning = [i for i in range(len(chunks)) if (i + 1) * form.chunk > form.still]
-        partners = {i: self.load_heads(form.columns[i] ^ 1) for i in turning}
+        partners = {i: self.load_heads(column ^ 1) for i, column in enumerate(form.columns) if form.turns(i)}
         squares = functools.reduce(jnp.add, [jnp.sum(x * x, axis=-1) for x in chunks])
         scale = jax.lax.rsqrt(squares / form.dim + form.eps)[:, None]
         for i, partner in partners.items():
@@ -215,11 +222,13 @@ class Split:
 
     def load_rows(self, ref: Any, row: jax.Array, seen: jax.Array) -> Chunks:
         """Chunks of the rows that are seen, zeros for the others."""
-        chunks = []
-        for column in self.form.columns:
+        fine = any(rows is not None and rows.dtype == jnp.float32 for rows in (self.ring, self.rows))
+        chunks: Chunks = []
+        for i, column in enumerate(self.form.columns):
             place = tile(row, column)
             mask = jnp.broadcast_to(seen[:, None], place[0].shape)
-            chunks.append(plt.load(ref.at[jnp.zeros_like(place[0]), *place], mask=mask, other=0.0).astype(jnp.float16))
+            x = plt.load(ref.at[jnp.zeros_like(place[0]), *place], mask=mask, other=0.0)
+            chunks.append(_halves(x.astype(jnp.float32)) if fine and self.form.turns(i) else (x.astype(jnp.float16),))
         return chunks
 
     def nothing(self) -> Parts:
@@ -231,16 +240,14 @@ class Split:
         """Parts with a span of rows added."""
         (seen, chunks), (top, total, outs) = span, parts
         # Each chunk's scores are scaled on their own: one chain of all the products would be four times as long.
-        products = [
-            (_dot(high, kv, 1) + _dot(low, kv, 1)) * self.form.scale for (high, low), kv in zip(queries, chunks, strict=True)
-        ]
-        score = functools.reduce(jnp.add, products)
+        scores = [_dot(q, kv, 1) * self.form.scale for q, kv in zip(queries, chunks, strict=True)]
+        score = functools.reduce(jnp.add, scores)
         score = jnp.where(jnp.broadcast_to(seen[None, :], score.shape), score, -jnp.inf)
         new = jnp.maximum(top, jnp.max(score, axis=-1))
         finite = jnp.where(new == -jnp.inf, 0.0, new)
         weight, kept = jnp.exp(score - finite[:, None]), jnp.exp(top - finite)
-        high, low = _halves(weight)
-        outs = tuple(out * kept[:, None] + _dot(high, kv, 0) + _dot(low, kv, 0) for out, kv in zip(outs, chunks, strict=True))
+        parts_of_weight = _halves(weight)
+        outs = tuple(out * kept[:, None] + _dot(parts_of_weight, kv, 0) for out, kv in zip(outs, chunks, strict=True))
         return new, total * kept + jnp.sum(weight, axis=-1), outs
 
     def run(self, turns: jax.Array) -> Parts:

@@ -17,13 +17,27 @@ from ds4jax.cache import ring_positions
 from ds4jax.model import attention as model
 from ds4jax.model.layers import rms_scale
 from ds4jax.model.rope import inverse_frequencies, rotate
-from pallas_kernels import reference
+from pallas_kernels import reference, rounding
 from pallas_kernels.attention import COMBINE_NAME, SPLIT_NAME, Chosen, Leading, attend, attend_reference
 
 EPS = 1e-6
-# Of a row's largest output. Rows that float16 holds leave the rounding of sums; others are rounded to eleven bits.
-EXACT_ROWS = 3e-6
-ROUNDED_ROWS = 4e-4
+# Of a row's largest output; what is seen in interpret mode is a fifth.
+CLOSE = 3e-6
+
+
+def in_halves(x: jax.Array, still: int) -> jax.Array:
+    """Rows that float16 holds."""
+    return x.astype(jnp.float16).astype(jnp.float32)
+
+
+def as_trained(x: jax.Array, still: int) -> jax.Array:
+    """Rows as a model has them: FP8 but for the columns that turn."""
+    return jnp.concatenate([rounding.fp8(x[..., :still]), x[..., still:]], axis=-1)
+
+
+@functools.cache
+def compiled(function: Any, **options: Any) -> Any:
+    return jax.jit(functools.partial(function, **options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +56,14 @@ class Case:
     window: int = 40
     ring: int = 47
 
-    def operands(self, *, halves: bool = True) -> tuple[Any, ...]:
-        """Operands of `attend`, with rows that float16 holds where `halves`."""
+    def operands(self, finish: Any = in_halves) -> tuple[Any, ...]:
+        """Operands of `attend`, with rows as `finish` leaves them."""
         m, keys = len(self.position), jax.random.split(jax.random.key(self.dim + self.stored), 8)
         normal = functools.partial(jax.random.normal, dtype=jnp.float32)
         position = jnp.asarray(self.position, jnp.int32)
         angle = position.astype(jnp.float32)[:, None] * jnp.exp(-jnp.arange(self.rope // 2, dtype=jnp.float32))[None, :]
         ring, rows = normal(keys[2], (1, self.ring, self.dim)), normal(keys[3], (1, self.stored, self.dim))
-        if halves:
-            ring, rows = (x.astype(jnp.float16).astype(jnp.float32) for x in (ring, rows))
+        ring, rows = (finish(x, self.dim - self.rope) for x in (ring, rows))
         compressed: Leading | Chosen | None = None
         if self.leading:
             compressed = Leading(rows, jnp.asarray(self.leading, jnp.int32))
@@ -66,10 +79,10 @@ class Case:
         return {"window": self.window, "scale": self.dim**-0.5, "eps": EPS}
 
     def call(self, *args: Any, interpret: bool = True) -> Any:
-        return jax.jit(functools.partial(attend, groups=self.groups, interpret=interpret, **self.options))(*args)
+        return compiled(attend, groups=self.groups, interpret=interpret, **self.options)(*args)
 
     def expect(self, *args: Any) -> jax.Array:
-        return jax.jit(functools.partial(attend_reference, **self.options))(*args)
+        return compiled(attend_reference, **self.options)(*args)
 
 
 CASES = {
@@ -112,15 +125,15 @@ def check(name: str, *, interpret: bool) -> None:
     args = case.operands()
     out, activation = case.call(*args, interpret=interpret)
     worst = error(out, case.expect(*args))
-    assert (worst <= EXACT_ROWS).all(), f"{name}: rows differ by {worst} of their largest value"
+    assert (worst <= CLOSE).all(), f"{name}: rows differ by {worst} of their largest value"
     quants, scales = jax.jit(reference.quantize)(out.reshape(out.shape[0], case.groups, -1))
     words = np.ascontiguousarray(np.moveaxis(np.asarray(activation.quants), 2, 3))
     assert_bits_equal(words.reshape(*words.shape[:3], 8).view(np.int8), np.asarray(quants))
     assert_bits_equal(activation.scales, scales)
 
-    args = case.operands(halves=False)
+    args = case.operands(as_trained)
     worst = error(case.call(*args, interpret=interpret)[0], case.expect(*args))
-    assert (worst <= ROUNDED_ROWS).all(), f"{name}: rows of float32 differ by {worst} of their largest value"
+    assert (worst <= CLOSE).all(), f"{name}: trained rows differ by {worst} of their largest value"
 
 
 @BOTH
@@ -178,7 +191,7 @@ def row_of(args: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
 
 
 def check_rows(case: Case, counts: tuple[int, ...], *, interpret: bool) -> None:
-    args = case.operands(halves=False)
+    args = case.operands(as_trained)
 
     def parts(rows: slice, end: int) -> list[np.ndarray]:
         own = row_of(args, rows)
@@ -196,7 +209,7 @@ def check_rows(case: Case, counts: tuple[int, ...], *, interpret: bool) -> None:
                 )
 
 
-EIGHT = Case(tuple(range(95, 102)) + (101,), 102, leading=(33, 0, 70, 1, 2, 64, 65, 65), stored=70, dim=32, rope=16)
+EIGHT = Case((95, 96, 97, 98, 99, 100, 101, 101), 102, leading=(33, 0, 70, 1, 2, 64, 65, 65), stored=70, dim=32, rope=16)
 EIGHT_CHOSEN = dataclasses.replace(EIGHT, leading=(), chosen=40)
 EARLY = dataclasses.replace(EIGHT, position=(26, 27, 28, 29, 30, 31, 32, 32), end=33, leading=())
 EIGHT_CASES = pytest.mark.parametrize("case", [EIGHT, EIGHT_CHOSEN, EARLY], ids=["leading", "chosen", "early"])
