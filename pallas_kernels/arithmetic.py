@@ -17,10 +17,12 @@ LANES = 32
 
 def _asm(instruction: str, constraints: str, dtype: jnp.dtype, *args: jax.Array, after: str = "") -> jax.Array:
     operands = ", ".join(f"${i}" for i in range(len(args) + 1))
+    return _code(f"{instruction} {operands}{after};", constraints, dtype, *args)
+
+
+def _code(code: str, constraints: str, dtype: jnp.dtype, *args: jax.Array) -> jax.Array:
     shape = jax.ShapeDtypeStruct(args[0].shape, dtype)
-    [result] = plt.elementwise_inline_asm(
-        f"{instruction} {operands}{after};", args=list(args), constraints=constraints, pack=1, result_shape_dtypes=[shape]
-    )
+    [result] = plt.elementwise_inline_asm(code, args=list(args), constraints=constraints, pack=1, result_shape_dtypes=[shape])
     return result
 
 
@@ -45,6 +47,26 @@ def chained_dot(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
     constraints = ",".join(["=r"] * 4 + ["r"] * 16)
     [total] = plt.elementwise_inline_asm(code, args=[*a, *b], constraints=constraints, pack=4, result_shape_dtypes=[shape])
     return jnp.sum(total, axis=-1)
+
+
+def pick_bytes(low: int, high: int, selector: jax.Array, *, interpret: bool) -> jax.Array:
+    """A word of four bytes out of the eight constants in `low` (0..3) and `high` (4..7), int32.
+
+    The low half of `selector` names them, four bits each, the first byte's lowest; each must be below 8.
+    """
+    if not interpret:
+        return _code(f"prmt.b32 $0, {low:#x}, {high:#x}, $1;", "=r,r", jnp.int32, selector)
+
+    def byte(i: int) -> jax.Array:
+        name = (selector >> (4 * i)) & 15
+        found = jnp.where(name < 4, _signed(low) >> (8 * (name & 3)), _signed(high) >> (8 * (name & 3)))
+        return (found & 255) << (8 * i)
+
+    return byte(0) | byte(1) | byte(2) | byte(3)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
 
 
 def fma(a: jax.Array, b: jax.Array, c: jax.Array, *, interpret: bool) -> jax.Array:
@@ -79,7 +101,7 @@ def round_to_int(x: jax.Array, *, interpret: bool) -> jax.Array:
     return jnp.nan_to_num(jnp.round(x), nan=0.0).astype(jnp.int32)
 
 
-def _exchange(x: jax.Array, distance: int, *, interpret: bool) -> jax.Array:
+def exchange(x: jax.Array, distance: int, *, interpret: bool) -> jax.Array:
     """Lane l gets what lane l ^ distance has; x is float32 [32], one value a lane."""
     if x.shape != (LANES,):
         raise ValueError(f"x is {list(x.shape)}; a warp exchanges one value a lane, [{LANES}]")
@@ -108,11 +130,11 @@ def sum_lanes(values: Sequence[jax.Array], lane: jax.Array, *, interpret: bool) 
         half, upper = places >> (merged + 1), (lane & distance) != 0
         # The second half may be short; a value with no partner is summed by the lanes on both sides.
         pairs = [_merge(low, high, upper, distance, interpret=interpret) for low, high in zip(left, left[half:], strict=False)]
-        alone = [low + _exchange(low, distance, interpret=interpret) for low in left[len(pairs) : half]]
+        alone = [low + exchange(low, distance, interpret=interpret) for low in left[len(pairs) : half]]
         left, distance = pairs + alone, distance // 2
     [total] = left
     while distance:
-        total, distance = total + _exchange(total, distance, interpret=interpret), distance // 2
+        total, distance = total + exchange(total, distance, interpret=interpret), distance // 2
     place = lane // spread
     return total, place, (lane % spread == 0) & (place < len(values))
 
@@ -120,4 +142,4 @@ def sum_lanes(values: Sequence[jax.Array], lane: jax.Array, *, interpret: bool) 
 def _merge(low: jax.Array, high: jax.Array, upper: jax.Array, distance: int, *, interpret: bool) -> jax.Array:
     """One step of two butterflies in one exchange: `upper` lanes go on with `high`, the others with `low`."""
     kept, sent = jnp.where(upper, high, low), jnp.where(upper, low, high)
-    return kept + _exchange(sent, distance, interpret=interpret)
+    return kept + exchange(sent, distance, interpret=interpret)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import activation, reference
+from pallas_kernels.activation import Activation
 from pallas_kernels.dispatch import DECODE_ROWS, choose
-from pallas_kernels.formats import Q8_0
+from pallas_kernels.formats import BLOCK, Q8_0
 from pallas_kernels.q8_matmul import MOST_ROWS, q8_matmul
 from pallas_kernels.tiles import tile_for
 
@@ -23,7 +24,7 @@ def matmul(x: jax.Array, weight: Weight, *, strict: bool, implementation: str | 
 
     Args:
         x: float32 [M, K] activations, M at least 1.
-        weight: [N, K], float32, bfloat16 or Q8_0.
+        weight: [N, K], float32, bfloat16, float16 or Q8_0.
         strict: static. True multiplies float32 values by `jnp.dot` at highest precision and one fixed row count, and puts no
             Pallas kernel into the program. False reads Q8_0 weights in int8 with activations in int8 blocks of 32 where there
             are few rows: on CUDA by the share-warp kernel, elsewhere by the same arithmetic in jnp.
@@ -106,17 +107,22 @@ def _products(x: jax.Array, weights: tuple[Weight, ...], strict: bool, implement
 @functools.partial(jax.jit, static_argnames="interpret", inline=True)
 def _share_warp(x: jax.Array, weights: tuple[Q8_0, ...], *, interpret: bool) -> tuple[jax.Array, ...]:
     """The kernel in launches of at most 8 rows. Traced once for each shape and inlined, since layers repeat shapes."""
-    m, groups, k = x.shape
-    sizes = tuple(weight.shape[0] // groups for weight in weights)
-    device_kind = "" if interpret else jax.devices()[0].device_kind
+    m, groups, _ = x.shape
     parts = []
     for first in range(0, m, MOST_ROWS):
         rows = x[first : first + MOST_ROWS]
-        tile = tile_for(sizes, k, groups, rows.shape[0], device_kind)
         quants = activation.quantize(rows.reshape(rows.shape[0], -1), groups, interpret=interpret)
-        parts.append(q8_matmul(quants, weights, tile=tile, groups=groups, interpret=interpret))
+        parts.append(quantized_products(quants, weights, groups=groups, interpret=interpret))
     outputs = (jnp.concatenate(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
-    return tuple(y.reshape(m, groups, n) for y, n in zip(outputs, sizes, strict=True))
+    return tuple(y.reshape(m, groups, -1) for y in outputs)
+
+
+def quantized_products(x: Activation, weights: Sequence[Q8_0], *, groups: int = 1, interpret: bool = False) -> list[jax.Array]:
+    """One launch of the share-warp kernel with the tile measured for this device; the arguments are those of `q8_matmul`."""
+    m, _, blocks = x.scales.shape
+    device_kind = "" if interpret else jax.devices()[0].device_kind
+    tile = tile_for(tuple(weight.shape[0] // groups for weight in weights), blocks * BLOCK, groups, m, device_kind)
+    return q8_matmul(x, weights, tile=tile, groups=groups, interpret=interpret)
 
 
 def _quantized(x: jax.Array, weights: tuple[Q8_0, ...]) -> tuple[jax.Array, ...]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import arithmetic
+from pallas_kernels import arithmetic, lanes
 from pallas_kernels.activation import Activation
 from pallas_kernels.arithmetic import LANES
 from pallas_kernels.formats import HALF, Q8_0
@@ -75,36 +75,6 @@ class _Matrix:
     mine: jax.Array | None
 
 
-def _value(i: int) -> jax.Array:
-    """A Python integer as a traced value: a slice that starts at a constant may not reach past the end, even when masked."""
-    return jax.lax.full((), i, jnp.int32)
-
-
-def _all(*conditions: jax.Array | None) -> jax.Array | None:
-    """Whether every condition holds, over the lanes; None stands for one that always does."""
-    there = [jnp.broadcast_to(condition, (LANES,)) for condition in conditions if condition is not None]
-    return functools.reduce(jnp.logical_and, there) if there else None
-
-
-def _load(ref: Any, *index: Any, real: jax.Array | None, **how: Any) -> jax.Array:
-    """Load one block's scale or half of its words for each lane, 0 where not `real`."""
-    # Interpret mode takes no Python integers beside dynamic slices.
-    index = tuple(_value(i) if isinstance(i, int) else i for i in index)
-    if real is None:
-        return plt.load(ref.at[index], **how)
-    mask = jnp.broadcast_to(real[:, None], (LANES, HALF)) if isinstance(index[-1], slice) else real
-    return plt.load(ref.at[index], mask=mask, other=0, **how)
-
-
-def _of_mine(matrices: Sequence[_Matrix], load: Callable[[_Matrix], Weights]) -> Weights:
-    """What `load` finds in the program's own matrix. The compiler makes of the branches one load from a chosen address."""
-    if len(matrices) == 1:
-        return load(matrices[0])
-    rest = functools.partial(_of_mine, matrices[1:], load)
-    found: Weights = jax.lax.cond(matrices[0].mine, functools.partial(load, matrices[0]), rest)
-    return found
-
-
 @dataclasses.dataclass(frozen=True)
 class Warp:
     """One program: `tile.rows` rows of one of the matrices, times the M rows of one group of activations."""
@@ -127,7 +97,7 @@ class Warp:
 
     def chunks(self, first: jax.Array, count: int) -> list[Chunk]:
         """Columns of `count` chunks of blocks from number `first` on, and which lanes have one."""
-        blocks, lane = self.xs.shape[-1], jax.lax.broadcasted_iota(jnp.int32, (LANES,), 0)
+        blocks, lane = self.xs.shape[-1], lanes.numbers()
         columns = [(first + c) * LANES for c in range(count)]
         return [(column, column + lane < blocks if blocks % LANES else None) for column in columns]
 
@@ -137,15 +107,16 @@ class Warp:
         def rows_of(matrix: _Matrix) -> Weights:
             return [[self.load_row(matrix, r, chunk) for r in range(self.tile.rows)] for chunk in chunks]
 
-        return _of_mine(self.matrices, rows_of)
+        return lanes.of_mine(self.matrices, rows_of)
 
     def load_row(self, matrix: _Matrix, r: int, chunk: Chunk) -> tuple[jax.Array, ...]:
         """Both halves of the words of one row, and its scales."""
         row, span = matrix.base + matrix.row + r, pl.ds(chunk[0], LANES)
-        real = _all(matrix.row + r < matrix.n if matrix.n % self.tile.rows else None, chunk[1])
+        real = lanes.all_of(matrix.row + r < matrix.n if matrix.n % self.tile.rows else None, chunk[1])
         # Each weight is used once, so it leaves the cache first.
-        once = functools.partial(_load, real=real, eviction_policy="evict_first")
-        return (*(once(matrix.words, half, row, span, slice(None)) for half in range(2)), once(matrix.scales, row, span))
+        once = functools.partial(lanes.load, real=real, eviction_policy="evict_first")
+        words = (once(matrix.words, half, row, span, slice(None), width=HALF) for half in range(2))
+        return (*words, once(matrix.scales, row, span))
 
     def dot(self, words: Sequence[jax.Array], x: Sequence[jax.Array]) -> jax.Array:
         """Exact dot products of one block a lane, as float32."""
@@ -162,8 +133,8 @@ class Warp:
         for (column, real), rows in zip(chunks, weights, strict=True):
             span = pl.ds(column, LANES)
             for m in range(self.rows):
-                x = [_load(self.x, m, self.group, half, span, slice(None), real=real) for half in range(2)]
-                xs = _load(self.xs, m, self.group, span, real=real)
+                x = [lanes.load(self.x, m, self.group, half, span, slice(None), real=real, width=HALF) for half in range(2)]
+                xs = lanes.load(self.xs, m, self.group, span, real=real)
                 for r, (*words, scale) in enumerate(rows):
                     both = arithmetic.multiply(scale.astype(jnp.float32), xs, interpret=self.interpret)
                     i = m * self.tile.rows + r
@@ -186,19 +157,19 @@ class Warp:
         if turns > 1:
             sums = jax.lax.fori_loop(0, turns, lambda i, sums: self.turn(i * unroll, unroll, sums), sums)
         elif turns:
-            sums = self.turn(_value(0), unroll, sums)
+            sums = self.turn(lanes.value(0), unroll, sums)
         if rest:
-            sums = self.turn(_value(turns * unroll), rest, sums)
+            sums = self.turn(lanes.value(turns * unroll), rest, sums)
         self.store(sums)
 
     def store(self, sums: Sums) -> None:
         """Sum the accumulators over the lanes and store them, up to 32 at once."""
-        lane, rows = jax.lax.broadcasted_iota(jnp.int32, (LANES,), 0), self.tile.rows
+        lane, rows = lanes.numbers(), self.tile.rows
         for first in range(0, len(sums), LANES):
             total, place, owner = arithmetic.sum_lanes(sums[first : first + LANES], lane, interpret=self.interpret)
             m, r = (first + place) // rows, (first + place) % rows
             for matrix in self.matrices:
-                real = _all(owner, matrix.mine, matrix.row + r < matrix.n if matrix.n % rows else None)
+                real = lanes.all_of(owner, matrix.mine, matrix.row + r < matrix.n if matrix.n % rows else None)
                 # A lane with nothing to store points past the end, where interpret mode drops its value.
                 assert real is not None
                 column = jnp.where(real, matrix.base + matrix.row + r, matrix.out.shape[1])
@@ -209,7 +180,7 @@ def _kernel(x_ref: Any, xs_ref: Any, *refs: Any, sizes: tuple[int, ...], groups:
     count = len(sizes)
     weights, outputs = refs[: 2 * count], refs[2 * count :]
     program, first = pl.program_id(0), 0
-    group, matrices = _value(0), []
+    group, matrices = lanes.value(0), []
     for i, n in enumerate(sizes):
         tiles = pl.cdiv(n, tile.rows)
         mine = (program >= first) & (program < first + tiles) if count > 1 else None

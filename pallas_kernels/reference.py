@@ -86,3 +86,8 @@ def expert_dot(x: jax.Array, weight: Quantized, *, add_up: bool = False) -> jax.
     terms_NB = sums.astype(jnp.float32) * steps
     spec = "...enb,...eb->...n" if add_up else "...nb,...b->...n"
     return jnp.einsum(spec, terms_NB, xs, precision="highest", preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x [..., K] → weight · x / sqrt(mean(x²) + eps)."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight

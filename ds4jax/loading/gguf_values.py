@@ -13,9 +13,8 @@ from ds4jax.errors import InputError
 from ds4jax.loading.gguf_header import Header, TensorInfo, shown
 from pallas_kernels.formats import FORMATS, Q8_0, Quantized
 
-# Types of single numbers, as numpy reads them, and what they become on the device.
+# Types of single numbers, as numpy reads them and as they stay on the device.
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16), "I32": np.dtype("<i4")}
-_ON_DEVICE = {"F32": jnp.float32, "F16": jnp.float32, "BF16": jnp.bfloat16, "I32": jnp.int32}
 # The bits of an exponent: all ones in infinities and NaN. Whole numbers are looked at many times faster than halves.
 _EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 # Numbers looked at together, so that the look at a large tensor takes no memory to speak of.
@@ -28,10 +27,9 @@ _SMALL = 1 << 24
 
 def device_nbytes(info: TensorInfo) -> int:
     """Bytes that a tensor takes on the device."""
-    count = math.prod(info.shape)
     if info.type in FORMATS:
-        return count // FORMATS[info.type].BLOCK * FORMATS[info.type].DEVICE_BYTES
-    return count * jnp.dtype(_ON_DEVICE[info.type]).itemsize
+        return math.prod(info.shape) // FORMATS[info.type].BLOCK * FORMATS[info.type].DEVICE_BYTES
+    return info.nbytes
 
 
 def check_value(header: Header, info: TensorInfo, n_experts: int) -> None:
@@ -56,38 +54,28 @@ def check_value(header: Header, info: TensorInfo, n_experts: int) -> None:
 def read_value(header: Header, info: TensorInfo, n_experts: int) -> jax.Array | Quantized:
     """Read a tensor onto the default device, after `check_value`.
 
-    F32 and F16 become float32, BF16 bfloat16, I32 int32; quantised blocks go to the device as they are and are split into
-    planes there. The device may still be at work on the value that is returned.
+    F32 becomes float32, F16 float16, BF16 bfloat16, I32 int32: whoever computes with halves widens them there, which is exact.
+    Quantised blocks go to the device as they are and are split into planes there. The device may still be at work on the value
+    that is returned.
 
     Raises:
         InputError: a value that no model can have.
     """
     check_value(header, info, n_experts)
-    plain = _PLAIN.get(info.type)
-    if plain is not None and plain == _ON_DEVICE[info.type]:
+    if info.type not in FORMATS:
         # A copy in any case: a parameter must not change when somebody writes to the file.
-        return jax.device_put(header.raw(info).view(plain).reshape(info.shape), may_alias=False)
+        return jax.device_put(header.raw(info).view(_PLAIN[info.type]).reshape(info.shape), may_alias=False)
     if info.nbytes < _SMALL:
-        raw = header.raw(info)
-        if plain is not None:
-            return jnp.asarray(raw.view(plain).reshape(info.shape).astype(np.float32))
-        return _split(FORMATS[info.type], jnp.asarray(raw), 0, info.shape[:-1])
+        return _split(FORMATS[info.type], jnp.asarray(header.raw(info)), 0, info.shape[:-1])
     skip = info.offset % _ALIGNED
     stored = header.data[info.offset - skip : info.offset + info.nbytes]
-    if plain is None:
-        return _split(FORMATS[info.type], jax.device_put(stored), skip, info.shape[:-1])
-    return _widened(jax.device_put(stored.view(plain)), skip // plain.itemsize, info.shape)
+    return _split(FORMATS[info.type], jax.device_put(stored), skip, info.shape[:-1])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _split(format: type[Quantized], stored: jax.Array, skip: int, lead: tuple[int, ...]) -> Quantized:
     """Rows `lead` of blocks, which begin `skip` bytes into `stored`, in planes."""
     return format.split(stored[skip:].reshape(*lead, -1, format.BLOCK_BYTES))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _widened(stored: jax.Array, skip: int, shape: tuple[int, ...]) -> jax.Array:
-    return stored[skip:].reshape(shape).astype(jnp.float32)
 
 
 def encode(value: jax.Array | np.ndarray | Quantized, stored: str, where: str) -> np.ndarray:

@@ -41,7 +41,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x [T, K] → x Wᵀ [T, N]; the weight [N, K] stays float32, bfloat16 or Q8_0."""
+    """x [T, K] → x Wᵀ [T, N]; the weight [N, K] stays float32, bfloat16, float16 or Q8_0."""
 
     def __init__(self, n_out: int, n_in: int, *, rngs: Rngs):
         self.weight = parameter(rngs, n_out, n_in, scale=n_in**-0.5)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import jax
 
-from ds4jax.cache import LayerCache, Rows
+from ds4jax.cache import Rows
 from ds4jax.config import Config
-from ds4jax.model import hyper_connections as hc
 from ds4jax.model.block import Block
 from ds4jax.model.layers import Linear, RMSNorm, Rngs, parameter
 from ds4jax.model.tape import Record, ignore
@@ -29,28 +28,15 @@ class MTP(Block):
         self.hc_head_base = parameter(rngs, config.hc_mult)
         self.hc_head_scale = parameter(rngs, 1, mean=0.1)
 
-    def advance(
-        self,
-        h_TND: jax.Array,
-        embedded_TD: jax.Array,
-        ids_T: jax.Array,
-        rows: Rows,
-        cache: LayerCache,
-        record: Record = ignore,
-    ) -> tuple[jax.Array, LayerCache]:
-        """Run the block over rows of positions t.
+    def mixed(self, h_TND: jax.Array, embedded_TD: jax.Array, rows: Rows, record: Record = ignore) -> jax.Array:
+        """What goes into the block at rows of positions t, streams float32 [T, N, D].
 
         Args:
             h_TND: float32 [T, N, D], the main model's streams after its last layer, or this block's own for deeper drafts.
-            embedded_TD: float32 [T, D], embeddings of the tokens at t+1, and ids_T their ids.
+            embedded_TD: float32 [T, D], embeddings of the tokens at t+1.
         """
         t, n, d = h_TND.shape
         projected = self.h_proj(self.hnorm(h_TND).reshape(t * n, d), strict=rows.strict).reshape(t, n, d)
-        mixed = self.e_proj(self.enorm(embedded_TD), strict=rows.strict)[:, None, :] + projected
-        record("input", mixed)
-        return self(mixed, ids_T, rows, cache, record)
-
-    def collapse(self, h_TND: jax.Array) -> jax.Array:
-        """Streams [T, N, D] → normed [T, D], ready for the main model's head."""
-        fn, base, scale = self.hc_head_fn.get_value(), self.hc_head_base.get_value(), self.hc_head_scale.get_value()
-        return self.norm(hc.head(h_TND, fn, scale, base, self.config))
+        mixed_TND = self.e_proj(self.enorm(embedded_TD), strict=rows.strict)[:, None, :] + projected
+        record("input", mixed_TND)
+        return mixed_TND

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import nnx
 
 from ds4jax.cache import Cache, LayerCache, Rows
 from ds4jax.config import Config
+from ds4jax.model import few_rows
 from ds4jax.model import hyper_connections as hc
 from ds4jax.model.block import Block
 from ds4jax.model.layers import Embedding, Linear, RMSNorm, Rngs, parameter
@@ -46,18 +48,35 @@ class Transformer(nnx.Module):
         embedded_TD = self.embed(ids_T)
         h_TND = jnp.broadcast_to(embedded_TD[:, None, :], (ids_T.shape[0], self.config.hc_mult, self.config.dim))
         record("embedded", h_TND)
-        layers = []
-        for i, (block, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            with jax.named_scope(f"layer{i}"):
-                h_TND, layer_cache = block(h_TND, ids_T, rows, layer_cache, under(record, f"layers.{i}"))
-            layers.append(layer_cache)
-        return h_TND, dataclasses.replace(cache, layers=tuple(layers), length=rows.end)
+        h_TND, layers = self._through(list(self.layers), h_TND, ids_T, rows, cache.layers, record, "layers")
+        return h_TND, dataclasses.replace(cache, layers=layers, length=rows.end)
+
+    def _through(
+        self, blocks: list[Block], h_TND: jax.Array, ids_T: jax.Array, rows: Rows, caches: tuple[LayerCache, ...],
+        record: Record, name: str,
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:  # fmt: skip
+        """Streams through blocks one after the other; few rows on CUDA by kernels that know the whole of a layer."""
+
+        def modules(h_TND: jax.Array, caches: tuple[LayerCache, ...]) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+            done = []
+            for i, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
+                with jax.named_scope(f"{name}{i}"):
+                    h_TND, cache = block(h_TND, ids_T, rows, cache, under(record, f"{name}.{i}"))
+                done.append(cache)
+            return h_TND, tuple(done)
+
+        if record is not ignore or not few_rows.serves(self.config, blocks, rows):
+            return modules(h_TND, caches)
+        kernels = functools.partial(few_rows.layers, self.config, blocks, ids_T=ids_T, rows=rows)
+        through: tuple[jax.Array, tuple[LayerCache, ...]] = jax.lax.platform_dependent(
+            h_TND, caches, cuda=lambda h, caches: kernels(h_TND=h, caches=caches), default=modules
+        )
+        return through
 
     def logits(self, h_TND: jax.Array, *, strict: bool = False) -> jax.Array:
         """Streams [T, N, D] → logits float32 [T, V]."""
-        fn, base, scale = self.hc_head_fn.get_value(), self.hc_head_base.get_value(), self.hc_head_scale.get_value()
         with jax.named_scope("head"):
-            return self.head(self.norm(hc.head(h_TND, fn, scale, base, self.config)), strict=strict)
+            return self._scored(self, h_TND, strict)
 
     def mtp_streams(
         self, h_TND: jax.Array, next_ids_T: jax.Array, rows: Rows, cache: LayerCache, record: Record = ignore
@@ -67,10 +86,26 @@ class Transformer(nnx.Module):
         `rows` counts the block's own rows, and the cache is the block's own.
         """
         with jax.named_scope("mtp"):
-            embedded_TD = self.embed(next_ids_T)
-            return self.mtp[0].advance(h_TND, embedded_TD, next_ids_T, rows, cache, under(record, "mtp.0"))
+            mixed_TND = self.mtp[0].mixed(h_TND, self.embed(next_ids_T), rows, under(record, "mtp.0"))
+            h_TND, (cache,) = self._through([self.mtp[0]], mixed_TND, next_ids_T, rows, (cache,), record, "mtp")
+        return h_TND, cache
 
     def mtp_logits(self, h_TND: jax.Array, *, strict: bool = False) -> jax.Array:
         """The MTP block's streams [T, N, D] at positions t → logits [T, V] of the token at t+2, through the shared head."""
         with jax.named_scope("mtp_head"):
-            return self.head(self.mtp[0].collapse(h_TND), strict=strict)
+            return self._scored(self.mtp[0], h_TND, strict)
+
+    def _scored(self, part: Transformer | MTP, h_TND: jax.Array, strict: bool) -> jax.Array:
+        """Logits through the shared head; `part` has the norm and the hyper-connections before it."""
+        fn, scale, base = part.hc_head_fn.get_value(), part.hc_head_scale.get_value(), part.hc_head_base.get_value()
+
+        def modules(h_TND: jax.Array) -> jax.Array:
+            return self.head(part.norm(hc.head(h_TND, fn, scale, base, self.config)), strict=strict)
+
+        if not few_rows.scores(self.config, self.head.weight.get_value(), h_TND.shape[0], strict=strict):
+            return modules(h_TND)
+        kernels = functools.partial(few_rows.logits, self.config, self.head.weight.get_value(), part.norm.weight.get_value())
+        scored: jax.Array = jax.lax.platform_dependent(
+            h_TND, cuda=lambda h: kernels(fn=fn, scale=scale, base=base, h_TND=h), default=modules
+        )
+        return scored

@@ -30,6 +30,9 @@ _PATTERNS = """
     9180 9245 9400 9422 9444 9551 9881 9920 a002 a050 a085 a109 a200 a418 a850 a904
 """
 MAGNITUDES = np.array([8, 25, 43], np.int8)
+_EVERY_FOURTH = 0x11111111
+# Where in a sign word the signs of each group of eight weights lie.
+_PLACES = np.arange(4, dtype=np.int32)[:, None] + np.arange(0, 32, 4, dtype=np.int32)
 
 
 def _grid() -> np.ndarray:
@@ -37,9 +40,17 @@ def _grid() -> np.ndarray:
     return MAGNITUDES[(patterns[:, None] >> np.arange(0, 16, 2)) & 3]
 
 
-# Magnitudes of the patterns, int8 [256, 8], and the same as int32 words [256, 2].
+# Magnitudes of the patterns, int8 [256, 8].
 GRID = _grid()
-GRID_WORDS = GRID.view(np.int32)
+
+
+def selectors() -> np.ndarray:
+    """The patterns as int32 [256]: four bits a weight, the first lowest, that number its magnitude."""
+    return (
+        (np.searchsorted(MAGNITUDES, GRID).astype(np.uint32) << np.arange(0, 32, 4, dtype=np.uint32))
+        .sum(1, dtype=np.uint32)
+        .view(np.int32)
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -48,9 +59,9 @@ class IQ2_XXS(Quantized):
     """A weight [..., N, K] in two bits: w = scale · (2 · factor + 1) / 8 · sign · magnitude.
 
     Device layout: a lane owns 128 weights, 16 bytes of pattern indices and 16 of signs, each contiguous over the lanes. Word j
-    of a lane serves weights 32j .. 32j+31: byte i of its index word is the pattern of weights 8i .. 8i+7, and plane
-    k = (signs >> k) & 0x01010101 holds the signs of weights 4k .. 4k+3. Bits 4j .. 4j+3 of the lane's factors belong to word j.
-    The file keeps seven signs of eight and leaves the last to parity; here all are stored, 70 bytes for the file's 66.
+    of a lane serves weights 32j .. 32j+31: byte i of its index word is the pattern of weights 8i .. 8i+7, and
+    (signs >> i) & 0x11111111 holds their signs, four bits apart as in `selectors`. Bits 4j .. 4j+3 of the lane's factors belong
+    to word j. The file keeps seven signs of eight and leaves the last to parity; here all are stored, 70 bytes for the file's 66.
 
     Attributes:
         indices, signs: int32 [..., N, K/128, 4].
@@ -103,23 +114,20 @@ class IQ2_XXS(Quantized):
         """Integers and scales, in the order of K."""
         lead = (*self.scales.shape, 8)
         patterns = as_bytes(self.indices[..., None]).reshape(*lead, 4).astype(jnp.int32)
-        magnitudes = jnp.asarray(GRID)[patterns].reshape(*lead, 8, 4)
-        planes = self.signs.reshape(*lead, 1, 1) >> (
-            jnp.arange(8, dtype=jnp.int32)[:, None] + jnp.arange(0, 32, 8, dtype=jnp.int32)
-        )
-        values = jnp.where((planes & 1) == 1, -magnitudes, magnitudes).reshape(*lead, 32)
+        magnitudes = jnp.asarray(GRID)[patterns]
+        signs = self.signs.reshape(*lead, 1, 1) >> _PLACES
+        values = jnp.where((signs & 1) == 1, -magnitudes, magnitudes).reshape(*lead, 32)
         return Terms(values, self.scales.astype(jnp.float32) * 0.125, 2 * self._factors().reshape(lead) + 1)
 
 
 def _spread_signs(packed: jax.Array) -> jax.Array:
-    """Four times seven signs in the low 28 bits, uint32, to all 32 in planes, int32."""
+    """Four times seven signs in the low 28 bits, uint32, to all 32 in their places, int32."""
     signs = jnp.zeros_like(packed)
     for group in range(4):
         seven = (packed >> (7 * group)) & 127
         eight = seven | ((jax.lax.population_count(seven) & 1) << 7)
-        for half in range(2):
-            four = (eight >> (4 * half)) & 15
-            signs |= ((four | (four << 7) | (four << 14) | (four << 21)) & 0x01010101) << (2 * group + half)
+        for weight in range(8):
+            signs |= ((eight >> weight) & 1) << (4 * weight + group)
     return jax.lax.bitcast_convert_type(signs, jnp.int32)
 
 
@@ -127,9 +135,8 @@ def _gather_signs(signs: jax.Array) -> jax.Array:
     """The inverse of `_spread_signs`."""
     signs = jax.lax.bitcast_convert_type(signs, jnp.uint32)
     packed = jnp.zeros_like(signs)
-    for plane in range(8):
-        bits = (signs >> plane) & 0x01010101
-        four = (bits | (bits >> 7) | (bits >> 14) | (bits >> 21)) & 15
-        group, half = divmod(plane, 2)
-        packed |= (four & (7 if half else 15)) << (7 * group + 4 * half)
+    for group in range(4):
+        bits = (signs >> group) & _EVERY_FOURTH
+        for weight in range(7):
+            packed |= ((bits >> (4 * weight)) & 1) << (7 * group + weight)
     return packed

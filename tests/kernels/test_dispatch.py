@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cuda import kernel_calls, lowered_for_cuda, pallas_calls
+from numerics import assert_bits_equal
 
 import ds4jax
 from ds4jax import cache as caches
@@ -164,6 +165,17 @@ def test_strict_is_the_float_product(rows):
     x = jax.random.normal(jax.random.key(0), (rows, 64))
     expected = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
     np.testing.assert_allclose(ops.matmul(x, w, strict=True), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_narrow_float_weight_is_widened_before_the_product(dtype, strict, rows):
+    w = jax.random.normal(jax.random.key(1), (24, 64)).astype(dtype)
+    x = jax.random.normal(jax.random.key(0), (rows, 64))
+    found = ops.matmul(x, w, strict=strict)
+    assert_bits_equal(found, ops.matmul(x, w.astype(jnp.float32), strict=strict))
+    np.testing.assert_allclose(found, np.asarray(x, np.float64) @ np.asarray(w.astype(jnp.float32), np.float64).T, atol=1e-5)
 
 
 def test_a_large_weight_is_multiplied_out_in_tiles(monkeypatch):

@@ -13,7 +13,7 @@ from numerics import assert_bits_equal
 from quantized import random_blocks
 
 from pallas_kernels.formats import FORMATS, IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0, Quantized
-from pallas_kernels.formats.iq2_xxs import GRID, GRID_WORDS
+from pallas_kernels.formats.iq2_xxs import GRID, MAGNITUDES, selectors
 
 SHAPES = [(3, 256), (2, 768), (3, 2, 512)]
 MOST_OF_THE_FILE = 1.25
@@ -102,7 +102,8 @@ def test_exponents_of_mxfp4() -> None:
 def test_the_table_of_patterns_is_ggmls() -> None:
     gguf.quants.IQ2_XXS.init_grid()
     np.testing.assert_array_equal(GRID, np.asarray(gguf.quants.IQ2_XXS.grid).reshape(256, 8))
-    np.testing.assert_array_equal(GRID_WORDS.view(np.int8), GRID)
+    picked = (selectors()[:, None] >> np.arange(0, 32, 4)) & 15
+    np.testing.assert_array_equal(MAGNITUDES[picked], GRID)
 
 
 def lane_bytes(words: np.ndarray) -> np.ndarray:
@@ -120,8 +121,8 @@ def test_lanes_of_iq2_xxs() -> None:
             step = scale * np.float32(2 * (int(weight.factors[0, lane]) >> 4 * j & 15) + 1) / 8
             for k in range(8):
                 magnitude = GRID[indices[lane, 4 * j + k // 2], 4 * (k % 2) : 4 * (k % 2) + 4]
-                plane = np.array([(signs[lane, j] >> k) & 0x01010101], np.int32).view(np.uint8)
-                np.testing.assert_array_equal(step * magnitude * np.where(plane, -1, 1), expected[lane, j, k])
+                negative = (signs[lane, j] >> (k // 2 + 16 * (k % 2) + np.arange(0, 16, 4))) & 1
+                np.testing.assert_array_equal(step * magnitude * np.where(negative, -1, 1), expected[lane, j, k])
 
 
 def test_lanes_of_q2_k() -> None:

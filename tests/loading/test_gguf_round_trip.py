@@ -16,8 +16,10 @@ from gguf_files import SMALL, random_tensors, rewrite, vocabulary, write_small
 from numerics import assert_bits_equal
 from quantized import random_blocks
 
+import ds4jax
 from ds4jax.config import Config
 from ds4jax.errors import InputError
+from ds4jax.language_model import LanguageModel
 from ds4jax.loading import open_checkpoint
 from ds4jax.loading.gguf_names import slots
 from ds4jax.loading.gguf_write import write_gguf
@@ -48,7 +50,7 @@ def test_values_equal_the_gguf_packages(options: dict, tmp_path: Path) -> None:
         assert isinstance(value, Q8_0) == (tensor.stored == "Q8_0")
         assert value.nbytes == tensor.device_nbytes
         found = value.dequantize() if isinstance(value, Q8_0) else value
-        dtype = {"BF16": jnp.bfloat16, "I32": jnp.int32}.get(tensor.stored, jnp.float32)
+        dtype = {"F16": jnp.float16, "BF16": jnp.bfloat16, "I32": jnp.int32}.get(tensor.stored, jnp.float32)
         assert (found.shape, found.dtype) == (tensor.shape, dtype)
         expected = theirs.data if tensor.stored == "I32" else gguf.quants.dequantize(theirs.data, theirs.tensor_type)
         np.testing.assert_array_equal(np.asarray(found.astype(expected.dtype)), expected.reshape(tensor.shape))
@@ -64,6 +66,23 @@ def test_stored_values_are_the_given_ones(options: dict, tmp_path: Path) -> None
         # Half a step of the type, relative to the largest value; for Q8_0 also that of its float16 scale.
         bound = {"Q8_0": 1 / 254 + 2.0**-11, "F16": 2.0**-11, "BF16": 2.0**-8}.get(tensor.stored, 0)
         assert np.abs(found - expected).max() <= bound * np.abs(expected).max(), tensor.name
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_halves_compute_as_the_float32_values_that_they_are(strict: bool, tmp_path: Path) -> None:
+    path = tmp_path / "small.gguf"
+    write_small(path, quantize=True)
+    model = ds4jax.load(path)
+    narrow = {tensor.name: tensor.read() for tensor in open_checkpoint(path).tensors}
+    halves = {name for name, value in narrow.items() if isinstance(value, jax.Array) and value.dtype == jnp.float16}
+    assert {"embed.weight", "hc_head_fn", "layers.1.ffn.gate.weight", "layers.1.attn.compressor.ape"} < halves
+    assert {"layers.1.attn.compressor.wkv.weight", "layers.1.attn.indexer.wq_b.weight", "mtp.0.hc_attn_fn"} < halves
+    wide = {name: value.astype(jnp.float32) if name in halves else value for name, value in narrow.items()}
+    wider = LanguageModel(build(model.config, wide.items()), None)
+    ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, 24)
+    found, expected = (one.logits(ids, decode_from=20, mtp=True, strict=strict) for one in (model, wider))
+    for name in ("logits", "mtp_logits"):
+        assert_bits_equal(found[name], expected[name])
 
 
 def test_a_model_given_as_q8_0_and_bfloat16_is_stored_as_it_is(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def expected(name: str) -> np.ndarray:
 
 def plain(header: Header, name: str) -> np.ndarray:
     value = read_value(header, header.tensors[name], EXPERTS)
-    return np.asarray(value.dequantize() if isinstance(value, Quantized) else value)
+    found = np.asarray(value.dequantize() if isinstance(value, Quantized) else value)
+    return found.astype(np.float32) if found.dtype == np.float16 else found
 
 
 @functools.cache

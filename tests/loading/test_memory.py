@@ -111,7 +111,7 @@ def loaded(path: Path) -> list[object]:
 
 
 def copied(path: Path) -> list[list[np.ndarray]]:
-    """The least that any loader does, in numpy: map the file, split blocks into parts, and copy these; F16 becomes float32."""
+    """The least that any loader does, in numpy: map the file, split blocks into parts, and copy these."""
     header, values = read_header(path), []
     for info in sorted(header.tensors.values(), key=lambda info: info.offset):
         raw = header.raw(info)
@@ -119,7 +119,7 @@ def copied(path: Path) -> list[list[np.ndarray]]:
             blocks = raw.reshape(-1, FORMATS[info.type].BLOCK_BYTES)
             parts = [np.ascontiguousarray(part) for part in np.split(blocks, PARTS[info.type], axis=1)]
         else:
-            parts = [raw.view(np.float16).astype(np.float32) if info.type == "F16" else raw]
+            parts = [raw]
         values.append([part.copy() for part in parts])
     return values
 

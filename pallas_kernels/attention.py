@@ -1,0 +1,182 @@
+"""Attention of a decode step's few rows over the window ring and the compressed rows, with a sink.
+
+The rows that a query may see are split over programs: one takes 16 heads and one span of rows at a time, and leaves the largest
+score, the sum of the weights and the weighted rows. A second kernel adds the splits up in a fixed order, turns the result back
+and quantises it. Which spans are a split's depends on the arrays' sizes alone, so that row m of any call has the bits of the same
+row alone.
+
+Source of the idea: Flash-Decoding.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import reference, rotary
+from pallas_kernels.activation import Activation, quantize_blocks
+from pallas_kernels.attention_split import HEADS, Chosen, Compressed, Form, Leading, split_kernel, tile
+from pallas_kernels.formats import BLOCK, HALF, WORDS
+
+SPLIT_NAME = "attend_split"
+COMBINE_NAME = "attend_combine"
+SPLIT_WARPS = 8
+COMBINE_WARPS = 4
+# Splits that the combining kernel holds at once.
+TOGETHER = 32
+
+__all__ = ["COMBINE_NAME", "SPLIT_NAME", "Chosen", "Compressed", "Leading", "attend", "attend_reference"]
+
+
+def _combine_kernel(*refs: Any, form: Form, groups: int, interpret: bool) -> None:
+    top_ref, total_ref, part_ref, sink_ref, cos_ref, sin_ref, out_ref, quants_ref, scales_ref = refs
+    m, head, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    width = min(TOGETHER, pl.next_power_of_2(form.splits))
+    splits = [jnp.arange(width, dtype=jnp.int32) + first for first in range(0, form.splits, width)]
+
+    def load(ref: Any, split: jax.Array, other: float) -> jax.Array:
+        place = (jnp.full_like(split, m), jnp.full_like(split, head), split)
+        return plt.load(ref.at[place], mask=split < form.splits, other=other)
+
+    tops = [load(top_ref, split, -jnp.inf) for split in splits]
+    totals = [load(total_ref, split, 0.0) for split in splits]
+    sink = sink_ref[head]
+    most = functools.reduce(jnp.maximum, [jnp.max(top) for top in tops], sink)
+    weights = [jnp.exp(top - most) for top in tops]
+    whole = functools.reduce(jnp.add, [jnp.sum(t * w) for t, w in zip(totals, weights, strict=True)], jnp.exp(sink - most))
+
+    def add_up(column: jax.Array, wanted: jax.Array) -> jax.Array:
+        total = jnp.zeros(column.shape, jnp.float32)
+        for split, top, weight in zip(splits, tops, weights, strict=True):
+            place = tile(split, column)
+            index = (jnp.full_like(place[0], m), jnp.full_like(place[0], head), *place)
+            # A split without rows has stored none.
+            mask = (top > -jnp.inf)[:, None] & wanted[None, :]
+            total += jnp.sum(plt.load(part_ref.at[index], mask=mask, other=0.0) * weight[:, None], axis=0)
+        return total
+
+    column = chunk * form.chunk + jnp.arange(form.chunk, dtype=jnp.int32)
+    cos, sin = rotary.factors(cos_ref, sin_ref, m, column, form.still, inverse=True)
+    out = add_up(column, column >= 0) * cos + add_up(column ^ 1, column >= form.still) * sin
+    out = out / whole
+    plt.store(out_ref.at[m, head, pl.ds(chunk * form.chunk, form.chunk)], out)
+
+    blocks, a_group = form.chunk // BLOCK, form.heads // groups
+    words, scales = quantize_blocks(out.reshape(blocks, WORDS, 4), interpret=interpret)
+    group, first = head // a_group, (head % a_group) * (form.dim // BLOCK) + chunk * blocks
+    words = words.reshape(blocks, 2, HALF)
+    block, half, word = (jax.lax.broadcasted_iota(jnp.int32, words.shape, axis) for axis in range(3))
+    plt.store(quants_ref.at[jnp.full_like(block, m), jnp.full_like(block, group), half, first + block, word], words)
+    plt.store(scales_ref.at[m, group, pl.ds(first, blocks)], scales)
+
+
+def attend(
+    q: jax.Array,
+    sink: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    ring: jax.Array,
+    position: jax.Array,
+    end: jax.Array,
+    compressed: Compressed | None = None,
+    *,
+    window: int,
+    groups: int,
+    scale: float,
+    eps: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, Activation]:
+    """Attend from M rows to the window and to compressed rows: two launches.
+
+    Each head's query is divided by its root mean square and turned; the output is turned back.
+
+    Args:
+        q: float32 [M, H·Q], Q a multiple of 32.
+        sink: float32 [H], a logit that takes part in the denominator alone.
+        cos, sin: float32 [M, R/2] of each row's angles; the last R columns of a head turn.
+        ring: [1, ring, Q], the window's rows; position p lies in slot p modulo ring, this call's rows included.
+        position: int32 [M].
+        end: int32 [1], rows in the cache after this call. A row sees at least its own position.
+        window: rows that a query sees of the ring, its own included.
+        groups: groups of heads that are quantised apart, for the grouped output projection.
+        scale: what scores are multiplied with.
+
+    Returns:
+        float32 [M, H·Q], and the same quantised, `groups` groups a row.
+
+    Source: `Attention` of the reference inference code and the V4 report.
+    """
+    m, (heads,), dim = q.shape[0], sink.shape, ring.shape[-1]
+    if dim % BLOCK:
+        raise ValueError(f"a head has {dim} columns; blocks have {BLOCK}")
+    sizes = {"heads": heads, "dim": dim, "rope": 2 * cos.shape[1], "window": window, "scale": scale, "eps": eps}
+    form = Form.of(ring.shape[1], compressed, **sizes)
+    extra = () if compressed is None else tuple(jax.tree.leaves(compressed))
+    state = jax.ShapeDtypeStruct((m, heads, form.splits), jnp.float32)
+    parts = pl.pallas_call(
+        functools.partial(split_kernel, form=form, compressed=compressed is not None),
+        out_shape=(state, state, jax.ShapeDtypeStruct((m, heads, form.splits, dim), jnp.float32)),
+        grid=(m, pl.cdiv(heads, HEADS), form.splits),
+        compiler_params=plt.CompilerParams(num_warps=SPLIT_WARPS, num_stages=1),
+        interpret=interpret,
+        name=SPLIT_NAME,
+    )(q.reshape(m, heads, dim), cos, sin, position, end, ring, *extra)
+    blocks = heads // groups * dim // BLOCK
+    outputs = (
+        jax.ShapeDtypeStruct((m, heads, dim), jnp.float32),
+        jax.ShapeDtypeStruct((m, groups, 2, blocks, HALF), jnp.int32),
+        jax.ShapeDtypeStruct((m, groups, blocks), jnp.float32),
+    )
+    out, quants, scales = pl.pallas_call(
+        functools.partial(_combine_kernel, form=form, groups=groups, interpret=interpret),
+        out_shape=outputs,
+        grid=(m, heads, dim // form.chunk),
+        compiler_params=plt.CompilerParams(num_warps=COMBINE_WARPS, num_stages=1),
+        interpret=interpret,
+        name=COMBINE_NAME,
+    )(*parts, sink, cos, sin)
+    return out.reshape(m, heads * dim), Activation(quants, scales)
+
+
+def attend_reference(
+    q: jax.Array,
+    sink: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    ring: jax.Array,
+    position: jax.Array,
+    end: jax.Array,
+    compressed: Compressed | None = None,
+    *,
+    window: int,
+    scale: float,
+    eps: float,
+) -> jax.Array:
+    """What `attend` computes before it quantises, in jnp: float32 [M, H·Q]."""
+    m, size = q.shape[0], ring.shape[1]
+    q_MHQ = q.reshape(m, sink.shape[0], -1)
+    q_MHQ = rotary.rotate(reference.rms_norm(q_MHQ, jnp.ones(q_MHQ.shape[-1], jnp.float32), eps), cos, sin)
+    last = end[0] - 1
+    held = last - (last - jnp.arange(size, dtype=jnp.int32)) % size
+    age = position[:, None] - held[None, :]
+    seen = (held >= 0)[None, :] & (age >= 0) & (age < window)
+    rows = jnp.broadcast_to(ring, (m, *ring.shape[1:]))
+    if isinstance(compressed, Leading):
+        more = jnp.broadcast_to(compressed.rows, (m, *compressed.rows.shape[1:]))
+        visible = jnp.arange(more.shape[1], dtype=jnp.int32)[None, :] < compressed.visible[:, None]
+        rows, seen = jnp.concatenate([rows, more], axis=1), jnp.concatenate([seen, visible], axis=1)
+    elif isinstance(compressed, Chosen):
+        more = compressed.rows[0, jnp.maximum(compressed.index, 0)]
+        rows, seen = jnp.concatenate([rows, more], axis=1), jnp.concatenate([seen, compressed.index >= 0], axis=1)
+    rows = rows.astype(jnp.float32)
+    score = jnp.einsum("mhq,msq->mhs", q_MHQ, rows, precision="highest", preferred_element_type=jnp.float32) * scale
+    score = jnp.where(seen[:, None, :], score, -jnp.inf)
+    sinks = jnp.broadcast_to(sink[None, :, None], (*score.shape[:2], 1))
+    weight = jax.nn.softmax(jnp.concatenate([score, sinks], axis=-1), axis=-1)[..., :-1]
+    out = jnp.einsum("mhs,msq->mhq", weight, rows, precision="highest", preferred_element_type=jnp.float32)
+    return rotary.rotate(out, cos, sin, inverse=True).reshape(m, -1)

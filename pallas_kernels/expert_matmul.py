@@ -1,0 +1,227 @@
+"""Products of each row with the experts that it chose, the experts found inside the kernel.
+
+One launch for gate and up with the clamped SwiGLU between them, one for down and the sum over a row's experts. A program is one
+warp, owns a few rows of one matrix (or the same rows of gate and up) and reads them once. What a program computes depends on its
+row of activations and its expert alone, so that a row has the same bits in any company; sums have a fixed order, and several rows
+with the same expert find its weights in the cache.
+
+Source: the routed-expert kernels of ds4; arithmetic as gguf.md §6.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import activation, arithmetic, lanes
+from pallas_kernels.activation import Activation
+from pallas_kernels.activation_k import ActivationK, quantize_k
+from pallas_kernels.arithmetic import LANES
+from pallas_kernels.expert_lanes import OF, Format, Loaded, Place
+from pallas_kernels.formats import BLOCK, Quantized
+from pallas_kernels.formats.iq2_xxs import selectors
+
+GATE_UP, DOWN = "expert_gate_up", "expert_down"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertTile:
+    """Rows of a matrix that a program owns; it decides how long a launch takes and nothing else."""
+
+    gate_up: int = 2
+    down: int = 1
+
+
+def quantize_for(x: jax.Array, weight: type[Quantized], *, interpret: bool = False) -> Activation | ActivationK:
+    """Rows float32 [M, K] in the blocks and the order of an expert format, one launch."""
+    if weight.BLOCK == BLOCK:
+        return activation.quantize(x, interpret=interpret)
+    return quantize_k(x, weight, interpret=interpret)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One row of activations times rows of matrices of one format.
+
+    Attributes:
+        format: how a lane multiplies.
+        x, table: references of the activations and of the format's table.
+        columns: lanes that a weight row has.
+    """
+
+    format: Format
+    x: Sequence[Any]
+    table: Any
+    columns: int
+    interpret: bool
+
+    def add(self, x_row: jax.Array, weights: Sequence[tuple[Sequence[Any], tuple[Any, ...], jax.Array | None]], accs: Any) -> Any:
+        """Accumulators with the products added: one float32 [32] for each (references, index, whether it is there)."""
+
+        def chunk(first: jax.Array, accs: Any) -> Any:
+            inside = first + lanes.numbers() < self.columns if self.columns % LANES else None
+            loaded: list[Loaded] = [
+                self.format.weights(refs, Place(index, first, lanes.all_of(inside, real))) for refs, index, real in weights
+            ]
+            x = self.format.activations(self.x, Place((x_row,), first, inside))
+            if not self.interpret:
+                # As in the share-warp kernel: all loads are on their way before the first product.
+                plt.debug_barrier()
+            found = [self.format.looked_up(w, self.table) for w in loaded]
+            return tuple(self.format.add(w, x, acc) for w, acc in zip(found, accs, strict=True))
+
+        chunks = pl.cdiv(self.columns, LANES)
+        if chunks == 1:
+            return chunk(lanes.value(0), accs)
+        return jax.lax.fori_loop(0, chunks, lambda i, accs: chunk(i * LANES, accs), accs)
+
+
+def _zeros(count: int) -> tuple[jax.Array, ...]:
+    return tuple(jnp.zeros(LANES, jnp.float32) for _ in range(count))
+
+
+def _split(refs: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
+    parts, first = [], 0
+    for count in counts:
+        parts.append(refs[first : first + count])
+        first += count
+    return parts
+
+
+def _gate_up_kernel(
+    chosen_ref: Any, share_ref: Any, table_ref: Any, *refs: Any,
+    format: Format, columns: int, n: int, active: int, rows: int, limit: float, planes: int, inputs: int, interpret: bool,
+) -> None:  # fmt: skip
+    x_refs, gate, up, (out_ref,) = _split(refs, inputs, planes, planes, 1)
+    first, pair = pl.program_id(0) * rows, pl.program_id(1)
+    expert = chosen_ref[pair]
+    weights = []
+    for r in range(rows):
+        real = first + r < n if n % rows else None
+        weights += [(matrix, (expert, first + r), real) for matrix in (gate, up)]
+    row = _Row(format, x_refs, table_ref, columns, interpret)
+    accs = row.add(pair // active, weights, _zeros(2 * rows))
+    # Sums of gate and up of one row lie in neighbouring groups of lanes.
+    total, place, owner = arithmetic.sum_lanes(accs, lanes.numbers(), interpret=interpret)
+    other = arithmetic.exchange(total, LANES // (2 * rows), interpret=interpret)
+    gate_value = jnp.minimum(total, limit)
+    hidden = gate_value / (1.0 + jnp.exp(-gate_value)) * jnp.clip(other, -limit, limit) * share_ref[pair]
+    column = first + place // 2
+    real = lanes.all_of(owner, place % 2 == 0, column < n)
+    assert real is not None
+    plt.store(out_ref.at[pair, jnp.where(real, column, n)], hidden, mask=real)
+
+
+def _down_kernel(
+    chosen_ref: Any, table_ref: Any, *refs: Any,
+    format: Format, columns: int, n: int, active: int, rows: int, planes: int, inputs: int, interpret: bool,
+) -> None:  # fmt: skip
+    x_refs, down, (out_ref,) = _split(refs, inputs, planes, 1)
+    first, token = pl.program_id(0) * rows, pl.program_id(1)
+    row = _Row(format, x_refs, table_ref, columns, interpret)
+    accs = _zeros(rows)
+    for k in range(active):
+        pair = token * active + k
+        expert = chosen_ref[pair]
+        weights = [(down, (expert, first + r), first + r < n if n % rows else None) for r in range(rows)]
+        accs = row.add(pair, weights, accs)
+    total, place, owner = arithmetic.sum_lanes(accs, lanes.numbers(), interpret=interpret)
+    column = first + place
+    real = lanes.all_of(owner, column < n)
+    assert real is not None
+    plt.store(out_ref.at[token, jnp.where(real, column, n)], total, mask=real)
+
+
+def _table() -> jax.Array:
+    """The patterns of IQ2_XXS; the other formats do not read it."""
+    return jnp.asarray(selectors())
+
+
+def gate_up(
+    x: Activation | ActivationK, chosen: jax.Array, share: jax.Array, gate: Quantized, up: Quantized, *, limit: float,
+    tile: ExpertTile | None = None, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """silu(min(gate, limit)) · clip(up, ±limit) · share for each row and expert that it chose, one launch.
+
+    Args:
+        x: M rows of D values, quantised by `quantize_for` the format of `gate`.
+        chosen: int32 [M, K], experts.
+        share: float32 [M, K], their routing weights.
+        gate, up: stacks [E, F, D] of the same format.
+
+    Returns:
+        float32 [M·K, F].
+    """
+    kind, (_, n, k) = type(gate), gate.shape
+    tokens, active = chosen.shape
+    rows = (tile or ExpertTile()).gate_up
+    format = OF[kind](interpret)
+    inputs, planes = jax.tree.leaves(x), jax.tree.leaves(gate)
+    kernel = functools.partial(
+        _gate_up_kernel, format=format, columns=k // format.width, n=n, active=active, rows=rows, limit=limit,
+        planes=len(planes), inputs=len(inputs), interpret=interpret,
+    )  # fmt: skip
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((tokens * active, n), jnp.float32),
+        grid=(pl.cdiv(n, rows), tokens * active),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name=GATE_UP,
+    )(chosen.reshape(-1), share.reshape(-1), _table(), *inputs, *planes, *jax.tree.leaves(up))
+
+
+def down(
+    x: Activation | ActivationK, chosen: jax.Array, weight: Quantized, *, tile: ExpertTile | None = None, interpret: bool = False
+) -> jax.Array:
+    """Sum over each row's experts of their products with the row's hidden values, in the order of `chosen`, one launch.
+
+    Args:
+        x: M·K rows of F values, the row's own weight on them, quantised by `quantize_for` the format of `weight`.
+        chosen: int32 [M, K].
+        weight: stack [E, D, F].
+
+    Returns:
+        float32 [M, D].
+    """
+    kind, (_, n, k) = type(weight), weight.shape
+    tokens, active = chosen.shape
+    rows = (tile or ExpertTile()).down
+    format = OF[kind](interpret)
+    inputs, planes = jax.tree.leaves(x), jax.tree.leaves(weight)
+    kernel = functools.partial(
+        _down_kernel, format=format, columns=k // format.width, n=n, active=active, rows=rows,
+        planes=len(planes), inputs=len(inputs), interpret=interpret,
+    )  # fmt: skip
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((tokens, n), jnp.float32),
+        grid=(pl.cdiv(n, rows), tokens),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name=DOWN,
+    )(chosen.reshape(-1), _table(), *inputs, *planes)
+
+
+def experts(
+    x: jax.Array, chosen: jax.Array, share: jax.Array, gate: Quantized, up: Quantized, weight: Quantized, *, limit: float,
+    tile: ExpertTile | None = None, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Weighted sum of the chosen experts' outputs: two products and the two quantisations before them, four launches.
+
+    Args:
+        x: float32 [M, D]; chosen, share: [M, K]; gate, up: [E, F, D]; weight: [E, D, F].
+
+    Returns:
+        float32 [M, D].
+    """
+    quantized = quantize_for(x, type(gate), interpret=interpret)
+    hidden = gate_up(quantized, chosen, share, gate, up, limit=limit, tile=tile, interpret=interpret)
+    return down(quantize_for(hidden, type(weight), interpret=interpret), chosen, weight, tile=tile, interpret=interpret)

@@ -1,0 +1,317 @@
+"""Hyper-connections of a decode step: from one sub-layer's output to the next one's quantised input in two launches.
+
+The first launch writes the output back into the streams and projects them, a slice of columns a program; the sums over all
+columns are left to the second, whose programs each add the slices' parts up for themselves. Beside the projections these are the
+products of the streams with each other: they give the root mean square of any weighted sum of the streams, so that a program can
+norm its own columns of the sub-layer's input without having seen the others.
+
+Source: manifold-constrained hyper-connections as in the V4 report and the reference code's `hc_split_sinkhorn`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import activation_k
+from pallas_kernels.activation import Activation, quantize_blocks
+from pallas_kernels.activation_k import ORDERS, ActivationK
+from pallas_kernels.formats import BLOCK, HALF, WORDS, Quantized
+
+MIX, ENTER = "hc_mix", "hc_enter"
+STREAMS = 4
+# Columns of a program of each launch.
+SLICE, COLUMNS = 128, 256
+# Where the parts of a slice lie: up to 32 projections, then the products of stream i with all four.
+PARTS, PRODUCTS = 48, 32
+MIXES = STREAMS * (2 + STREAMS)
+
+Row = list[jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Entered:
+    """What a sub-layer starts from.
+
+    Attributes:
+        h: float32 [M, N, D], the streams with the last output in them.
+        post, comb: float32 [M, N] and [M, source stream, target stream], with which this sub-layer's output will be written back.
+        x: float32 [M, D], its normed input.
+        quantized: the same in int8 blocks of 32.
+        quantized_k: the same in blocks of 256 in the order of an expert format, where one was asked for.
+    """
+
+    h: jax.Array
+    post: jax.Array
+    comb: jax.Array
+    x: jax.Array
+    quantized: Activation
+    quantized_k: ActivationK | None = None
+
+
+def _written(h: Row, outputs: Row, post: Any, comb: Any, target: int) -> jax.Array:
+    """Columns of the target stream with the outputs in it; `post` and `comb` are references of one row."""
+    if not outputs:
+        return h[target]
+    row, post_ref, comb_ref = pl.program_id(0), post, comb
+    mixed = comb_ref[row, 0, target] * h[0]
+    for source in range(1, STREAMS):
+        mixed = mixed + comb_ref[row, source, target] * h[source]
+    return post_ref[row, target] * functools.reduce(jnp.add, outputs) + mixed
+
+
+def _mix_kernel(h_ref: Any, fn_ref: Any, post_ref: Any, comb_ref: Any, *refs: Any, mixes: int, width: int) -> None:
+    *output_refs, new_ref, parts_ref = refs
+    row, part = pl.program_id(0), pl.program_id(1)
+    span = pl.ds(part * width, width)
+    h = [plt.load(h_ref.at[row, jnp.int32(j), span]) for j in range(STREAMS)]
+    new = [
+        _written(h, [plt.load(ref.at[row, span]) for ref in output_refs], post_ref, comb_ref, target) for target in range(STREAMS)
+    ]
+    number = jax.lax.broadcasted_iota(jnp.int32, (PRODUCTS, 1), 0)
+    column = part * width + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
+    # Rows that fn does not have repeat its last one and are not stored.
+    index = jnp.broadcast_to(jnp.minimum(number, mixes - 1), (PRODUCTS, width)), jnp.broadcast_to(column, (PRODUCTS, width))
+    products = jnp.zeros((PRODUCTS, width), jnp.float32)
+    for j, stream in enumerate(new):
+        fn = plt.load(fn_ref.at[index[0], jnp.full_like(index[0], j), index[1]]).astype(jnp.float32)
+        products = products + fn * stream[None, :]
+    place = jax.lax.broadcasted_iota(jnp.int32, (PRODUCTS,), 0)
+    plt.store(parts_ref.at[row, place, jnp.full_like(place, 0) + part], jnp.sum(products, axis=1))
+    for i, stream in enumerate(new):
+        plt.store(new_ref.at[row, jnp.int32(i), span], stream)
+        for j in range(i, STREAMS):
+            parts_ref[row, PRODUCTS + STREAMS * i + j, part] = jnp.sum(stream * new[j], axis=0)
+
+
+def _sigmoid(x: jax.Array) -> jax.Array:
+    return 1.0 / (1.0 + jnp.exp(-x))
+
+
+def _sinkhorn(c: Row, iterations: int, eps: float) -> Row:
+    """Make columns, then rows and columns in turn of a positive 4×4 matrix, sixteen numbers, sum to one."""
+
+    def scaled(c: Row, lines: list[list[int]]) -> Row:
+        out = list(c)
+        for line in lines:
+            inverse = 1.0 / ((c[line[0]] + c[line[1]]) + (c[line[2]] + c[line[3]]) + eps)
+            for i in line:
+                out[i] = c[i] * inverse
+        return out
+
+    rows = [[STREAMS * j + k for k in range(STREAMS)] for j in range(STREAMS)]
+    columns = [list(line) for line in zip(*rows, strict=True)]
+
+    def one_round(_: jax.Array, c: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(scaled(scaled(list(c), rows), columns))
+
+    return list(jax.lax.fori_loop(0, iterations - 1, one_round, tuple(scaled(c, columns))))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """What every program of the second launch works out for its row: numbers, the same in all of them."""
+
+    row: jax.Array
+    parts: Any
+    scale: Any
+    base: Any
+    dim: int
+    norm_eps: float
+
+    def sum_of(self, place: int, parts: int) -> jax.Array:
+        """One of the slices' parts, over all slices."""
+        part = jax.lax.broadcasted_iota(jnp.int32, (pl.next_power_of_2(parts),), 0)
+        values = plt.load(self.parts.at[self.row, jnp.full_like(part, place), part], mask=part < parts, other=0.0)
+        return jnp.sum(values, axis=0)
+
+    def products(self, parts: int) -> dict[tuple[int, int], jax.Array]:
+        """Products of the streams with each other, over all columns."""
+        pairs = [(i, j) for i in range(STREAMS) for j in range(i, STREAMS)]
+        return {(i, j): self.sum_of(PRODUCTS + STREAMS * i + j, parts) for i, j in pairs}
+
+    def mixes(self, count: int, parts: int, products: dict[tuple[int, int], jax.Array]) -> Row:
+        """Projections of the normed streams."""
+        square = sum(products[j, j] for j in range(STREAMS)) / jnp.float32(STREAMS * self.dim)
+        norm = jax.lax.rsqrt(square + self.norm_eps)
+        return [self.sum_of(i, parts) * norm for i in range(count)]
+
+    def gate(self, mixes: Row, i: int, scale: int) -> jax.Array:
+        return mixes[i] * self.scale[scale] + self.base[i]
+
+    def norm(self, pre: Row, products: dict[tuple[int, int], jax.Array]) -> jax.Array:
+        """1 / the root mean square of the weighted sum of the streams."""
+        total = jnp.float32(0.0)
+        for (i, j), product in products.items():
+            total = total + pre[i] * pre[j] * product * jnp.float32(1.0 if i == j else 2.0)
+        return jax.lax.rsqrt(total / jnp.float32(self.dim) + self.norm_eps)
+
+
+def _enter_kernel(
+    h_ref: Any, parts_ref: Any, scale_ref: Any, base_ref: Any, weight_ref: Any, *refs: Any,
+    parts: int, iterations: int, eps: float, norm_eps: float, head: bool, format: type[Quantized] | None, interpret: bool,
+) -> None:  # fmt: skip
+    row, part = pl.program_id(0), pl.program_id(1)
+    turn = _Turn(row, parts_ref, scale_ref, base_ref, h_ref.shape[2], norm_eps)
+    products = turn.products(parts)
+    mixes = turn.mixes(STREAMS if head else MIXES, parts, products)
+    pre = [_sigmoid(turn.gate(mixes, j, 0)) + eps for j in range(STREAMS)]
+    norm = turn.norm(pre, products)
+    if not head:
+        post_ref, comb_ref, *refs = refs  # type: ignore[assignment]
+
+        @pl.when(part == 0)
+        def _() -> None:
+            _store_mixing(turn, mixes, post_ref, comb_ref, iterations, eps)
+
+    x_ref, q_ref, s_ref, *k_refs = refs
+
+    def columns_of(place: jax.Array) -> jax.Array:
+        column = part * COLUMNS + place
+        x = pre[0] * plt.load(h_ref.at[row, jnp.full_like(column, 0), column])
+        for j in range(1, STREAMS):
+            x = x + pre[j] * plt.load(h_ref.at[row, jnp.full_like(column, j), column])
+        return x * norm * plt.load(weight_ref.at[column]).astype(jnp.float32)
+
+    shape = (COLUMNS // BLOCK, WORDS, 4)
+    block, word, byte = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
+    place = block * BLOCK + word * 4 + byte
+    x = columns_of(place)
+    plt.store(x_ref.at[row, part * COLUMNS + place], x)
+    words, scale = quantize_blocks(x, interpret=interpret)
+    words = words.reshape(COLUMNS // BLOCK, 2, HALF)
+    block, half, word = (jax.lax.broadcasted_iota(jnp.int32, words.shape, axis) for axis in range(3))
+    first = part * (COLUMNS // BLOCK)
+    plt.store(q_ref.at[row, half, first + block, word], words)
+    plt.store(s_ref.at[row, pl.ds(first, COLUMNS // BLOCK)], scale)
+    if format is not None:
+        order = ORDERS[format]
+        place = activation_k.places(order)[0]
+        made = activation_k.quantize_block(columns_of(place), place, interpret=interpret)
+        activation_k.store(made, row, part, order, *k_refs)
+
+
+def _store_mixing(turn: _Turn, mixes: Row, post_ref: Any, comb_ref: Any, iterations: int, eps: float) -> None:
+    for k in range(STREAMS):
+        post_ref[turn.row, k] = 2.0 * _sigmoid(turn.gate(mixes, STREAMS + k, 1))
+    comb = []
+    for j in range(STREAMS):
+        logits = [turn.gate(mixes, STREAMS * (2 + j) + k, 2) for k in range(STREAMS)]
+        most = functools.reduce(jnp.maximum, logits)
+        weights = [jnp.exp(logit - most) for logit in logits]
+        total = (weights[0] + weights[1]) + (weights[2] + weights[3])
+        comb += [weight / total + eps for weight in weights]
+    comb = _sinkhorn(comb, iterations, eps)
+    for i, value in enumerate(comb):
+        comb_ref[turn.row, i // STREAMS, i % STREAMS] = value
+
+
+def _mixed(
+    h: jax.Array, fn: jax.Array, outputs: tuple[jax.Array, ...], post: jax.Array | None, comb: jax.Array | None, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """First launch: the streams with the outputs in them, and the parts float32 [M, 48, slices]."""
+    m, n, dim = h.shape
+    if n != STREAMS or dim % COLUMNS or fn.shape[1] != n * dim:
+        raise ValueError(
+            f"h is {list(h.shape)} and fn {list(fn.shape)}; [M, 4, D] and [rows, 4·D] with D a multiple of {COLUMNS}"
+        )
+    if post is None or comb is None:
+        post, comb = jnp.zeros((m, n), jnp.float32), jnp.zeros((m, n, n), jnp.float32)
+    width = min(SLICE, dim)
+    new, parts = pl.pallas_call(
+        functools.partial(_mix_kernel, mixes=fn.shape[0], width=width),
+        out_shape=(
+            jax.ShapeDtypeStruct(h.shape, jnp.float32),
+            jax.ShapeDtypeStruct((m, PARTS, dim // width), jnp.float32),
+        ),
+        grid=(m, dim // width),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name=MIX,
+    )(h, fn.reshape(fn.shape[0], n, dim), post, comb, *outputs)
+    return new, parts
+
+
+def _entered(
+    new: jax.Array, parts: jax.Array, scale: jax.Array, base: jax.Array, weight: jax.Array, *, head: bool,
+    format: type[Quantized] | None, interpret: bool, **numbers: Any,
+) -> list[jax.Array]:  # fmt: skip
+    """Second launch: post and comb unless `head`, then x, its quants and scales, and those of the format if there is one."""
+    m, n, dim = new.shape
+    blocks = dim // BLOCK
+    mixing = () if head else (jax.ShapeDtypeStruct((m, n), jnp.float32), jax.ShapeDtypeStruct((m, n, n), jnp.float32))
+    wanted = (
+        jax.ShapeDtypeStruct((m, dim), jnp.float32),
+        jax.ShapeDtypeStruct((m, 2, blocks, HALF), jnp.int32),
+        jax.ShapeDtypeStruct((m, blocks), jnp.float32),
+    )
+    extra = () if format is None else tuple(activation_k.out_shapes(m, dim, ORDERS[format]))
+    kernel = functools.partial(
+        _enter_kernel, parts=parts.shape[2], head=head, format=format, interpret=interpret, **numbers
+    )  # fmt: skip
+    made: list[jax.Array] = pl.pallas_call(
+        kernel,
+        out_shape=(*mixing, *wanted, *extra),
+        grid=(m, dim // COLUMNS),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name=ENTER,
+    )(new, parts, scale, base, weight)
+    return made
+
+
+def enter(
+    h: jax.Array, fn: jax.Array, scale: jax.Array, base: jax.Array, norm_weight: jax.Array, *,
+    outputs: tuple[jax.Array, ...] = (), post: jax.Array | None = None, comb: jax.Array | None = None,
+    iterations: int, eps: float, norm_eps: float, format: type[Quantized] | None = None, interpret: bool = False,
+) -> Entered:  # fmt: skip
+    """Write the last sub-layer's output back into the streams and prepare the next one's input: two launches.
+
+    Args:
+        h: float32 [M, 4, D], D a multiple of 256.
+        fn: float [24, 4·D]; scale [3] and base [24] float32.
+        norm_weight: [D], of the sub-layer's RMS norm.
+        outputs: float32 [M, D] each, whose sum is written back with post [M, 4] and comb [M, 4, 4]; none leaves the streams.
+        iterations, eps: of the Sinkhorn rounds.
+        norm_eps: of both norms.
+        format: of expert weights that will be multiplied with x in blocks of 256; None where there are none.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    new, parts = _mixed(h, fn, outputs, post, comb, interpret)
+    numbers = {"iterations": iterations, "eps": eps, "norm_eps": norm_eps}
+    made = _entered(new, parts, scale, base, norm_weight, head=False, format=format, interpret=interpret, **numbers)
+    post, comb, x, quants, scales, *extra = made
+    return Entered(new, post, comb, x, Activation(quants[:, None], scales[:, None]), ActivationK(*extra) if extra else None)
+
+
+def leave(
+    h: jax.Array, fn: jax.Array, scale: jax.Array, base: jax.Array, norm_weight: jax.Array, *,
+    outputs: tuple[jax.Array, ...] = (), post: jax.Array | None = None, comb: jax.Array | None = None,
+    eps: float, norm_eps: float, interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, Activation]:  # fmt: skip
+    """The same before the head, whose fn [4, 4·D], scale [1] and base [4] give the weights of a sum alone: two launches.
+
+    Returns:
+        the streams, the normed sum float32 [M, D], and the same in int8 blocks of 32.
+    """
+    new, parts = _mixed(h, fn, outputs, post, comb, interpret)
+    numbers = {"iterations": 0, "eps": eps, "norm_eps": norm_eps}
+    x, quants, scales = _entered(new, parts, scale, base, norm_weight, head=True, format=None, interpret=interpret, **numbers)
+    return new, x, Activation(quants[:, None], scales[:, None])
+
+
+def expand(h: jax.Array, *, outputs: tuple[jax.Array, ...], post: jax.Array, comb: jax.Array) -> jax.Array:
+    """Streams [M, 4, D] with the sum of the outputs [M, D] written back, one elementwise fusion: stream k gets
+    post[k] · y + Σ_j comb[j, k] · h[j].
+    """
+    mixed = sum(comb[:, j, :, None] * h[:, j, None, :] for j in range(STREAMS))
+    return post[..., None] * functools.reduce(jnp.add, outputs)[:, None, :] + mixed

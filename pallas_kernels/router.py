@@ -1,0 +1,83 @@
+"""The router's choice: from its logits to experts and their weights, one small launch.
+
+Source: `Gate` of the reference inference code; gguf.md §6.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+NAME = "router"
+LEAST_SUM = 2.0**-14
+
+
+def _kernel(logits_ref: Any, *refs: Any, experts: int, active: int, scale: float, hashed: bool) -> None:
+    *given, chosen_ref, share_ref = refs
+    row = pl.program_id(0)
+    width, places = pl.next_power_of_2(experts), pl.next_power_of_2(active)
+    expert = jax.lax.broadcasted_iota(jnp.int32, (width,), 0)
+    there = expert < experts
+    logits = plt.load(logits_ref.at[row, expert], mask=there, other=0.0)
+    # softplus as max(x, 0) + log(1 + e^-|x|), which neither overflows nor loses small values.
+    scores = jnp.sqrt(jnp.maximum(logits, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(logits))))
+    place = jax.lax.broadcasted_iota(jnp.int32, (places,), 0)
+    chosen, share, total = jnp.zeros((places,), jnp.int32), jnp.zeros((places,), jnp.float32), jnp.float32(0.0)
+    if hashed:
+        ids_ref, table_ref = given
+        listed = plt.load(table_ref.at[ids_ref[row], jnp.minimum(place, active - 1)])
+        left = scores
+    else:
+        listed = chosen
+        left = jnp.where(there, scores + plt.load(given[0].at[expert], mask=there, other=0.0), -jnp.inf)
+    for k in range(active):
+        if hashed:
+            best = jnp.sum(jnp.where(place == k, listed, 0))
+        else:
+            # Of equal scores the lower number; a NaN compares with nothing and leaves the last.
+            best = jnp.minimum(jnp.min(jnp.where(left == jnp.max(left, axis=0), expert, width), axis=0), experts - 1)
+            left = jnp.where(expert == best, -jnp.inf, left)
+        mine = jnp.sum(jnp.where(expert == best, scores, 0.0))
+        chosen, share = jnp.where(place == k, best, chosen), jnp.where(place == k, mine, share)
+        total = total + mine
+    share = share / jnp.maximum(total, LEAST_SUM) * scale
+    real = place < active
+    # A masked place lies past the end, where interpret mode drops it.
+    column = jnp.where(real, place, active)
+    plt.store(chosen_ref.at[row, column], chosen, mask=real)
+    plt.store(share_ref.at[row, column], share, mask=real)
+
+
+def route(
+    logits: jax.Array, *, active: int, scale: float, bias: jax.Array | None = None,
+    ids: jax.Array | None = None, table: jax.Array | None = None, interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Choose K experts for each row and weigh them with sqrt(softplus(logit)), normalised and times `scale`.
+
+    Args:
+        logits: float32 [M, E].
+        active: K.
+        bias: float32 [E], added for the choice alone; the K largest are taken, the lower number of equals.
+        ids, table: int32 [M] and [V, K]; the choice of a hash-routed layer, in place of a bias.
+
+    Returns:
+        int32 [M, K] and float32 [M, K].
+    """
+    m, experts = logits.shape
+    given = (bias,) if bias is not None else (ids, table)
+    kernel = functools.partial(_kernel, experts=experts, active=active, scale=scale, hashed=bias is None)
+    shapes = (jax.ShapeDtypeStruct((m, active), jnp.int32), jax.ShapeDtypeStruct((m, active), jnp.float32))
+    chosen, share = pl.pallas_call(
+        kernel,
+        out_shape=shapes,
+        grid=(m,),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name=NAME,
+    )(logits, *given)
+    return chosen, share

@@ -1,0 +1,123 @@
+"""Float weights for few rows, the router's choice and the shared expert's SwiGLU."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cuda import kernel_calls, lowered_for_cuda
+from numerics import assert_bits_equal
+
+from pallas_kernels import activation, router, swiglu
+from pallas_kernels.float_matmul import NAME, float_matmul
+
+DTYPES = ("float16", "bfloat16", "float32")
+# What one layer asks for together: rows of each weight, and K.
+FLASH = {
+    "ratio 4": ((1024, 1024, 256, 256, 64), 4096),
+    "ratio 128": ((512, 512), 4096),
+    "router": ((256,), 4096),
+    "indexer q_b": ((8192,), 1024),
+}
+
+
+def data(rows: int, sizes: tuple[int, ...], k: int, dtype: str) -> tuple[jax.Array, list[jax.Array]]:
+    keys = jax.random.split(jax.random.key(0), len(sizes) + 1)
+    return jax.random.normal(keys[0], (rows, k)), [
+        jax.random.normal(key, (n, k)).astype(dtype) for key, n in zip(keys[1:], sizes, strict=True)
+    ]
+
+
+def check(sizes: tuple[int, ...], k: int, dtype: str, *, interpret: bool) -> None:
+    x, weights = data(8, sizes, k, dtype)
+    call = jax.jit(functools.partial(float_matmul, interpret=interpret))
+    alone = [call(x[m : m + 1], weights) for m in range(8)]
+    for rows in (1, 3, 8):
+        for i, found in enumerate(call(x[:rows], weights)):
+            wanted = np.asarray(x[:rows], np.float64) @ np.asarray(weights[i].astype(jnp.float32), np.float64).T
+            assert np.abs(np.asarray(found) - wanted).max() <= 1e-6 * k**0.5 * np.abs(wanted).max()
+            for m in range(rows):
+                assert_bits_equal(found[m], alone[m][i][0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sizes", "k"), [((10, 7, 64), 576), ((5,), 64), ((33,), 2304)])
+def test_products_and_rows(sizes, k, dtype):
+    check(sizes, k, dtype, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FLASH)
+def test_on_the_gpu(name):
+    check(*FLASH[name], "float16", interpret=False)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("name", FLASH)
+def test_v4_flash_lowers(name, rows):
+    sizes, k = FLASH[name]
+    x = jax.ShapeDtypeStruct((rows, k), jnp.float32)
+    weights = [jax.ShapeDtypeStruct((n, k), jnp.float16) for n in sizes]
+    assert kernel_calls(lowered_for_cuda(jax.jit(float_matmul), x, weights), NAME) == 1
+
+
+def test_the_routers_choice_by_score():
+    logits, bias = 3 * jax.random.normal(jax.random.key(0), (4, 20)), jax.random.normal(jax.random.key(1), (20,))
+    # Equal scores: the lower number is taken first.
+    logits, bias = logits.at[3].set(0.5), bias.at[7].set(bias[11])
+    chosen, share = router.route(logits, active=3, scale=1.5, bias=bias, interpret=True)
+    scores = jnp.sqrt(jax.nn.softplus(logits))
+    _, wanted = jax.lax.top_k(scores + bias, 3)
+    np.testing.assert_array_equal(chosen, wanted)
+    weights = jnp.take_along_axis(scores, wanted, axis=1)
+    np.testing.assert_allclose(share, weights / weights.sum(axis=1, keepdims=True) * 1.5, rtol=1e-6)
+
+
+def test_the_routers_choice_by_table():
+    logits = 3 * jax.random.normal(jax.random.key(0), (3, 20))
+    table = jnp.asarray(np.random.default_rng(0).integers(0, 20, (9, 3)), jnp.int32)
+    ids = jnp.array([1, 8, 4], jnp.int32)
+    chosen, share = router.route(logits, active=3, scale=1.5, ids=ids, table=table, interpret=True)
+    np.testing.assert_array_equal(chosen, table[ids])
+    weights = jnp.take_along_axis(jnp.sqrt(jax.nn.softplus(logits)), chosen, axis=1)
+    np.testing.assert_allclose(share, weights / weights.sum(axis=1, keepdims=True) * 1.5, rtol=1e-6)
+
+
+def test_swiglu_is_clamped_and_quantised():
+    gate, up = (8 * jax.random.normal(jax.random.key(seed), (3, 96)) for seed in (0, 1))
+    found = swiglu.swiglu(gate, up, limit=10.0, interpret=True)
+    hidden = jax.nn.silu(jnp.minimum(gate, 10.0)) * jnp.clip(up, -10.0, 10.0)
+    wanted = activation.quantize(hidden, interpret=True)
+    np.testing.assert_allclose(found.scales, wanted.scales, rtol=1e-6)
+    bytes_of = [np.asarray(a.quants).view(np.int8).astype(np.int32) for a in (found, wanted)]
+    assert np.abs(bytes_of[0] - bytes_of[1]).max() <= 1
+
+
+@pytest.mark.gpu
+def test_small_kernels_on_the_gpu():
+    logits, bias = 3 * jax.random.normal(jax.random.key(0), (8, 256)), jax.random.normal(jax.random.key(1), (256,))
+    chosen, share = router.route(logits, active=6, scale=1.5, bias=bias)
+    wanted, weights = router.route(logits, active=6, scale=1.5, bias=bias, interpret=True)
+    np.testing.assert_array_equal(chosen, wanted)
+    np.testing.assert_allclose(share, weights, rtol=1e-5)
+    gate, up = (8 * jax.random.normal(jax.random.key(seed), (8, 2048)) for seed in (0, 1))
+    together = swiglu.swiglu(gate, up, limit=10.0)
+    for m in range(8):
+        alone = swiglu.swiglu(gate[m : m + 1], up[m : m + 1], limit=10.0)
+        assert_bits_equal(together.scales[m], alone.scales[0])
+        np.testing.assert_array_equal(together.quants[m], alone.quants[0])
+
+
+def test_small_kernels_lower():
+    def shape(*sizes: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    route = jax.jit(functools.partial(router.route, active=6, scale=1.5))
+    assert kernel_calls(lowered_for_cuda(route, shape(4, 256), bias=shape(256)), router.NAME) == 1
+    table = {"ids": shape(4, dtype="int32"), "table": shape(129280, 6, dtype="int32")}
+    assert kernel_calls(lowered_for_cuda(route, shape(4, 256), **table), router.NAME) == 1
+    call = jax.jit(functools.partial(swiglu.swiglu, limit=10.0))
+    assert kernel_calls(lowered_for_cuda(call, shape(4, 2048), shape(4, 2048)), swiglu.NAME) == 1

@@ -1,0 +1,279 @@
+"""The indexer of a decode step: finished queries, scores and the choice, against plain jnp and over the number of rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cuda import kernel_calls, lowered_for_cuda
+from numerics import assert_bits_equal, golden_config
+
+from ds4jax.cache import CompressorCache, Rows
+from ds4jax.model import fake_quant
+from ds4jax.model.indexer import Indexer
+from ds4jax.model.parameters import OneKey
+from ds4jax.model.rope import inverse_frequencies
+from pallas_kernels import compressor, indexer
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Rows of queries against `keys` keys, the last of which are copies of the first."""
+
+    keys: int
+    topk: int
+    qat: bool
+    rows: int = 8
+    heads: int = 8
+    dim: int = 64
+    rope: int = 32
+
+    @functools.cached_property
+    def inputs(self) -> tuple[jax.Array, ...]:
+        """q, weights, cos, sin, keys."""
+        parts = jax.random.split(jax.random.key(self.keys + self.topk), 4)
+        q = jax.random.normal(parts[0], (self.rows, self.heads * self.dim), jnp.float32)
+        weights = jax.random.normal(parts[1], (self.rows, self.heads), jnp.float32)
+        angle = jax.random.uniform(parts[2], (self.rows, self.rope // 2), jnp.float32, 0, 6.3)
+        keys = jax.random.normal(parts[3], (self.keys, self.dim), jnp.float32)
+        keys = compressor.reference_fp4(keys) if self.qat else keys
+        copies = self.keys // 3
+        return q, weights, jnp.cos(angle), jnp.sin(angle), keys.at[-copies:].set(keys[:copies])[None]
+
+    def call(self, visible: list[int], *, interpret: bool = True, first: int = 0) -> np.ndarray:
+        """The choice for rows from `first` on, one for each number of visible keys."""
+        *rows, keys = self.inputs
+        mine = [array[first : first + len(visible)] for array in rows]
+        options = {"topk": self.topk, "qat": self.qat, "interpret": interpret}
+        return np.asarray(_index(*mine, keys, jnp.asarray(visible, jnp.int32), **options))
+
+    def expected(self, visible: list[int]) -> np.ndarray:
+        """The choice by the reference."""
+        score = _reference_scores(*self.inputs, qat=self.qat)[: len(visible)]
+        return np.asarray(indexer.reference_select(score, jnp.asarray(visible, jnp.int32), topk=self.topk))
+
+
+_index = jax.jit(indexer.index, static_argnames=("topk", "qat", "interpret"))
+_reference_scores = jax.jit(indexer.reference_scores, static_argnames="qat")
+_select = jax.jit(indexer.select, static_argnames=("topk", "keys", "interpret"))
+
+
+@pytest.mark.parametrize(
+    ("case", "visible"),
+    [
+        (Case(40, 8, True), [0, 1, 7, 8, 9, 17, 39, 40]),
+        (Case(100, 16, True), [100, 99, 65, 64, 63, 17, 16, 15]),
+        (Case(100, 16, False), [100, 99, 65, 64, 63, 17, 16, 15]),
+        (Case(70, 12, False, heads=32, dim=32), [70, 12, 13, 60]),
+        (Case(10, 16, True, heads=2), [10, 3, 0]),
+    ],
+    ids=lambda value: str(value.keys) if isinstance(value, Case) else "",
+)
+def test_choice(case, visible):
+    np.testing.assert_array_equal(case.call(visible), case.expected(visible))
+
+
+def test_equal_keys_keep_the_lower_index():
+    """Among copies of one key beside a better and a worse one."""
+    case = Case(60, 8, True, rows=1)
+    *rows, keys = case.inputs
+    score = np.asarray(_reference_scores(*rows, keys, qat=True))[0]
+    low, middle, high = (int(np.argsort(score)[i]) for i in (5, 30, 55))
+    copies = keys[0][jnp.asarray([middle] * 4 + [high, middle, low] + [middle] * 33)][None]
+    chosen = _index(*rows, copies, jnp.full(1, 40, jnp.int32), topk=8, qat=True, interpret=True)
+    np.testing.assert_array_equal(chosen[0], [0, 1, 2, 3, 4, 5, 7, 8])
+
+
+@pytest.mark.parametrize("qat", [True, False])
+def test_each_row_has_the_bits_of_the_row_alone(qat):
+    case, visible = Case(100, 16, qat), [100, 15, 65, 90, 17, 16, 99, 50]
+    alone = np.concatenate([case.call(visible[m : m + 1], first=m) for m in range(8)])
+    for rows in (2, 3, 8):
+        assert_bits_equal(case.call(visible[:rows]), alone[:rows])
+    parts = [np.asarray(array) for array in _score(case, visible)]
+    for m in range(8):
+        alone_parts = _score(case, visible[m : m + 1], first=m)
+        for array, row in zip(parts, alone_parts, strict=True):
+            assert_bits_equal(array[m : m + 1], row)
+
+
+def _score(case: Case, visible: list[int], *, first: int = 0, interpret: bool = True) -> list[jax.Array]:
+    """Finished queries as bits, and scores with 0 where there are none."""
+    q, *rows = (array[first : first + len(visible)] for array in case.inputs[:4])
+    count = jnp.asarray(visible, jnp.int32)
+    options = {"topk": case.topk, "qat": case.qat, "interpret": interpret}
+    return _queries_and_scores(q.reshape(len(visible), case.heads, case.dim), *rows, case.inputs[4], count, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("topk", "qat", "interpret"))
+def _queries_and_scores(q, weights, cos, sin, keys, visible, *, topk, qat, interpret):
+    queries = indexer.finish_queries(q, cos, sin, visible, topk=topk, qat=qat, interpret=interpret)
+    score = indexer.scores(queries, weights, keys[0], visible, topk=topk, interpret=interpret)
+    some = (visible > topk)[:, None]
+    bits = jnp.where(some[..., None, None], jax.lax.bitcast_convert_type(queries, jnp.uint16), jnp.uint16(0))
+    block = jnp.arange(score.shape[1], dtype=jnp.int32)
+    return [bits, jnp.where(some & (block < visible[:, None]), score, 0.0)]
+
+
+@pytest.mark.parametrize("qat", [True, False])
+def test_scores(qat):
+    case = Case(100, 16, qat)
+    _, score = _score(case, [100] * 8)
+    expected = _reference_scores(*case.inputs, qat=qat)
+    np.testing.assert_allclose(score[:, :100], expected, rtol=0, atol=1e-6)
+
+
+def test_finished_queries():
+    case = Case(100, 16, True)
+    q, _, cos, sin, _ = case.inputs
+    bits, _ = _score(case, [100] * 8)
+    expected = compressor.reference_rotate(q.reshape(8, case.heads, case.dim), cos[:, None], sin[:, None])
+    expected = fake_quant.fp4(fake_quant.hadamard(expected))
+    assert_bits_equal(jax.lax.bitcast_convert_type(bits, jnp.bfloat16)[:, 0].astype(jnp.float32), expected)
+
+
+SCORES = {
+    "normal": lambda random, shape: random.normal(size=shape),
+    "negative": lambda random, shape: -np.abs(random.normal(size=shape)),
+    "many equal": lambda random, shape: random.integers(-3, 3, shape),
+    "all equal": lambda random, shape: np.ones(shape),
+    "both zeros": lambda random, shape: random.choice([0.0, -0.0, -1.0], shape),
+    "far apart": lambda random, shape: random.choice([-1.0, 1.0], shape) * 2.0 ** random.integers(-140, 120, shape),
+    "infinite": lambda random, shape: random.choice([-np.inf, 1.0, np.inf], shape),
+}
+
+
+@pytest.mark.parametrize("chunk", [128, 32], ids=lambda chunk: f"chunks of {chunk}")
+@pytest.mark.parametrize("name", SCORES)
+def test_select(name, chunk, monkeypatch):
+    """Of 77 scores, at once and in three chunks: the tie is kept over the chunks."""
+    monkeypatch.setattr(indexer, "CHUNK", chunk)
+    score = SCORES[name](np.random.default_rng(1), (8, 77)).astype(np.float32)
+    visible = jnp.asarray([77, 76, 64, 42, 33, 11, 10, 4], jnp.int32)
+    chosen = indexer.select(jnp.asarray(score), visible, topk=10, keys=77, interpret=True)
+    np.testing.assert_array_equal(chosen, by_definition(score, visible, 10))
+
+
+def by_definition(score: np.ndarray, visible: jax.Array, topk: int) -> np.ndarray:
+    """The best `topk`, -inf one of the numbers, by a stable sort."""
+    chosen = np.full((len(score), topk), -1, np.int32)
+    for row, count, out in zip(score, np.asarray(visible), chosen, strict=True):
+        best = np.sort(np.argsort(-row[:count], kind="stable")[:topk])
+        out[: len(best)] = best
+    return chosen
+
+
+@pytest.mark.parametrize("qat", [True, False])
+def test_the_reference_is_the_model(qat):
+    """Scores and choice of the reference against the model's own indexer."""
+    config = dataclasses.replace(golden_config(), qat=qat, index_topk=6)
+    case = Case(24, 6, qat, rows=3, heads=config.index_heads, dim=config.index_dim, rope=config.rope_dim)
+    module = Indexer(config, 4, rngs=OneKey(jax.random.key(3)))
+    x_TD, low_TL = (jax.random.normal(jax.random.key(i), (3, n), jnp.float32) for i, n in enumerate((128, 64)))
+    rows = Rows.following(jnp.int32(90), 3, 3, strict=True)
+    ring = jnp.zeros((1, 16, 2 * case.dim), jnp.float32)
+    cache = CompressorCache(ring, ring, case.inputs[4])
+
+    @jax.jit
+    def call(cache: CompressorCache) -> tuple[jax.Array, CompressorCache, dict[str, jax.Array]]:
+        found: dict[str, jax.Array] = {}
+        chosen, _, cache = module(x_TD, low_TL, rows, cache, record=found.__setitem__)
+        return chosen, cache, found
+
+    chosen, cache, found = call(cache)
+    angle = rows.position.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config, compressed=True))
+    q, weights = module.wq_b(low_TL, strict=True), module.weights_proj(x_TD, strict=True)
+    score = _reference_scores(q, weights, jnp.cos(angle), jnp.sin(angle), cache.rows, qat=qat)
+    visible = (rows.position + 1) // 4
+    assert visible.tolist() == [22, 23, 23]
+    np.testing.assert_allclose(score[:, :22], found["score"][:, :22], rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(np.sort(chosen), indexer.reference_select(score, visible, topk=6))
+
+
+def operands(rows: int, keys: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of V4-Flash's operands."""
+    shapes = (rows, 64 * 128), (rows, 64), (rows, 32), (rows, 32), (1, keys, 128)
+    return (*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes), jax.ShapeDtypeStruct((rows,), jnp.int32))
+
+
+@pytest.mark.parametrize("qat", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("keys", [2112 // 4 + 8, 16384, 262144 + 8])
+def test_v4_flash_lowers(keys, rows, qat):
+    jitted = jax.jit(functools.partial(indexer.index, topk=512, qat=qat))
+    text = lowered_for_cuda(jitted, *operands(rows, keys))
+    assert [kernel_calls(text, name) for name in indexer.NAMES] == [1, 1, int(keys > indexer.CHUNK), 1]
+
+
+@pytest.mark.parametrize("qat", [True, False])
+def test_few_heads_lower(qat):
+    """Fewer than a tensor core's tile has."""
+    case = Case(40, 8, qat)
+    given = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in case.inputs]
+    jitted = jax.jit(functools.partial(indexer.index, topk=8, qat=qat))
+    assert kernel_calls(lowered_for_cuda(jitted, *given, jax.ShapeDtypeStruct((8,), jnp.int32)), "index_scores") == 1
+
+
+def test_operands_that_do_not_fit():
+    def call(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> None:
+        jax.eval_shape(functools.partial(indexer.index, topk=512, qat=True), *shapes)
+
+    six = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 6 * 128), (2, 6)))
+    call(operands(2, 600))
+    with pytest.raises(ValueError, match="need \\[2, 8192\\]"):
+        call((jax.ShapeDtypeStruct((2, 4096), jnp.float32), *operands(2, 600)[1:]))
+    with pytest.raises(ValueError, match="powers of two"):
+        call((*six, *operands(2, 600)[2:]))
+    with pytest.raises(ValueError, match="at most 32 chunks"):
+        call(operands(2, 600_000))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("qat", [True, False])
+@pytest.mark.parametrize("keys", [536, 5000, 40_000])
+def test_on_the_gpu(keys, qat):
+    """V4-Flash's shape: finished queries, scores, the choice from equal scores, and bits over the number of rows."""
+    case = Case(keys, 512, qat, heads=64, dim=128, rope=64)
+    visible = [keys, keys - 1, keys // 2, 513, 512, 100, 0, keys * 3 // 4]
+    bits, score = _score(case, [keys] * 8, interpret=False)
+    if qat:
+        q, _, cos, sin, _ = case.inputs
+        expected = compressor.reference_fp4(compressor.reference_rotate(q.reshape(8, 64, 128), cos[:, None], sin[:, None]))
+        wrong = jax.lax.bitcast_convert_type(bits, jnp.bfloat16)[:, 0].astype(jnp.float32) != expected
+        assert wrong.mean() <= 1e-4, f"{keys} keys: {wrong.sum()} values of the queries, rows {np.flatnonzero(wrong.any((1, 2)))}"
+    finished = jnp.sum(jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32), axis=1)
+    products = jnp.einsum("mhd,sd->mhs", finished, case.inputs[4][0], precision=jax.lax.Precision.HIGHEST)
+    exact = jnp.einsum("mhs,mh->ms", jax.nn.relu(products), case.inputs[1], precision=jax.lax.Precision.HIGHEST)
+    error = np.abs(np.asarray(score)[:, :keys] - np.asarray(exact) * np.float32(128**-0.5 * 64**-0.5))
+    assert error.max() <= 1e-5, f"{keys} keys: scores differ by {error.max()}, rows {np.flatnonzero((error > 1e-5).any(axis=1))}"
+    count = jnp.asarray(visible, jnp.int32)
+    chosen = case.call(visible, interpret=False)
+    expected = np.asarray(indexer.reference_select(score[:, :keys], count, topk=512))
+    wrong = np.flatnonzero((chosen != expected).any(axis=1))
+    assert not wrong.size, f"{keys} keys: choice of rows {wrong} with {np.asarray(visible)[wrong]} visible keys"
+    _, shown = _score(case, visible, interpret=False)
+    alone = [np.asarray(_score(case, visible[m : m + 1], first=m, interpret=False)[1]) for m in range(8)]
+    for rows in (1, 2, 3, 8):
+        some = case.call(visible[:rows], interpret=False)
+        assert (some == chosen[:rows]).all(), (
+            f"{keys} keys: choice of {rows} rows, {np.flatnonzero((some != chosen[:rows]).any(1))}"
+        )
+    for m in range(8):
+        assert_bits_equal(np.asarray(shown)[m : m + 1], alone[m])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [700, 16384, 30_000])
+@pytest.mark.parametrize("name", SCORES)
+def test_select_on_the_gpu(name, keys):
+    """Ties, signs and extremes at V4-Flash's k."""
+    score = SCORES[name](np.random.default_rng(keys), (3, keys)).astype(np.float32)
+    visible = jnp.asarray([keys, keys - 100, 513], jnp.int32)
+    chosen = np.asarray(_select(jnp.asarray(score), visible, topk=512, keys=keys))
+    expected = by_definition(score, visible, 512)
+    wrong = np.flatnonzero((chosen != expected).any(axis=1))
+    assert not wrong.size, f"{name}, {keys} scores: rows {wrong}, {chosen[wrong]} in place of {expected[wrong]}"

@@ -1,0 +1,108 @@
+"""FP8 and FP4 rounding: the bits of the model's own, in and outside a kernel body."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cuda import kernel_calls, lowered_for_cuda
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from numerics import assert_bits_equal
+
+from ds4jax.model import fake_quant
+from pallas_kernels import rounding
+
+Rounding = Callable[[jax.Array], jax.Array]
+FORMATS = pytest.mark.parametrize(
+    ("rounded", "model", "block"),
+    [(rounding.fp8, fake_quant.fp8, rounding.FP8_BLOCK), (rounding.fp4, fake_quant.fp4, rounding.FP4_BLOCK)],
+    ids=["fp8", "fp4"],
+)
+
+
+def spread(shape: tuple[int, ...]) -> jax.Array:
+    """Values of both signs over sixty binades, with zeros of both signs."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape) * 2.0 ** rng.integers(-30, 30, (*shape[:-1], 1)) * 2.0 ** rng.integers(-12, 1, shape)
+    x[..., 3] *= 0
+    return jnp.asarray(x, jnp.float32)
+
+
+def in_a_kernel(function: Rounding, x: jax.Array, *, interpret: bool) -> jax.Array:
+    def kernel(x_ref: Any, out_ref: Any) -> None:
+        out_ref[...] = function(x_ref[...])
+
+    call = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="rounding",
+    )
+    return call(x)
+
+
+@FORMATS
+def test_bits_of_the_model(rounded: Rounding, model: Callable[..., jax.Array], block: int) -> None:
+    x = spread((64, 8, block))
+    expected = jax.jit(functools.partial(model, block=block))(x)
+    assert_bits_equal(jax.jit(rounded)(x), expected)
+    assert_bits_equal(rounded(x), expected)
+
+
+@FORMATS
+def test_bits_of_the_model_in_a_kernel(rounded: Rounding, model: Callable[..., jax.Array], block: int) -> None:
+    x = spread((32, block))
+    assert_bits_equal(jax.jit(functools.partial(in_a_kernel, rounded, interpret=True))(x), model(x, block))
+
+
+@FORMATS
+@given(values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=32, max_size=32))
+def test_bits_of_the_model_for_anything_finite(
+    rounded: Rounding, model: Callable[..., jax.Array], block: int, values: list[float]
+) -> None:
+    x = jnp.tile(jnp.asarray(values, jnp.float32), block // 32)
+    assert_bits_equal(rounded(x), model(x, block))
+
+
+@FORMATS
+def test_every_step_and_every_tie(rounded: Rounding, model: Callable[..., jax.Array], block: int) -> None:
+    """The block's largest value is the format's; the others lie on each step and half-way between two."""
+    largest = 448.0 if block == rounding.FP8_BLOCK else 6.0
+    values = np.arange(0, 2 * largest * 1024, dtype=np.float64)[: 4096 * (block - 1)] / 1024
+    x = np.zeros((values.size // (block - 1), block), np.float32)
+    x[:, 1:] = np.minimum(values[: x.shape[0] * (block - 1)], largest).reshape(x.shape[0], -1)
+    x[:, 0] = largest
+    out = np.asarray(rounded(jnp.asarray(x)))
+    assert_bits_equal(out, model(jnp.asarray(x), block))
+    assert (out[:, 0] == largest).all()
+
+
+@FORMATS
+def test_a_nan_stays_one(rounded: Rounding, model: Callable[..., jax.Array], block: int) -> None:
+    x = spread((4, block)).at[1, 5].set(jnp.nan).at[2, 5].set(jnp.inf)
+    out = np.asarray(rounded(x))
+    assert np.isnan(out[1, 5])
+    assert not np.isfinite(out[2, 5])
+    assert_bits_equal(out[::3], np.asarray(model(x, block))[::3])
+
+
+@FORMATS
+def test_lowers_for_cuda(rounded: Rounding, model: Callable[..., jax.Array], block: int) -> None:
+    x = jax.ShapeDtypeStruct((32, block), jnp.float32)
+    assert kernel_calls(lowered_for_cuda(jax.jit(functools.partial(in_a_kernel, rounded, interpret=False)), x), "rounding") == 1
+
+
+@pytest.mark.gpu
+@FORMATS
+def test_bits_of_the_model_on_a_gpu(rounded: Rounding, model: Callable[..., jax.Array], block: int) -> None:
+    x = spread((32, block))
+    assert_bits_equal(in_a_kernel(rounded, x, interpret=False), model(x, block))
