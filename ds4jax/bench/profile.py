@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ds4jax.bench.programs import Loop
-from ds4jax.bench.traffic import Step, kernel_bytes
+from ds4jax.bench.traffic import KERNEL_BYTES, Step, kernel_bytes
 from ds4jax.decode import DecodeState
-from pallas_kernels.q8_matmul import NAME
 from pallas_kernels.timing import device_events
 
 STEPS = 8
 TOP = 15
-# Our own kernels that read weights, by a part of their names.
-WEIGHTS = (NAME, "expert_gate_up", "expert_down", "f16_matmul")
 # What a library or the compiler made of a product, and whatever else the compiler made: both may read weights.
 _LIBRARY = re.compile(r"gemm|gemv|cublas|cutlass|nvjet|cudnn|dot_", re.IGNORECASE)
 _COMPILER = re.compile(
@@ -31,7 +28,7 @@ Row = dict[str, Any]
 
 def kind(name: str) -> str:
     """What a kernel is: "weights" and "none" are ours, which read some or none; of "library" and "compiler" nobody can say."""
-    if any(part in name for part in WEIGHTS):
+    if any(part in name for part in KERNEL_BYTES):
         return "weights"
     if _LIBRARY.search(name):
         return "library"

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
+import jax.numpy as jnp
+
+from ds4jax.bench.synthetic import ON_DEVICE, stored_type
 from ds4jax.config import Config
 from ds4jax.decode import step_rows
+from ds4jax.loading.gguf_names import EXPERTS, slots
 from ds4jax.loading.plan import Plan
+from pallas_kernels.expert_matmul import DOWN, GATE_UP
+from pallas_kernels.float_matmul import NAME as FLOAT
+from pallas_kernels.formats import FORMATS
+from pallas_kernels.hyper_connections import MIX
 from pallas_kernels.q8_matmul import MOST_ROWS, NAME
 from pallas_kernels.shapes import Product
 
@@ -89,9 +98,58 @@ def share_warp_bytes(step: Step) -> int:
     return total + sum(_launched(head, rows) for rows in step.head_rows)
 
 
-# Bytes that all launches in a step of the kernels whose names hold the key move. A kernel that is added here gets a figure in the
-# table; the others have none.
-KERNEL_BYTES: dict[str, Callable[[Step], int]] = {NAME: share_warp_bytes}
+def _row_bytes(stored: str, k: int) -> int:
+    """Bytes on the device of one row of K weights."""
+    if stored in FORMATS:
+        return k // FORMATS[stored].BLOCK * FORMATS[stored].DEVICE_BYTES
+    return k * jnp.dtype(ON_DEVICE[stored]).itemsize
+
+
+def _weight_bytes(step: Step, *parts: str) -> int:
+    """Bytes of the weights that a step reads of all parameters whose names hold one of the parts.
+
+    An expert is read once however many rows chose it; of rows beyond the live ones, which are clones, nothing is read again.
+    """
+    config, total = step.config, 0.0
+    for slot in slots(config):
+        if any(part in slot.name for part in parts):
+            count = math.prod(slot.shape[:-1]) * _row_bytes(stored_type(slot), slot.shape[-1])
+            mtp = slot.name.startswith("mtp.")
+            share = 1.0
+            if slot.types is EXPERTS:
+                # The committed rows of a random model are one.
+                share = distinct_experts(config, 1 if mtp else 1 + step.depth) / config.n_experts
+            total += count * share * (len(step.mtp_rows) if mtp else 1)
+    return round(total)
+
+
+def _gate_up_bytes(step: Step) -> int:
+    return _weight_bytes(step, ".experts.w1", ".experts.w3")
+
+
+def _down_bytes(step: Step) -> int:
+    return _weight_bytes(step, ".experts.w2")
+
+
+def _float_bytes(step: Step) -> int:
+    return _weight_bytes(step, "ffn.gate.weight", *COMPRESSED)
+
+
+def _mix_bytes(step: Step) -> int:
+    return _weight_bytes(step, "hc_attn_fn", "hc_ffn_fn", "hc_head_fn")
+
+
+# Products of the compressors and the indexer, by a part of their parameters' names.
+COMPRESSED = ("compressor.wkv", "compressor.wgate", "indexer.wq_b", "indexer.weights_proj")
+# Bytes that a step moves in the kernels whose names hold the key; of all but the first the weights alone. A kernel that is added
+# here gets a figure in the table and counts as one that reads weights.
+KERNEL_BYTES: dict[str, Callable[[Step], int]] = {
+    NAME: share_warp_bytes,
+    GATE_UP: _gate_up_bytes,
+    DOWN: _down_bytes,
+    FLOAT: _float_bytes,
+    MIX: _mix_bytes,
+}
 
 
 def kernel_bytes(name: str, step: Step) -> int | None:

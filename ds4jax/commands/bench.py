@@ -52,11 +52,12 @@ examples:
 
 DECODE = """\
 Decode with a model of random weights in the layout of the published 2-bit file, made in device memory in seconds, with caches as
-full as --context says. Print the time of a step without drafts and at each depth, what it reads, how near that is to the bandwidth
-of a copy in the same run, the kernels by the profiler, and whether drafting gives the tokens and the bits of plain decode. Speed
-does not depend on the values. On a CPU there are no kernel times. Exit code 1 when something could not be measured or differs.
+full as --context says. Print the time of a step without drafts and at each depth, what it reads, how near that is to the
+bandwidth of a copy in the same run, the kernels by the profiler, and whether drafting gives the tokens and the bits of plain
+decode. Speed does not depend on the values. On a CPU there are no kernel times. Exit code 1 when something could not be measured
+or differs.
 
-flash-q2 is DeepSeek-V4-Flash: 96 GB of weights, of which --layers takes the first few. small-q2 is a toy for any machine."""
+flash-q2 is DeepSeek-V4-Flash: 94 GB of weights, of which --layers takes the first few. small-q2 is a toy for any machine."""
 
 DECODE_EXAMPLES = """\
 examples:
