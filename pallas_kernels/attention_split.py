@@ -192,11 +192,13 @@ class Split:
 
     def span(self, turn: jax.Array) -> tuple[jax.Array, Chunks]:
         """Which rows of span number `turn` the query sees, bool [SPAN], and all of them, float16."""
-        form, place = self.form, jnp.arange(SPAN, dtype=jnp.int32)
+        form, place, of_ring = self.form, jnp.arange(SPAN, dtype=jnp.int32), self.own < 0
         slot = self.split * SPAN + place
         in_window = self.in_window(slot)
+        load_ring = functools.partial(self.load_rows, self.ring, slot, in_window)
         if self.rows is None:
-            return in_window, self.load_rows(self.ring, slot, in_window)
+            # Outside a branch, the compiler would take each chunk through shared memory before it loads the next.
+            return in_window, jax.lax.cond(of_ring, load_ring, self.no_rows)
         row = (self.own + turn * (form.splits - form.window_splits)) * SPAN + place
         if form.chosen:
             inside = (row >= 0) & (row < self.which.shape[1])
@@ -204,13 +206,8 @@ class Split:
             visible = row >= 0
         else:
             visible = (row >= 0) & (row < self.which[self.m])
-        of_ring = self.own < 0
         # The compiler makes of the branches one load from a chosen address.
-        chunks = jax.lax.cond(
-            of_ring,
-            functools.partial(self.load_rows, self.ring, slot, in_window),
-            functools.partial(self.load_rows, self.rows, row, visible),
-        )
+        chunks = jax.lax.cond(of_ring, load_ring, functools.partial(self.load_rows, self.rows, row, visible))
         return jnp.where(of_ring, in_window, visible), chunks
 
     def in_window(self, slot: jax.Array) -> jax.Array:
@@ -222,14 +219,22 @@ class Split:
 
     def load_rows(self, ref: Any, row: jax.Array, seen: jax.Array) -> Chunks:
         """Chunks of the rows that are seen, zeros for the others."""
-        fine = any(rows is not None and rows.dtype == jnp.float32 for rows in (self.ring, self.rows))
         chunks: Chunks = []
         for i, column in enumerate(self.form.columns):
             place = tile(row, column)
             mask = jnp.broadcast_to(seen[:, None], place[0].shape)
             x = plt.load(ref.at[jnp.zeros_like(place[0]), *place], mask=mask, other=0.0)
-            chunks.append(_halves(x.astype(jnp.float32)) if fine and self.form.turns(i) else (x.astype(jnp.float16),))
+            chunks.append(_halves(x.astype(jnp.float32)) if self.in_two(i) else (x.astype(jnp.float16),))
         return chunks
+
+    def no_rows(self) -> Chunks:
+        """Zeros in the form of `load_rows`."""
+        zeros = jnp.zeros((SPAN, self.form.chunk), jnp.float16)
+        return [(zeros,) * (2 if self.in_two(i) else 1) for i in range(len(self.form.columns))]
+
+    def in_two(self, chunk: int) -> bool:
+        """Whether a row's chunk is the sum of two float16 numbers."""
+        return self.form.turns(chunk) and any(rows is not None and rows.dtype == jnp.float32 for rows in (self.ring, self.rows))
 
     def nothing(self) -> Parts:
         """The parts of no rows."""
