@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,10 +28,11 @@ from pallas_kernels.formats import BLOCK, HALF, WORDS, Quantized
 MIX, ENTER = "hc_mix", "hc_enter"
 STREAMS = 4
 # Columns of a program of each launch.
-SLICE, COLUMNS = 128, 256
-# Where the parts of a slice lie: up to 32 projections, then the products of stream i with all four.
+SLICE, COLUMNS = 64, 256
+# Where the parts of a slice lie: up to 32 projections, then the products of streams i and j.
 PARTS, PRODUCTS = 48, 32
 MIXES = STREAMS * (2 + STREAMS)
+PAIRS = [(i, j) for i in range(STREAMS) for j in range(i, STREAMS)]
 
 Row = list[jax.Array]
 
@@ -83,12 +85,25 @@ def _mix_kernel(h_ref: Any, fn_ref: Any, post_ref: Any, comb_ref: Any, *refs: An
     for j, stream in enumerate(new):
         fn = plt.load(fn_ref.at[index[0], jnp.full_like(index[0], j), index[1]]).astype(jnp.float32)
         products = products + fn * stream[None, :]
-    place = jax.lax.broadcasted_iota(jnp.int32, (PRODUCTS,), 0)
-    plt.store(parts_ref.at[row, place, jnp.full_like(place, 0) + part], jnp.sum(products, axis=1))
+    _store_parts(parts_ref, row, part, 0, products)
     for i, stream in enumerate(new):
         plt.store(new_ref.at[row, jnp.int32(i), span], stream)
-        for j in range(i, STREAMS):
-            parts_ref[row, PRODUCTS + STREAMS * i + j, part] = jnp.sum(stream * new[j], axis=0)
+    pair = jax.lax.broadcasted_iota(jnp.int32, (STREAMS * STREAMS, width), 0)
+    _store_parts(parts_ref, row, part, PRODUCTS, _of(new, pair // STREAMS) * _of(new, pair % STREAMS))
+
+
+def _of(streams: Row, number: jax.Array) -> jax.Array:
+    """Columns of the stream of each number, [n, width]."""
+    chosen = jnp.broadcast_to(streams[0][None, :], number.shape)
+    for j, stream in enumerate(streams[1:], 1):
+        chosen = jnp.where(number == j, stream[None, :], chosen)
+    return chosen
+
+
+def _store_parts(parts_ref: Any, row: jax.Array, part: jax.Array, first: int, terms: jax.Array) -> None:
+    """Sum terms [n, width] over the slice's columns and store them from place `first` on."""
+    place = first + jax.lax.broadcasted_iota(jnp.int32, terms.shape[:1], 0)
+    plt.store(parts_ref.at[row, place, jnp.full_like(place, 0) + part], jnp.sum(terms, axis=1))
 
 
 def _sigmoid(x: jax.Array) -> jax.Array:
@@ -126,25 +141,25 @@ class _Turn:
     dim: int
     norm_eps: float
 
-    def sum_of(self, place: int, parts: int) -> jax.Array:
-        """One of the slices' parts, over all slices."""
+    def sums_of(self, places: Sequence[int]) -> Row:
+        """Some of the slices' parts, each over all slices; every load is on its way before the first sum."""
+        parts = self.parts.shape[2]
         part = jax.lax.broadcasted_iota(jnp.int32, (pl.next_power_of_2(parts),), 0)
-        values = plt.load(self.parts.at[self.row, jnp.full_like(part, place), part], mask=part < parts, other=0.0)
-        return jnp.sum(values, axis=0)
+        there = None if parts == part.shape[0] else part < parts
+        other = None if there is None else 0.0
+        loaded = [
+            plt.load(self.parts.at[self.row, jnp.full_like(part, place), part], mask=there, other=other) for place in places
+        ]
+        return [jnp.sum(values, axis=0) for values in loaded]
 
-    def products(self, parts: int) -> dict[tuple[int, int], jax.Array]:
-        """Products of the streams with each other, over all columns."""
-        pairs = [(i, j) for i in range(STREAMS) for j in range(i, STREAMS)]
-        return {(i, j): self.sum_of(PRODUCTS + STREAMS * i + j, parts) for i, j in pairs}
+    def scale_of(self, squares: Row) -> jax.Array:
+        """1 / the root mean square of all streams together, from their squares."""
+        square = functools.reduce(jnp.add, squares) / jnp.float32(STREAMS * self.dim)
+        return jax.lax.rsqrt(square + self.norm_eps)
 
-    def mixes(self, count: int, parts: int, products: dict[tuple[int, int], jax.Array]) -> Row:
-        """Projections of the normed streams."""
-        square = sum(products[j, j] for j in range(STREAMS)) / jnp.float32(STREAMS * self.dim)
-        norm = jax.lax.rsqrt(square + self.norm_eps)
-        return [self.sum_of(i, parts) * norm for i in range(count)]
-
-    def gate(self, mixes: Row, i: int, scale: int) -> jax.Array:
-        return mixes[i] * self.scale[scale] + self.base[i]
+    def gate(self, mix: jax.Array, i: int, scale: int) -> jax.Array:
+        """Projection i of the normed streams, scaled and moved."""
+        return mix * self.scale[scale] + self.base[i]
 
     def norm(self, pre: Row, products: dict[tuple[int, int], jax.Array]) -> jax.Array:
         """1 / the root mean square of the weighted sum of the streams."""
@@ -156,54 +171,74 @@ class _Turn:
 
 def _enter_kernel(
     h_ref: Any, parts_ref: Any, scale_ref: Any, base_ref: Any, weight_ref: Any, *refs: Any,
-    parts: int, iterations: int, eps: float, norm_eps: float, head: bool, format: type[Quantized] | None, interpret: bool,
+    iterations: int, eps: float, norm_eps: float, head: bool, format: type[Quantized] | None, interpret: bool,
 ) -> None:  # fmt: skip
-    row, part = pl.program_id(0), pl.program_id(1)
-    turn = _Turn(row, parts_ref, scale_ref, base_ref, h_ref.shape[2], norm_eps)
-    products = turn.products(parts)
-    mixes = turn.mixes(STREAMS if head else MIXES, parts, products)
-    pre = [_sigmoid(turn.gate(mixes, j, 0)) + eps for j in range(STREAMS)]
-    norm = turn.norm(pre, products)
-    if not head:
-        post_ref, comb_ref, *refs = refs  # type: ignore[assignment]
+    part, columns = pl.program_id(1), h_ref.shape[2] // COLUMNS
+    turn = _Turn(pl.program_id(0), parts_ref, scale_ref, base_ref, h_ref.shape[2], norm_eps)
+    enter = functools.partial(_store_input, turn, h_ref, weight_ref, refs if head else refs[2:], eps, format, interpret)
+    if head:
+        enter(part)
+        return
+    # The Sinkhorn rounds take as long as everything else, and nobody waits for them here: a program of their own.
+    pl.when(part == columns)(functools.partial(_store_mixing, turn, refs[0], refs[1], iterations, eps))
+    pl.when(part < columns)(functools.partial(enter, part))
 
-        @pl.when(part == 0)
-        def _() -> None:
-            _store_mixing(turn, mixes, post_ref, comb_ref, iterations, eps)
 
+def _store_input(
+    turn: _Turn, h_ref: Any, weight_ref: Any, refs: Sequence[Any], eps: float, format: type[Quantized] | None, interpret: bool,
+    part: jax.Array,
+) -> None:  # fmt: skip
+    """Some columns of the sub-layer's input, and their blocks."""
     x_ref, q_ref, s_ref, *k_refs = refs
+    row = turn.row
 
-    def columns_of(place: jax.Array) -> jax.Array:
+    def loaded(place: jax.Array) -> Row:
         column = part * COLUMNS + place
-        x = pre[0] * plt.load(h_ref.at[row, jnp.full_like(column, 0), column])
-        for j in range(1, STREAMS):
-            x = x + pre[j] * plt.load(h_ref.at[row, jnp.full_like(column, j), column])
-        return x * norm * plt.load(weight_ref.at[column]).astype(jnp.float32)
+        streams = [plt.load(h_ref.at[row, jnp.full_like(column, j), column]) for j in range(STREAMS)]
+        return [*streams, plt.load(weight_ref.at[column]).astype(jnp.float32)]
 
     shape = (COLUMNS // BLOCK, WORDS, 4)
     block, word, byte = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
     place = block * BLOCK + word * 4 + byte
-    x = columns_of(place)
+    places = [place] if format is None else [place, activation_k.places(ORDERS[format])[0]]
+    columns = [loaded(place) for place in places]
+    sums = turn.sums_of([*range(STREAMS), *(PRODUCTS + STREAMS * i + j for i, j in PAIRS)])
+    products = dict(zip(PAIRS, sums[STREAMS:], strict=True))
+    scale = turn.scale_of([products[j, j] for j in range(STREAMS)])
+    pre = [_sigmoid(turn.gate(sums[j] * scale, j, 0)) + eps for j in range(STREAMS)]
+    norm = turn.norm(pre, products)
+
+    def normed(streams: Row) -> jax.Array:
+        *h, weight = streams
+        x = pre[0] * h[0]
+        for j in range(1, STREAMS):
+            x = x + pre[j] * h[j]
+        return x * norm * weight
+
+    x = normed(columns[0])
     plt.store(x_ref.at[row, part * COLUMNS + place], x)
-    words, scale = quantize_blocks(x, interpret=interpret)
+    words, scales = quantize_blocks(x, interpret=interpret)
     words = words.reshape(COLUMNS // BLOCK, 2, HALF)
     block, half, word = (jax.lax.broadcasted_iota(jnp.int32, words.shape, axis) for axis in range(3))
     first = part * (COLUMNS // BLOCK)
     plt.store(q_ref.at[row, half, first + block, word], words)
-    plt.store(s_ref.at[row, pl.ds(first, COLUMNS // BLOCK)], scale)
+    plt.store(s_ref.at[row, pl.ds(first, COLUMNS // BLOCK)], scales)
     if format is not None:
-        order = ORDERS[format]
-        place = activation_k.places(order)[0]
-        made = activation_k.quantize_block(columns_of(place), place, interpret=interpret)
-        activation_k.store(made, row, part, order, *k_refs)
+        made = activation_k.quantize_block(normed(columns[1]), places[1], interpret=interpret)
+        activation_k.store(made, row, part, ORDERS[format], *k_refs)
 
 
-def _store_mixing(turn: _Turn, mixes: Row, post_ref: Any, comb_ref: Any, iterations: int, eps: float) -> None:
+def _store_mixing(turn: _Turn, post_ref: Any, comb_ref: Any, iterations: int, eps: float) -> None:
+    """How the sub-layer's output will be written back."""
+    sums = turn.sums_of([*range(STREAMS, MIXES), *(PRODUCTS + (STREAMS + 1) * j for j in range(STREAMS))])
+    scale = turn.scale_of(sums[-STREAMS:])
+    mixes = [mix * scale for mix in sums[:-STREAMS]]
     for k in range(STREAMS):
-        post_ref[turn.row, k] = 2.0 * _sigmoid(turn.gate(mixes, STREAMS + k, 1))
+        post_ref[turn.row, k] = 2.0 * _sigmoid(turn.gate(mixes[k], STREAMS + k, 1))
     comb = []
     for j in range(STREAMS):
-        logits = [turn.gate(mixes, STREAMS * (2 + j) + k, 2) for k in range(STREAMS)]
+        places = [STREAMS * (2 + j) + k for k in range(STREAMS)]
+        logits = [turn.gate(mixes[place - STREAMS], place, 2) for place in places]
         most = functools.reduce(jnp.maximum, logits)
         weights = [jnp.exp(logit - most) for logit in logits]
         total = (weights[0] + weights[1]) + (weights[2] + weights[3])
@@ -253,13 +288,11 @@ def _entered(
         jax.ShapeDtypeStruct((m, blocks), jnp.float32),
     )
     extra = () if format is None else tuple(activation_k.out_shapes(m, dim, ORDERS[format]))
-    kernel = functools.partial(
-        _enter_kernel, parts=parts.shape[2], head=head, format=format, interpret=interpret, **numbers
-    )  # fmt: skip
+    kernel = functools.partial(_enter_kernel, head=head, format=format, interpret=interpret, **numbers)
     made: list[jax.Array] = pl.pallas_call(
         kernel,
         out_shape=(*mixing, *wanted, *extra),
-        grid=(m, dim // COLUMNS),
+        grid=(m, dim // COLUMNS + (not head)),
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name=ENTER,

@@ -17,6 +17,11 @@ NAME = "router"
 LEAST_SUM = 2.0**-14
 
 
+def _score(logits: jax.Array) -> jax.Array:
+    """sqrt(softplus(x)), which is max(x, 0) + log(1 + e^-|x|) under the root: it neither overflows nor loses small values."""
+    return jnp.sqrt(jnp.maximum(logits, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(logits))))
+
+
 def _kernel(logits_ref: Any, *refs: Any, experts: int, active: int, scale: float, hashed: bool) -> None:
     *given, chosen_ref, share_ref = refs
     row = pl.program_id(0)
@@ -24,28 +29,20 @@ def _kernel(logits_ref: Any, *refs: Any, experts: int, active: int, scale: float
     expert = jax.lax.broadcasted_iota(jnp.int32, (width,), 0)
     there = expert < experts
     logits = plt.load(logits_ref.at[row, expert], mask=there, other=0.0)
-    # softplus as max(x, 0) + log(1 + e^-|x|), which neither overflows nor loses small values.
-    scores = jnp.sqrt(jnp.maximum(logits, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(logits))))
     place = jax.lax.broadcasted_iota(jnp.int32, (places,), 0)
-    chosen, share, total = jnp.zeros((places,), jnp.int32), jnp.zeros((places,), jnp.float32), jnp.float32(0.0)
     if hashed:
         ids_ref, table_ref = given
-        listed = plt.load(table_ref.at[ids_ref[row], jnp.minimum(place, active - 1)])
-        left = scores
+        chosen = plt.load(table_ref.at[ids_ref[row], jnp.minimum(place, active - 1)])
     else:
-        listed = chosen
-        left = jnp.where(there, scores + plt.load(given[0].at[expert], mask=there, other=0.0), -jnp.inf)
-    for k in range(active):
-        if hashed:
-            best = jnp.sum(jnp.where(place == k, listed, 0))
-        else:
+        chosen = jnp.zeros((places,), jnp.int32)
+        left = jnp.where(there, _score(logits) + plt.load(given[0].at[expert], mask=there, other=0.0), -jnp.inf)
+        for k in range(active):
             # Of equal scores the lower number; a NaN compares with nothing and leaves the last.
             best = jnp.minimum(jnp.min(jnp.where(left == jnp.max(left, axis=0), expert, width), axis=0), experts - 1)
             left = jnp.where(expert == best, -jnp.inf, left)
-        mine = jnp.sum(jnp.where(expert == best, scores, 0.0))
-        chosen, share = jnp.where(place == k, best, chosen), jnp.where(place == k, mine, share)
-        total = total + mine
-    share = share / jnp.maximum(total, LEAST_SUM) * scale
+            chosen = jnp.where(place == k, best, chosen)
+    share = jnp.where(place < active, _score(plt.load(logits_ref.at[row, chosen])), 0.0)
+    share = share / jnp.maximum(jnp.sum(share, axis=0), LEAST_SUM) * scale
     real = place < active
     # A masked place lies past the end, where interpret mode drops it.
     column = jnp.where(real, place, active)
