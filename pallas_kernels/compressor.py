@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import rounding
+from pallas_kernels.bundle import Part, launch
 from pallas_kernels.rounding import FP4_BLOCK, FP8_BLOCK
 
 NAME = "compress"
@@ -140,7 +142,8 @@ class _Row:
     def keep(self, ring_values: Any, ring_gates: Any) -> None:
         """Store the row's inputs in the rings."""
         slot = jax.lax.rem(self.position, jnp.int32(ring_values.shape[0]))
-        gates = self.given.gates[self.m, :] + self.given.ape[jax.lax.rem(self.position, jnp.int32(self.ratio)), :]
+        bias = self.given.ape[jax.lax.rem(self.position, jnp.int32(self.ratio)), :].astype(jnp.float32)
+        gates = self.given.gates[self.m, :] + bias
         ring_values[slot, :] = self.given.values[self.m, :]
         ring_gates[slot, :] = gates
 
@@ -159,7 +162,7 @@ class _Row:
         old_gate = plt.load(given.ring_gates.at[slot, span], mask=ring, other=-jnp.inf)
         new_value = plt.load(given.values.at[row, span], mask=call, other=0.0)
         new_gate = plt.load(given.gates.at[row, span], mask=call, other=0.0)
-        new_gate += plt.load(given.ape.at[bias, span], mask=call, other=0.0)
+        new_gate += plt.load(given.ape.at[bias, span], mask=call, other=0.0).astype(jnp.float32)
         return jnp.where(call, new_value, old_value), jnp.where(call, new_gate, old_gate)
 
     def add(self, chunk: jax.Array | int, sums: Sums) -> Sums:
@@ -209,10 +212,10 @@ class _Row:
         return jnp.where(channel < width - 2 * self.given.cos.shape[1], rounded, turned)
 
 
-def _kernel(*refs: Any, ratio: int, eps: float, finish: Finish) -> None:
-    given = _Inputs(*refs[:-3])
-    ring_values, ring_gates, rows = refs[-3:]
-    m, pools = pl.program_id(0), pl.program_id(1) == 1
+def _body(program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any], *, ratio: int, eps: float, finish: Finish) -> None:
+    given = _Inputs(*inputs)
+    ring_values, ring_gates, rows = outputs
+    m, pools = program // 2, program % 2 == 1
     position, live = given.position[m], given.live[m] != 0
     row = _Row(given, m, position, ratio, eps, finish)
     block = jax.lax.div(position, jnp.int32(ratio))
@@ -244,6 +247,38 @@ def _check(values: jax.Array, ape: jax.Array, norm_weight: jax.Array, cos: jax.A
         raise ValueError(f"{width} channels with {still} that do not turn do not divide into the blocks of {finish}")
 
 
+def compress_part(
+    values: jax.Array,
+    gates: jax.Array,
+    ape: jax.Array,
+    norm_weight: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    ring_values: jax.Array,
+    ring_gates: jax.Array,
+    rows: jax.Array,
+    position: jax.Array,
+    live: jax.Array,
+    start: jax.Array,
+    *,
+    ratio: int,
+    eps: float,
+    finish: Finish,
+) -> Part:
+    """`compress` as a part of a launch; its results are the rings and rows without their first axis."""
+    m, ring = values.shape[0], ring_values.shape[1]
+    _check(values, ape, norm_weight, cos, ring, finish)
+    state = tuple(array[0] for array in (ring_values, ring_gates, rows))
+    return Part(
+        name=NAME,
+        programs=2 * m,
+        body=functools.partial(_body, ratio=ratio, eps=eps, finish=finish),
+        inputs=(values, gates, ape, norm_weight, cos, sin, *state, position, live, start),
+        outputs=tuple(jax.ShapeDtypeStruct(array.shape, jnp.float32) for array in state),
+        aliases={6: 0, 7: 1, 8: 2},
+    )
+
+
 def compress(
     values: jax.Array,
     gates: jax.Array,
@@ -267,7 +302,7 @@ def compress(
 
     Args:
         values, gates: float32 [M, C·w], projections of consecutive tokens; C is 2 for ratio 4, 1 for any other.
-        ape: float32 [ratio, C·w], added to the gates.
+        ape: float [ratio, C·w], added to the gates.
         norm_weight: float32 [w], w a power of two.
         cos, sin: float32 [M, R/2] of the angles at each row's position - (ratio - 1), the first token of the block it closes.
         ring_values, ring_gates: float32 [1, ring, C·w], the latest tokens at slot position mod ring, gates with their bias.
@@ -285,21 +320,12 @@ def compress(
     Raises:
         ValueError: an unknown finish, shapes that do not fit it or each other, or rings too short for M rows.
     """
-    m, ring = values.shape[0], ring_values.shape[1]
-    _check(values, ape, norm_weight, cos, ring, finish)
-    state = (ring_values, ring_gates, rows)
-    operands = (values, gates, ape, norm_weight, cos, sin, *(array[0] for array in state), position, live, start)
-    outputs = pl.pallas_call(
-        functools.partial(_kernel, ratio=ratio, eps=eps, finish=finish),
-        out_shape=[jax.ShapeDtypeStruct(array.shape[1:], jnp.float32) for array in state],
-        grid=(m, 2),
-        input_output_aliases={6: 0, 7: 1, 8: 2},
-        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
-        interpret=interpret,
-        name=NAME,
-    )(*operands)
-    new_values, new_gates, new_rows = (array[None] for array in outputs)
-    return new_values, new_gates, new_rows
+    part = compress_part(
+        values, gates, ape, norm_weight, cos, sin, ring_values, ring_gates, rows, position, live, start,
+        ratio=ratio, eps=eps, finish=finish,
+    )  # fmt: skip
+    [[new_values, new_gates, new_rows]] = launch([part], warps=WARPS, interpret=interpret)
+    return new_values[None], new_gates[None], new_rows[None]
 
 
 def reference_rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from pallas_kernels import activation, arithmetic, lanes
 from pallas_kernels.activation import Activation
 from pallas_kernels.activation_k import ActivationK, quantize_k
 from pallas_kernels.arithmetic import LANES
+from pallas_kernels.bundle import Part, launch
 from pallas_kernels.expert_lanes import OF, Format, Loaded, Place
 from pallas_kernels.formats import BLOCK, Quantized
 from pallas_kernels.formats.iq2_xxs import selectors
@@ -104,12 +105,14 @@ def _split(refs: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
     return parts
 
 
-def _gate_up_kernel(
-    chosen_ref: Any, share_ref: Any, table_ref: Any, *refs: Any,
-    format: Format, columns: int, n: int, active: int, rows: int, limit: float, planes: int, inputs: int, interpret: bool,
+def _gate_up_body(
+    program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
+    *, format: Format, columns: int, n: int, active: int, rows: int, limit: float, planes: int, interpret: bool,
 ) -> None:  # fmt: skip
-    x_refs, gate, up, (out_ref,) = _split(refs, inputs, planes, planes, 1)
-    first, pair = pl.program_id(0) * rows, pl.program_id(1)
+    chosen_ref, share_ref, table_ref, *refs = inputs
+    x_refs, gate, up = _split(refs, len(refs) - 2 * planes, planes, planes)
+    [out_ref], tiles = outputs, pl.cdiv(n, rows)
+    first, pair = program % tiles * rows, program // tiles
     expert = chosen_ref[pair]
     weights = []
     for r in range(rows):
@@ -128,12 +131,14 @@ def _gate_up_kernel(
     plt.store(out_ref.at[pair, jnp.where(real, column, n)], hidden, mask=real)
 
 
-def _down_kernel(
-    chosen_ref: Any, table_ref: Any, *refs: Any,
-    format: Format, columns: int, n: int, active: int, rows: int, planes: int, inputs: int, interpret: bool,
+def _down_body(
+    program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
+    *, format: Format, columns: int, n: int, active: int, rows: int, planes: int, interpret: bool,
 ) -> None:  # fmt: skip
-    x_refs, down, (out_ref,) = _split(refs, inputs, planes, 1)
-    first, token = pl.program_id(0) * rows, pl.program_id(1)
+    chosen_ref, table_ref, *refs = inputs
+    x_refs, down = _split(refs, len(refs) - planes, planes)
+    [out_ref], tiles = outputs, pl.cdiv(n, rows)
+    first, token = program % tiles * rows, program // tiles
     row = _Row(format, x_refs, table_ref, columns, interpret)
     accs = _zeros(rows)
     for k in range(active):
@@ -153,11 +158,11 @@ def _table() -> jax.Array:
     return jnp.asarray(selectors())
 
 
-def gate_up(
+def gate_up_part(
     x: Activation | ActivationK, chosen: jax.Array, share: jax.Array, gate: Quantized, up: Quantized, *, limit: float,
     tile: ExpertTile | None = None, interpret: bool = False,
-) -> jax.Array:  # fmt: skip
-    """silu(min(gate, limit)) · clip(up, ±limit) · share for each row and expert that it chose, one launch.
+) -> Part:  # fmt: skip
+    """silu(min(gate, limit)) · clip(up, ±limit) · share for each row and expert that it chose.
 
     Args:
         x: M rows of D values, quantised by `quantize_for` the format of `gate`.
@@ -166,31 +171,26 @@ def gate_up(
         gate, up: stacks [E, F, D] of the same format.
 
     Returns:
-        float32 [M·K, F].
+        a part of a launch of one-warp programs, with one result float32 [M·K, F].
     """
-    kind, (_, n, k) = type(gate), gate.shape
-    tokens, active = chosen.shape
-    rows = (tile or ExpertTile.of(tokens)).gate_up
-    format = OF[kind](interpret)
-    inputs, planes = jax.tree.leaves(x), jax.tree.leaves(gate)
-    kernel = functools.partial(
-        _gate_up_kernel, format=format, columns=k // format.width, n=n, active=active, rows=rows, limit=limit,
-        planes=len(planes), inputs=len(inputs), interpret=interpret,
-    )  # fmt: skip
-    return pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((tokens * active, n), jnp.float32),
-        grid=(pl.cdiv(n, rows), tokens * active),
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
-        interpret=interpret,
-        name=GATE_UP,
-    )(chosen.reshape(-1), share.reshape(-1), _table(), *inputs, *planes, *jax.tree.leaves(up))
+    (_, n, k), (tokens, active), planes = gate.shape, chosen.shape, jax.tree.leaves(gate)
+    rows, format = (tile or ExpertTile.of(tokens)).gate_up, OF[type(gate)](interpret)
+    numbers: dict[str, Any] = {"columns": k // format.width, "n": n, "active": active, "rows": rows, "planes": len(planes)}
+    return Part(
+        name=f"{GATE_UP}_{type(gate).__name__.lower()}_m{tokens}",
+        programs=pl.cdiv(n, rows) * tokens * active,
+        body=functools.partial(_gate_up_body, format=format, limit=limit, interpret=interpret, **numbers),
+        inputs=(chosen.reshape(-1), share.reshape(-1), _table(), *jax.tree.leaves(x), *planes, *jax.tree.leaves(up)),
+        outputs=(jax.ShapeDtypeStruct((tokens * active, n), jnp.float32),),
+        # Rows that choose the same expert find it in the cache; counted is what they read from there too.
+        traffic=2 * tokens * active * n * k // gate.BLOCK * gate.DEVICE_BYTES,
+    )
 
 
-def down(
+def down_part(
     x: Activation | ActivationK, chosen: jax.Array, weight: Quantized, *, tile: ExpertTile | None = None, interpret: bool = False
-) -> jax.Array:
-    """Sum over each row's experts of their products with the row's hidden values, in the order of `chosen`, one launch.
+) -> Part:
+    """Sum over each row's experts of their products with the row's hidden values, in the order of `chosen`.
 
     Args:
         x: M·K rows of F values, the row's own weight on them, quantised by `quantize_for` the format of `weight`.
@@ -198,25 +198,19 @@ def down(
         weight: stack [E, D, F].
 
     Returns:
-        float32 [M, D].
+        a part of a launch of one-warp programs, with one result float32 [M, D].
     """
-    kind, (_, n, k) = type(weight), weight.shape
-    tokens, active = chosen.shape
-    rows = (tile or ExpertTile.of(tokens)).down
-    format = OF[kind](interpret)
-    inputs, planes = jax.tree.leaves(x), jax.tree.leaves(weight)
-    kernel = functools.partial(
-        _down_kernel, format=format, columns=k // format.width, n=n, active=active, rows=rows,
-        planes=len(planes), inputs=len(inputs), interpret=interpret,
-    )  # fmt: skip
-    return pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((tokens, n), jnp.float32),
-        grid=(pl.cdiv(n, rows), tokens),
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
-        interpret=interpret,
-        name=DOWN,
-    )(chosen.reshape(-1), _table(), *inputs, *planes)
+    (_, n, k), (tokens, active), planes = weight.shape, chosen.shape, jax.tree.leaves(weight)
+    rows, format = (tile or ExpertTile.of(tokens)).down, OF[type(weight)](interpret)
+    numbers: dict[str, Any] = {"columns": k // format.width, "n": n, "active": active, "rows": rows, "planes": len(planes)}
+    return Part(
+        name=f"{DOWN}_{type(weight).__name__.lower()}_m{tokens}",
+        programs=pl.cdiv(n, rows) * tokens,
+        body=functools.partial(_down_body, format=format, interpret=interpret, **numbers),
+        inputs=(chosen.reshape(-1), _table(), *jax.tree.leaves(x), *planes),
+        outputs=(jax.ShapeDtypeStruct((tokens, n), jnp.float32),),
+        traffic=tokens * active * n * k // weight.BLOCK * weight.DEVICE_BYTES,
+    )
 
 
 def experts(
@@ -232,5 +226,8 @@ def experts(
         float32 [M, D].
     """
     quantized = quantize_for(x, type(gate), interpret=interpret)
-    hidden = gate_up(quantized, chosen, share, gate, up, limit=limit, tile=tile, interpret=interpret)
-    return down(quantize_for(hidden, type(weight), interpret=interpret), chosen, weight, tile=tile, interpret=interpret)
+    part = gate_up_part(quantized, chosen, share, gate, up, limit=limit, tile=tile, interpret=interpret)
+    [[hidden]] = launch([part], warps=1, interpret=interpret)
+    quantized = quantize_for(hidden, type(weight), interpret=interpret)
+    [[y]] = launch([down_part(quantized, chosen, weight, tile=tile, interpret=interpret)], warps=1, interpret=interpret)
+    return y

@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import arithmetic, lanes
 from pallas_kernels.arithmetic import LANES
+from pallas_kernels.bundle import Part, launch
 
 NAME = "float_matmul"
 LOAD_BYTES = 16
@@ -44,10 +45,14 @@ def lane_values(dtype: Any) -> int:
     return LOAD_BYTES // jnp.dtype(dtype).itemsize
 
 
-def _kernel(x_ref: Any, *refs: Any, sizes: tuple[int, ...], rows: int, unroll: int, interpret: bool) -> None:
+def _body(
+    program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
+    *, sizes: tuple[int, ...], rows: int, unroll: int, interpret: bool,
+) -> None:  # fmt: skip
+    x_ref, *weight_refs = inputs
     count, (tokens, columns, width) = len(sizes), x_ref.shape
-    program, first, matrices = pl.program_id(0), 0, []
-    for weight, out, n in zip(refs[:count], refs[count:], sizes, strict=True):
+    first, matrices = 0, []
+    for weight, out, n in zip(weight_refs, outputs, sizes, strict=True):
         tiles = pl.cdiv(n, rows)
         mine = (program >= first) & (program < first + tiles) if count > 1 else None
         matrices.append(_Matrix(weight, out, n, (program - first) * rows, mine))
@@ -121,6 +126,22 @@ def cut(rows: int, heights: int, chunks: int) -> tuple[int, int]:
     return owned, min(chunks, max(loads // owned, 1))
 
 
+def float_part(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool = False) -> Part:
+    """`float_matmul` as a part of a launch of one-warp programs."""
+    m, k = x.shape
+    width = lane_values(weights[0].dtype)
+    sizes = tuple(weight.shape[0] for weight in weights)
+    rows, unroll = cut(m, sum(sizes), pl.cdiv(k // width, LANES))
+    return Part(
+        name="_".join(map(str, (NAME, *sizes, k))) + f"_m{m}",
+        programs=sum(pl.cdiv(n, rows) for n in sizes),
+        body=functools.partial(_body, sizes=sizes, rows=rows, unroll=unroll, interpret=interpret),
+        inputs=(x.reshape(m, -1, width), *(weight.reshape(weight.shape[0], -1, width) for weight in weights)),
+        outputs=tuple(jax.ShapeDtypeStruct((m, n), jnp.float32) for n in sizes),
+        traffic=sum(sizes) * k * weights[0].dtype.itemsize,
+    )
+
+
 def float_matmul(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool = False) -> list[jax.Array]:
     """Multiply the same rows with one or several float weights in one launch.
 
@@ -131,16 +152,4 @@ def float_matmul(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool 
     Returns:
         float32 [M, N] for each weight.
     """
-    m, k = x.shape
-    width = lane_values(weights[0].dtype)
-    sizes = tuple(weight.shape[0] for weight in weights)
-    rows, unroll = cut(m, sum(sizes), pl.cdiv(k // width, LANES))
-    outputs: list[jax.Array] = pl.pallas_call(
-        functools.partial(_kernel, sizes=sizes, rows=rows, unroll=unroll, interpret=interpret),
-        out_shape=[jax.ShapeDtypeStruct((m, n), jnp.float32) for n in sizes],
-        grid=(sum(pl.cdiv(n, rows) for n in sizes),),
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
-        interpret=interpret,
-        name=NAME,
-    )(x.reshape(m, -1, width), *(weight.reshape(weight.shape[0], -1, width) for weight in weights))
-    return outputs
+    return launch([float_part(x, weights, interpret=interpret)], warps=1, interpret=interpret)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,10 +13,11 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import reference, rotary, rounding
 from pallas_kernels.activation import Activation, quantize_blocks
+from pallas_kernels.bundle import Part, launch
 from pallas_kernels.formats import BLOCK, HALF, WORDS
 
 NAME = "latent"
-WARPS = 4
+WARPS = 8
 
 
 def _normed(x_ref: Any, weight_ref: Any, row: jax.Array, column: jax.Array, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -73,9 +75,10 @@ def _key(
     plt.store(ring_ref.at[place], out.astype(ring_ref.dtype), mask=real & (slot < ring_ref.shape[1]))
 
 
-def _kernel(*refs: Any, eps: float, qat: bool, interpret: bool) -> None:
-    q_ref, kv_ref, q_weight_ref, kv_weight_ref, cos_ref, sin_ref, slot_ref, _, quants_ref, scales_ref, out_ref, ring_ref = refs
-    row, part = pl.program_id(0), pl.program_id(1)
+def _body(program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any], *, eps: float, qat: bool, interpret: bool) -> None:
+    q_ref, kv_ref, q_weight_ref, kv_weight_ref, cos_ref, sin_ref, slot_ref, _ = inputs
+    quants_ref, scales_ref, out_ref, ring_ref = outputs
+    row, part = program // 2, program % 2
 
     @pl.when(part == 0)
     def query() -> None:
@@ -84,6 +87,38 @@ def _kernel(*refs: Any, eps: float, qat: bool, interpret: bool) -> None:
     @pl.when(part == 1)
     def key() -> None:
         _key(row, kv_ref, kv_weight_ref, cos_ref, sin_ref, slot_ref, ring_ref, eps=eps, qat=qat, interpret=interpret)
+
+
+def latent_part(
+    q_low: jax.Array,
+    kv: jax.Array,
+    q_weight: jax.Array,
+    kv_weight: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    ring: jax.Array,
+    slot: jax.Array,
+    *,
+    eps: float,
+    qat: bool,
+    interpret: bool = False,
+) -> Part:
+    """`latent` as a part of a launch; its results are quants, scales, the normed queries and the ring."""
+    m, width = q_low.shape
+    blocks = width // BLOCK
+    return Part(
+        name=NAME,
+        programs=2 * m,
+        body=functools.partial(_body, eps=eps, qat=qat, interpret=interpret),
+        inputs=(q_low, kv, q_weight, kv_weight, cos, sin, slot, ring),
+        outputs=(
+            jax.ShapeDtypeStruct((m, 2, blocks, HALF), jnp.int32),
+            jax.ShapeDtypeStruct((m, blocks), jnp.float32),
+            jax.ShapeDtypeStruct((m, width), jnp.float32),
+            jax.ShapeDtypeStruct(ring.shape, ring.dtype),
+        ),
+        aliases={7: 3},
+    )
 
 
 def latent(
@@ -115,23 +150,8 @@ def latent(
 
     Source: `Attention` of the reference inference code.
     """
-    m, width = q_low.shape
-    blocks = width // BLOCK
-    outputs = (
-        jax.ShapeDtypeStruct((m, 2, blocks, HALF), jnp.int32),
-        jax.ShapeDtypeStruct((m, blocks), jnp.float32),
-        jax.ShapeDtypeStruct((m, width), jnp.float32),
-        jax.ShapeDtypeStruct(ring.shape, ring.dtype),
-    )
-    quants, scales, normed, ring = pl.pallas_call(
-        functools.partial(_kernel, eps=eps, qat=qat, interpret=interpret),
-        out_shape=outputs,
-        grid=(m, 2),
-        input_output_aliases={7: 3},
-        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
-        interpret=interpret,
-        name=NAME,
-    )(q_low, kv, q_weight, kv_weight, cos, sin, slot, ring)
+    part = latent_part(q_low, kv, q_weight, kv_weight, cos, sin, ring, slot, eps=eps, qat=qat, interpret=interpret)
+    [[quants, scales, normed, ring]] = launch([part], warps=WARPS, interpret=interpret)
     return Activation(quants[:, None], scales[:, None]), normed, ring
 
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import activation, reference
 from pallas_kernels.activation import Activation
+from pallas_kernels.bundle import Part, launch
 from pallas_kernels.dispatch import DECODE_ROWS, choose
 from pallas_kernels.formats import BLOCK, Q8_0
-from pallas_kernels.q8_matmul import MOST_ROWS, q8_matmul
+from pallas_kernels.q8_matmul import MOST_ROWS, q8_part
 from pallas_kernels.tiles import tile_for
 
 Weight = jax.Array | Q8_0
@@ -117,12 +118,17 @@ def _share_warp(x: jax.Array, weights: tuple[Q8_0, ...], *, interpret: bool) -> 
     return tuple(y.reshape(m, groups, -1) for y in outputs)
 
 
-def quantized_products(x: Activation, weights: Sequence[Q8_0], *, groups: int = 1, interpret: bool = False) -> list[jax.Array]:
-    """One launch of the share-warp kernel with the tile measured for this device; the arguments are those of `q8_matmul`."""
+def quantized_part(x: Activation, weights: Sequence[Q8_0], *, groups: int = 1, interpret: bool = False) -> Part:
+    """The share-warp kernel with the tile measured for this device; the arguments are those of `q8_matmul`."""
     m, _, blocks = x.scales.shape
     device_kind = "" if interpret else jax.devices()[0].device_kind
     tile = tile_for(tuple(weight.shape[0] // groups for weight in weights), blocks * BLOCK, groups, m, device_kind)
-    return q8_matmul(x, weights, tile=tile, groups=groups, interpret=interpret)
+    return q8_part(x, weights, tile=tile, groups=groups, interpret=interpret)
+
+
+def quantized_products(x: Activation, weights: Sequence[Q8_0], *, groups: int = 1, interpret: bool = False) -> list[jax.Array]:
+    """`quantized_part` as a launch of its own."""
+    return launch([quantized_part(x, weights, groups=groups, interpret=interpret)], warps=1, interpret=interpret)[0]
 
 
 def _quantized(x: jax.Array, weights: tuple[Q8_0, ...]) -> tuple[jax.Array, ...]:

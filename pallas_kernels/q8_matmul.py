@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import arithmetic, lanes
 from pallas_kernels.activation import Activation
 from pallas_kernels.arithmetic import LANES
-from pallas_kernels.formats import HALF, Q8_0
+from pallas_kernels.bundle import Part, launch
+from pallas_kernels.formats import BLOCK, BLOCK_BYTES, HALF, Q8_0
 
 MOST_ROWS = 8
 NAME = "q8_share_warp"
@@ -176,10 +178,12 @@ class Warp:
                 plt.store(matrix.out.at[m, column], total, mask=real)
 
 
-def _kernel(x_ref: Any, xs_ref: Any, *refs: Any, sizes: tuple[int, ...], groups: int, tile: Tile, interpret: bool) -> None:
-    count = len(sizes)
-    weights, outputs = refs[: 2 * count], refs[2 * count :]
-    program, first = pl.program_id(0), 0
+def _body(
+    program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
+    *, sizes: tuple[int, ...], groups: int, tile: Tile, interpret: bool,
+) -> None:  # fmt: skip
+    count, first = len(sizes), 0
+    x_ref, xs_ref, *weights = inputs
     group, matrices = lanes.value(0), []
     for i, n in enumerate(sizes):
         tiles = pl.cdiv(n, tile.rows)
@@ -190,6 +194,20 @@ def _kernel(x_ref: Any, xs_ref: Any, *refs: Any, sizes: tuple[int, ...], groups:
         matrices.append(_Matrix(weights[2 * i], weights[2 * i + 1], outputs[i], n, group * n, row, mine))
         first += tiles
     Warp(x_ref, xs_ref, group, matrices, tile, interpret).run()
+
+
+def q8_part(x: Activation, weights: Sequence[Q8_0], *, tile: Tile, groups: int = 1, interpret: bool = False) -> Part:
+    """`q8_matmul` as a part of a launch of one-warp programs."""
+    m, k = x.quants.shape[0], weights[0].shape[1]
+    sizes = tuple(weight.shape[0] // groups for weight in weights)
+    return Part(
+        name="_".join(map(str, (NAME, *([groups] if groups > 1 else []), *sizes, k))) + f"_m{m}",
+        programs=groups * sum(pl.cdiv(n, tile.rows) for n in sizes),
+        body=functools.partial(_body, sizes=sizes, groups=groups, tile=tile, interpret=interpret),
+        inputs=(x.quants, x.scales, *(array for weight in weights for array in (weight.quants, weight.scales))),
+        outputs=tuple(jax.ShapeDtypeStruct((m, weight.shape[0]), jnp.float32) for weight in weights),
+        traffic=sum(math.prod(weight.shape) for weight in weights) // BLOCK * BLOCK_BYTES,
+    )
 
 
 def q8_matmul(x: Activation, weights: Sequence[Q8_0], *, tile: Tile, groups: int = 1, interpret: bool = False) -> list[jax.Array]:
@@ -203,16 +221,4 @@ def q8_matmul(x: Activation, weights: Sequence[Q8_0], *, tile: Tile, groups: int
     Returns:
         float32 [M, N] for each weight, [M, groups·N] when grouped.
     """
-    m = x.quants.shape[0]
-    sizes = tuple(weight.shape[0] // groups for weight in weights)
-    kernel = functools.partial(_kernel, sizes=sizes, groups=groups, tile=tile, interpret=interpret)
-    operands = [array for weight in weights for array in (weight.quants, weight.scales)]
-    outputs: list[jax.Array] = pl.pallas_call(
-        kernel,
-        out_shape=[jax.ShapeDtypeStruct((m, weight.shape[0]), jnp.float32) for weight in weights],
-        grid=(groups * sum(pl.cdiv(n, tile.rows) for n in sizes),),
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
-        interpret=interpret,
-        name=NAME,
-    )(x.quants, x.scales, *operands)
-    return outputs
+    return launch([q8_part(x, weights, tile=tile, groups=groups, interpret=interpret)], warps=1, interpret=interpret)[0]

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ds4jax.cache import CompressorCache, LayerCache, Rows
@@ -24,11 +25,12 @@ from ds4jax.model.rope import inverse_frequencies
 from pallas_kernels import activation, attention, compressor, expert_matmul, hyper_connections, indexer, latent, router, swiglu
 from pallas_kernels.activation import Activation
 from pallas_kernels.activation_k import ActivationK
+from pallas_kernels.bundle import launch
 from pallas_kernels.dispatch import OPT_OUT
-from pallas_kernels.float_matmul import float_matmul
+from pallas_kernels.float_matmul import float_matmul, float_part
 from pallas_kernels.formats import BLOCK, Q8_0, Quantized
 from pallas_kernels.hyper_connections import Entered
-from pallas_kernels.ops import quantized_products
+from pallas_kernels.ops import quantized_part, quantized_products
 
 MOST_ROWS = 8
 DENSE = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b")
@@ -96,13 +98,14 @@ class Steps:
     def of(cls, config: Config, rows: Rows, ids: jax.Array) -> Steps:
         """Compute every angle once."""
 
-        def turn(position: jax.Array, compressed: bool) -> tuple[jax.Array, jax.Array]:
-            angle = position.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config, compressed))
-            return jnp.cos(angle), jnp.sin(angle)
-
-        angles = {"plain": turn(rows.position, False), "compressed": turn(rows.position, True)}
         ratios = sorted({ratio for ratio in config.compress_ratios if ratio})
-        return cls(rows, ids, angles | {str(ratio): turn(rows.position - (ratio - 1), True) for ratio in ratios})
+        kinds = {"plain": (0, False), "compressed": (0, True), **{str(ratio): (ratio - 1, True) for ratio in ratios}}
+        # All together: a kernel of the compiler for each would take as long as the computation of all.
+        back = jnp.array([steps for steps, _ in kinds.values()], jnp.int32)
+        frequencies = jnp.asarray(np.stack([inverse_frequencies(config, compressed) for _, compressed in kinds.values()]))
+        angle = (rows.position - back[:, None]).astype(jnp.float32)[..., None] * frequencies[:, None, :]
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        return cls(rows, ids, {kind: (cos[i], sin[i]) for i, kind in enumerate(kinds)})
 
 
 def weights_of(block: nnx.Module) -> Weights:
@@ -181,60 +184,69 @@ def _q8(x: Activation, *weights: Q8_0, interpret: bool) -> list[jax.Array]:
 def _attention(
     config: Config, weights: Weights, entered: Entered, steps: Steps, cache: LayerCache, ratio: int, interpret: bool
 ) -> tuple[jax.Array, LayerCache]:
-    rows = steps.rows
-    q_low, kv = _q8(entered.quantized, weights["attn.wq_a"], weights["attn.wkv"], interpret=interpret)
-    cos, sin = steps.angles["compressed" if ratio else "plain"]
-    size = cache.window.shape[1]
-    slot = jnp.where(rows.live, rows.position % size, size)
-    quantized, q_low, window = latent.latent(
-        q_low, kv, weights["attn.q_norm"], weights["attn.kv_norm"], cos, sin, cache.window, slot,
-        eps=config.norm_eps, qat=config.qat, interpret=interpret,
-    )  # fmt: skip
-    [q] = _q8(quantized, weights["attn.wq_b"], interpret=interpret)
-    seen, cache = _compressed(config, weights, entered.x, q_low, steps, cache, ratio, interpret)
+    parts = [quantized_part(entered.quantized, (weights["attn.wq_a"], weights["attn.wkv"]), interpret=interpret)]
+    together = [weights[name] for name in COMPRESSED[:-1] if name in weights]
+    if together:
+        parts.append(float_part(entered.x, together, interpret=interpret))
+    (q_low, kv), *projections = launch(parts, warps=1, interpret=interpret)
+    quantized, q_low, cache = _take_in(config, weights, q_low, kv, projections, steps, cache, ratio, interpret)
+
+    parts = [quantized_part(quantized, (weights["attn.wq_b"],), interpret=interpret)]
+    if cache.indexer is not None:
+        parts.append(float_part(q_low, [weights[COMPRESSED[-1]]], interpret=interpret))
+    (q,), *index_queries = launch(parts, warps=1, interpret=interpret)
+    rows, cos_sin = steps.rows, steps.angles["compressed" if ratio else "plain"]
+    seen: attention.Compressed | None = None
+    if cache.compressor is not None:
+        visible = (rows.position + 1) // ratio
+        seen = attention.Leading(cache.compressor.rows, visible)
+        if cache.indexer is not None:
+            keys = cache.indexer.rows
+            index = indexer.index(
+                index_queries[0][0], projections[0][4], *cos_sin, keys, visible,
+                topk=min(config.index_topk, keys.shape[1]), qat=config.qat, interpret=interpret,
+            )  # fmt: skip
+            seen = attention.Chosen(cache.compressor.rows, index)
     _, out = attention.attend(
-        q, weights["attn.attn_sink"], cos, sin, window, rows.position, rows.end, seen, window=config.window,
+        q, weights["attn.attn_sink"], *cos_sin, cache.window, rows.position, rows.end, seen, window=config.window,
         groups=config.o_groups, scale=config.head_dim**-0.5, eps=config.norm_eps, interpret=interpret,
     )  # fmt: skip
     [low] = quantized_products(out, (weights["attn.wo_a"],), groups=config.o_groups, interpret=interpret)
     [y] = _q8(activation.quantize(low, interpret=interpret), weights["attn.wo_b"], interpret=interpret)
-    return y, dataclasses.replace(cache, window=window)
+    return y, cache
 
 
-def _compressed(
-    config: Config, weights: Weights, x: jax.Array, q_low: jax.Array, steps: Steps, cache: LayerCache, ratio: int, interpret: bool
-) -> tuple[attention.Compressed | None, LayerCache]:
-    """What the layer's ratio lets it see beyond the window, and the cache with the rows taken in."""
-    if cache.compressor is None:
-        return None, cache
-    together = [weights[name] for name in COMPRESSED[:-1] if name in weights]
-    values, gates, *index = float_matmul(x, together, interpret=interpret)
-    compress = functools.partial(_compress, config, weights, steps, ratio, interpret)
-    main = compress("attn.compressor", values, gates, cache.compressor, "fp8" if config.qat else "none")
-    cache = dataclasses.replace(cache, compressor=main)
-    visible = (steps.rows.position + 1) // ratio
-    if cache.indexer is None:
-        return attention.Leading(main.rows, visible), cache
-    keys = compress("attn.indexer.compressor", index[0], index[1], cache.indexer, "fp4" if config.qat else "none")
-    [q] = float_matmul(q_low, [weights[COMPRESSED[-1]]], interpret=interpret)
-    chosen = indexer.index(
-        q, index[2], *steps.angles["compressed"], keys.rows, visible,
-        topk=min(config.index_topk, keys.rows.shape[1]), qat=config.qat, interpret=interpret,
-    )  # fmt: skip
-    return attention.Chosen(main.rows, chosen), dataclasses.replace(cache, indexer=keys)
-
-
-def _compress(
-    config: Config, weights: Weights, steps: Steps, ratio: int, interpret: bool,
-    name: str, values: jax.Array, gates: jax.Array, cache: CompressorCache, finish: compressor.Finish,
-) -> CompressorCache:  # fmt: skip
-    rows = steps.rows
-    made = compressor.compress(
-        values, gates, weights[f"{name}.ape"].astype(jnp.float32), weights[f"{name}.norm"], *steps.angles[str(ratio)],
-        cache.values, cache.gates, cache.rows, rows.position, rows.live.astype(jnp.int32), rows.start,
-        ratio=ratio, eps=config.norm_eps, finish=finish, interpret=interpret,
-    )  # fmt: skip
-    return CompressorCache(*made)
+def _take_in(
+    config: Config, weights: Weights, q_low: jax.Array, kv: jax.Array, projections: list[list[jax.Array]], steps: Steps,
+    cache: LayerCache, ratio: int, interpret: bool,
+) -> tuple[Activation, jax.Array, LayerCache]:  # fmt: skip
+    """The low-rank queries normed and quantised, and the cache with the rows' keys and the compressors' inputs in it."""
+    rows, size = steps.rows, cache.window.shape[1]
+    slot = jnp.where(rows.live, rows.position % size, size)
+    cos_sin = steps.angles["compressed" if ratio else "plain"]
+    parts = [
+        latent.latent_part(
+            q_low, kv, weights["attn.q_norm"], weights["attn.kv_norm"], *cos_sin, cache.window, slot,
+            eps=config.norm_eps, qat=config.qat, interpret=interpret,
+        )
+    ]  # fmt: skip
+    kinds: list[tuple[str, CompressorCache, compressor.Finish]] = []
+    if cache.compressor is not None:
+        kinds.append(("attn.compressor", cache.compressor, "fp8" if config.qat else "none"))
+    if cache.indexer is not None:
+        kinds.append(("attn.indexer.compressor", cache.indexer, "fp4" if config.qat else "none"))
+    for i, (name, held, finish) in enumerate(kinds):
+        values, gates = projections[0][2 * i], projections[0][2 * i + 1]
+        cos, sin = steps.angles[str(ratio)]
+        part = compressor.compress_part(
+            values, gates, weights[f"{name}.ape"], weights[f"{name}.norm"], cos, sin,
+            held.values, held.gates, held.rows, rows.position, rows.live.astype(jnp.int32), rows.start,
+            ratio=ratio, eps=config.norm_eps, finish=finish,
+        )  # fmt: skip
+        parts.append(part)
+    (quants, scales, q_low, window), *made = launch(parts, warps=latent.WARPS, interpret=interpret)
+    caches = [CompressorCache(*(array[None] for array in arrays)) for arrays in made]
+    return Activation(quants[:, None], scales[:, None]), q_low, LayerCache(window, *caches)
 
 
 def _experts(config: Config, weights: Weights, entered: Entered, steps: Steps, interpret: bool) -> tuple[jax.Array, ...]:
@@ -246,18 +258,24 @@ def _experts(config: Config, weights: Weights, entered: Entered, steps: Steps, i
         how = {"bias": weights["ffn.gate.bias"]}
     chosen, share = router.route(logits, active=config.n_active, scale=config.route_scale, **how, interpret=interpret)
     w1, w2, w3 = (weights[f"ffn.experts.{name}"] for name in ("w1", "w2", "w3"))
-    x = entered.quantized_k or entered.quantized
-    hidden = expert_matmul.gate_up(x, chosen, share, w1, w3, limit=config.swiglu_limit, interpret=interpret)
-    gate, up = _q8(entered.quantized, weights[SHARED[0]], weights[SHARED[2]], interpret=interpret)
-    limit = config.swiglu_limit
+    x, limit = entered.quantized_k or entered.quantized, config.swiglu_limit
+    parts = [
+        expert_matmul.gate_up_part(x, chosen, share, w1, w3, limit=limit, interpret=interpret),
+        quantized_part(entered.quantized, (weights[SHARED[0]], weights[SHARED[2]]), interpret=interpret),
+    ]
+    [hidden], (gate, up) = launch(parts, warps=1, interpret=interpret)
     quantized: Activation | ActivationK
     if type(w2).BLOCK == BLOCK:
         shared = swiglu.swiglu(gate, up, limit=limit, interpret=interpret)
         quantized = activation.quantize(hidden, interpret=interpret)
     else:
         shared, quantized = swiglu.swiglu_beside(gate, up, hidden, type(w2), limit=limit, interpret=interpret)
-    [output] = _q8(shared, weights[SHARED[1]], interpret=interpret)
-    return expert_matmul.down(quantized, chosen, w2, interpret=interpret), output
+    parts = [
+        expert_matmul.down_part(quantized, chosen, w2, interpret=interpret),
+        quantized_part(shared, (weights[SHARED[1]],), interpret=interpret),
+    ]
+    [routed], [output] = launch(parts, warps=1, interpret=interpret)
+    return routed, output
 
 
 def scores(config: Config, head: Any, rows: int, *, strict: bool) -> bool:
