@@ -33,7 +33,7 @@ TOGETHER = 32
 __all__ = ["COMBINE_NAME", "SPLIT_NAME", "Chosen", "Compressed", "Leading", "attend", "attend_reference"]
 
 
-def _combine_kernel(*refs: Any, form: Form, groups: int, interpret: bool) -> None:
+def _combine_kernel(*refs: Any, form: Form, groups: int) -> None:
     top_ref, total_ref, part_ref, sink_ref, cos_ref, sin_ref, out_ref, quants_ref, scales_ref = refs
     m, head, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     width = min(TOGETHER, pl.next_power_of_2(form.splits))
@@ -62,12 +62,12 @@ def _combine_kernel(*refs: Any, form: Form, groups: int, interpret: bool) -> Non
 
     column = chunk * form.chunk + jnp.arange(form.chunk, dtype=jnp.int32)
     cos, sin = rotary.factors(cos_ref, sin_ref, m, column, form.still, inverse=True)
-    out = add_up(column, column >= 0) * cos + add_up(column ^ 1, column >= form.still) * sin
-    out = out / whole
+    sums, partners = add_up(column, column >= 0), add_up(column ^ 1, column >= form.still)
+    out = rotary.turn(sums, partners, cos, sin, interpret=form.interpret) / whole
     plt.store(out_ref.at[m, head, pl.ds(chunk * form.chunk, form.chunk)], out)
 
     blocks, a_group = form.chunk // BLOCK, form.heads // groups
-    words, scales = quantize_blocks(out.reshape(blocks, WORDS, 4), interpret=interpret)
+    words, scales = quantize_blocks(out.reshape(blocks, WORDS, 4), interpret=form.interpret)
     group, first = head // a_group, (head % a_group) * (form.dim // BLOCK) + chunk * blocks
     words = words.reshape(blocks, 2, HALF)
     block, half, word = (jax.lax.broadcasted_iota(jnp.int32, words.shape, axis) for axis in range(3))
@@ -115,7 +115,7 @@ def attend(
     if dim % BLOCK:
         raise ValueError(f"a head has {dim} columns; blocks have {BLOCK}")
     sizes = {"heads": heads, "dim": dim, "rope": 2 * cos.shape[1], "window": window, "scale": scale, "eps": eps}
-    form = Form.of(ring.shape[1], compressed, **sizes)
+    form = Form.of(ring.shape[1], compressed, interpret=interpret, **sizes)
     extra = () if compressed is None else tuple(jax.tree.leaves(compressed))
     state = jax.ShapeDtypeStruct((m, heads, form.splits), jnp.float32)
     parts = pl.pallas_call(
@@ -133,7 +133,7 @@ def attend(
         jax.ShapeDtypeStruct((m, groups, blocks), jnp.float32),
     )
     out, quants, scales = pl.pallas_call(
-        functools.partial(_combine_kernel, form=form, groups=groups, interpret=interpret),
+        functools.partial(_combine_kernel, form=form, groups=groups),
         out_shape=outputs,
         grid=(m, heads, dim // form.chunk),
         compiler_params=plt.CompilerParams(num_warps=COMBINE_WARPS, num_stages=1),

@@ -82,6 +82,7 @@ class Form:
     chosen: bool
     scale: float
     eps: float
+    interpret: bool
 
     @classmethod
     def of(cls, ring: int, compressed: Compressed | None, **sizes: Any) -> Form:
@@ -182,7 +183,7 @@ class Split:
         scale = jax.lax.rsqrt(squares / form.dim + form.eps)[:, None]
         for i, partner in partners.items():
             cos, sin = rotary.factors(self.cos, self.sin, self.m, form.columns[i], form.still, inverse=False)
-            chunks[i] = chunks[i] * cos[None, :] + partner * sin[None, :]
+            chunks[i] = rotary.turn(chunks[i], partner, cos[None, :], sin[None, :], interpret=form.interpret)
         return [_halves(x * scale) for x in chunks]
 
     def load_heads(self, column: jax.Array) -> jax.Array:

@@ -59,13 +59,14 @@ def _key(
     *,
     eps: float,
     qat: bool,
+    interpret: bool,
 ) -> None:
     size = kv_ref.shape[1]
     column = jnp.arange(max(pl.next_power_of_2(size), rounding.FP8_BLOCK), dtype=jnp.int32)
     slot, still = slot_ref[row], size - 2 * cos_ref.shape[1]
     cos, sin = rotary.factors(cos_ref, sin_ref, row, column, still, inverse=False)
     x, partner, real = _normed(kv_ref, weight_ref, row, column, eps)
-    out = x * cos + partner * sin
+    out = rotary.turn(x, partner, cos, sin, interpret=interpret)
     if qat:
         out = jnp.where(column < still, rounding.fp8(x.reshape(-1, rounding.FP8_BLOCK)).reshape(x.shape), out)
     place = (jnp.zeros_like(column), jnp.broadcast_to(slot, column.shape), column)
@@ -82,7 +83,7 @@ def _kernel(*refs: Any, eps: float, qat: bool, interpret: bool) -> None:
 
     @pl.when(part == 1)
     def key() -> None:
-        _key(row, kv_ref, kv_weight_ref, cos_ref, sin_ref, slot_ref, ring_ref, eps=eps, qat=qat)
+        _key(row, kv_ref, kv_weight_ref, cos_ref, sin_ref, slot_ref, ring_ref, eps=eps, qat=qat, interpret=interpret)
 
 
 def latent(

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import arithmetic
+
 
 def factors(cos_ref: Any, sin_ref: Any, row: jax.Array, column: jax.Array, still: int, inverse: bool) -> tuple[jax.Array, ...]:
     """What the columns int32 [n] and their partners, column ^ 1, are multiplied with: cosine and signed sine, float32 [n].
@@ -21,6 +23,12 @@ def factors(cos_ref: Any, sin_ref: Any, row: jax.Array, column: jax.Array, still
     sin = plt.load(sin_ref.at[row, pair], mask=turning, other=0.0)
     first = (column & 1) == 0
     return cos, jnp.where(first != inverse, -sin, sin)
+
+
+def turn(x: jax.Array, partner: jax.Array, cos: jax.Array, sin: jax.Array, *, interpret: bool) -> jax.Array:
+    """x [..., n] turned, with each column's partner and factors [n] of `factors`; rounded alike in every kernel."""
+    cos, sin = jnp.broadcast_to(cos, x.shape), jnp.broadcast_to(sin, x.shape)
+    return arithmetic.fma(x, cos, arithmetic.multiply(partner, sin, interpret=interpret), interpret=interpret)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, inverse: bool = False) -> jax.Array:

@@ -23,6 +23,8 @@ from pallas_kernels.attention import COMBINE_NAME, SPLIT_NAME, Chosen, Leading, 
 EPS = 1e-6
 # Of a row's largest output; what is seen in interpret mode is a fifth.
 CLOSE = 3e-6
+# Tensor cores cut their sums off where a CPU rounds.
+CLOSE_ON_GPU = 2e-5
 
 
 def in_halves(x: jax.Array, still: int) -> jax.Array:
@@ -121,11 +123,11 @@ def error(out: jax.Array, expected: jax.Array) -> np.ndarray:
 
 
 def check(name: str, *, interpret: bool) -> None:
-    case = of(name)
+    case, close = of(name), CLOSE if interpret else CLOSE_ON_GPU
     args = case.operands()
     out, activation = case.call(*args, interpret=interpret)
     worst = error(out, case.expect(*args))
-    assert (worst <= CLOSE).all(), f"{name}: rows differ by {worst} of their largest value"
+    assert (worst <= close).all(), f"{name}: rows differ by {worst} of their largest value"
     quants, scales = jax.jit(reference.quantize)(out.reshape(out.shape[0], case.groups, -1))
     words = np.ascontiguousarray(np.moveaxis(np.asarray(activation.quants), 2, 3))
     assert_bits_equal(words.reshape(*words.shape[:3], 8).view(np.int8), np.asarray(quants))
@@ -133,7 +135,7 @@ def check(name: str, *, interpret: bool) -> None:
 
     args = case.operands(as_trained)
     worst = error(case.call(*args, interpret=interpret)[0], case.expect(*args))
-    assert (worst <= CLOSE).all(), f"{name}: trained rows differ by {worst} of their largest value"
+    assert (worst <= close).all(), f"{name}: trained rows differ by {worst} of their largest value"
 
 
 @BOTH

@@ -64,7 +64,7 @@ def check(shape: dict[str, int], *, interpret: bool) -> None:
     activation, normed, ring = call(*args, qat=False, interpret=interpret)
     (quants, scales), expected, expected_ring = jax.jit(functools.partial(latent_reference, eps=EPS, qat=False))(*args)
     np.testing.assert_allclose(normed, expected, rtol=1e-6, atol=1e-6, err_msg=f"queries, {shape}")
-    np.testing.assert_allclose(ring, expected_ring, rtol=1e-6, atol=2e-6, err_msg=f"ring, {shape}")
+    np.testing.assert_allclose(ring, expected_ring, rtol=1e-6, atol=2e-6 if interpret else 4e-6, err_msg=f"ring, {shape}")
     # A quant may round to the other side, one step away.
     step = np.asarray(scales)[..., None] * 1.001
     assert (
