@@ -116,7 +116,9 @@ def cut(rows: int, heights: int, chunks: int) -> tuple[int, int]:
     owned = 4
     while owned > 1 and (owned * rows > MOST_SUMS or heights < owned * PROGRAMS):
         owned //= 2
-    return owned, min(chunks, max(MOST_LOADS // owned, 1))
+    # A single row of weights leaves registers for twice the loads, and the few programs that there then are need them.
+    loads = 2 * MOST_LOADS if owned == rows == 1 else MOST_LOADS
+    return owned, min(chunks, max(loads // owned, 1))
 
 
 def float_matmul(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool = False) -> list[jax.Array]:

@@ -23,6 +23,7 @@ from ds4jax.model.block import Block
 from ds4jax.model.rope import inverse_frequencies
 from pallas_kernels import activation, attention, compressor, expert_matmul, hyper_connections, indexer, latent, router, swiglu
 from pallas_kernels.activation import Activation
+from pallas_kernels.activation_k import ActivationK
 from pallas_kernels.dispatch import OPT_OUT
 from pallas_kernels.float_matmul import float_matmul
 from pallas_kernels.formats import BLOCK, Q8_0, Quantized
@@ -247,12 +248,16 @@ def _experts(config: Config, weights: Weights, entered: Entered, steps: Steps, i
     w1, w2, w3 = (weights[f"ffn.experts.{name}"] for name in ("w1", "w2", "w3"))
     x = entered.quantized_k or entered.quantized
     hidden = expert_matmul.gate_up(x, chosen, share, w1, w3, limit=config.swiglu_limit, interpret=interpret)
-    quantized = expert_matmul.quantize_for(hidden, type(w2), interpret=interpret)
-    routed = expert_matmul.down(quantized, chosen, w2, interpret=interpret)
     gate, up = _q8(entered.quantized, weights[SHARED[0]], weights[SHARED[2]], interpret=interpret)
-    shared = swiglu.swiglu(gate, up, limit=config.swiglu_limit, interpret=interpret)
+    limit = config.swiglu_limit
+    quantized: Activation | ActivationK
+    if type(w2).BLOCK == BLOCK:
+        shared = swiglu.swiglu(gate, up, limit=limit, interpret=interpret)
+        quantized = activation.quantize(hidden, interpret=interpret)
+    else:
+        shared, quantized = swiglu.swiglu_beside(gate, up, hidden, type(w2), limit=limit, interpret=interpret)
     [output] = _q8(shared, weights[SHARED[1]], interpret=interpret)
-    return routed, output
+    return expert_matmul.down(quantized, chosen, w2, interpret=interpret), output
 
 
 def scores(config: Config, head: Any, rows: int, *, strict: bool) -> bool:
