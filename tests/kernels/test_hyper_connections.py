@@ -152,6 +152,16 @@ def test_the_kernels_are_the_models_head():
     np.testing.assert_allclose(kernels(**PLAIN_HEAD)["x"], x * rms_scale(x, 1e-6) * weight, rtol=CLOSE, atol=CLOSE)
 
 
+def test_streams_that_cancel_stay_finite():
+    """Equal and opposite streams: Σ preᵢ preⱼ hᵢ·hⱼ is a small difference of large numbers, and may come out below zero."""
+    h, *state = PLAIN["given"]["state"]
+    fn, scale, base, weight = PLAIN["given"]["parameters"]
+    h = np.float32(1e3) * h
+    h[:, 1], h[:, 3] = -h[:, 0], -h[:, 2]
+    given = {"state": (h, *state), "parameters": (fn, np.zeros_like(scale), np.zeros_like(base), weight)}
+    assert np.isfinite(kernels(**PLAIN | {"given": given})["x"]).all()
+
+
 @pytest.mark.parametrize("change", [{"h": jnp.zeros((1, 4, 96))}, {"h": jnp.zeros((1, 2, 512))}, {"h": jnp.zeros((1, 4, 512))}])
 def test_shapes_that_do_not_fit_are_named(change):
     fn, scale, base, weight = case(256, ENTER, "float32")["parameters"]
