@@ -69,7 +69,7 @@ def q2_checkpoint(config: Config) -> Checkpoint:
     tensors = []
     for slot in slots(config):
         one = info(slot)
-        tensors.append(Tensor(slot.name, slot.shape, one.type, one.nbytes, device_nbytes(one), unreadable))
+        tensors.append(Tensor(slot.name, slot.shape, one.type, one.type, one.nbytes, device_nbytes(one), unreadable))
     return Checkpoint(Path("q2.gguf"), "gguf", config, tuple(tensors), None, {})
 
 
