@@ -84,6 +84,21 @@ def test_halves_compute_as_the_float32_values_that_they_are(strict: bool, tmp_pa
         assert_bits_equal(found[name], expected[name])
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_values_stay_when_the_file_changes(options: dict, tmp_path: Path) -> None:
+    path = tmp_path / "small.gguf"
+    write_small(path, **options)
+    opened, values = open_checkpoint(path), {tensor.name: tensor.read() for tensor in open_checkpoint(path).tensors}
+    before = {name: [np.array(leaf) for leaf in jax.tree.leaves(value)] for name, value in values.items()}
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    for tensor in opened.tensors:
+        for now, then in zip(jax.tree.leaves(values[tensor.name]), before[tensor.name], strict=True):
+            assert_bits_equal(now, then)
+    # The file is read where it lies, so that a view of it would have changed.
+    assert not np.asarray(next(tensor.read() for tensor in opened.tensors if tensor.name == "norm.weight")).any()
+
+
 def test_a_model_given_as_q8_0_and_bfloat16_is_stored_as_it_is(tmp_path: Path) -> None:
     def narrow(name: str, value: np.ndarray) -> jax.Array | Q8_0 | np.ndarray:
         if "experts" in name:
