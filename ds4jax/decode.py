@@ -209,3 +209,21 @@ def run(
         return _step(model, state, limits, filters, policy, drafter, max_draft, strict)
 
     return jax.lax.while_loop(unfinished, step, state)
+
+
+@precise
+def compile_run(
+    graph: nnx.GraphDef,
+    weights: nnx.State,
+    state: DecodeState,
+    limits: Limits,
+    filters: Filters,
+    policy: Policy,
+    *,
+    drafter: Drafter | None,
+    max_draft: int,
+    strict: bool,
+) -> None:
+    """Compile `run` for such arguments, of which the shapes are enough; the next call of it finds the program."""
+    options = {"drafter": drafter, "max_draft": max_draft, "strict": strict}
+    run.__wrapped__.lower(graph, weights, state, limits, filters, policy, **options).compile()  # type: ignore[attr-defined]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -163,6 +166,7 @@ class Generation:
         self.finish_reason = "interrupted"
         self._ready: list[int] = []
         self._seconds = 0.0
+        self._compiling: concurrent.futures.Future | None = None
         self._began = time.perf_counter()
         self._state = self._prefill(held)
         self._told = _read(self._state)
@@ -197,6 +201,8 @@ class Generation:
         cache, drafting = state.cache, state.drafting
         there = int(cache.length[0])
         missing = len(self.prompt_ids) - 1 - there
+        if missing:
+            self._compiling = model.ahead((self._capacity, self._options.strict, self._drafter), self._compile)
         for offset, width, count in chunks(missing, missing):
             start = there + offset
             cache, drafting = decode.prefill(
@@ -211,6 +217,22 @@ class Generation:
                 strict=self._options.strict,
             )
         return dataclasses.replace(state, cache=cache, drafting=drafting, last=jnp.int32(last))
+
+    def _compile(self) -> None:
+        """Compile the loop; nothing of its size is made."""
+        model, drafter, deepest = self._model, self._drafter, self._model.max_draft
+        start = functools.partial(decode.start, model.config, self._capacity, 0, drafter=drafter, max_draft=deepest)
+        decode.compile_run(
+            model.graph,
+            model.weights,
+            jax.eval_shape(start),
+            Limits(jnp.int32(0), jnp.int32(0), self._stop_ids),
+            self._filters,
+            self._policy,
+            drafter=drafter,
+            max_draft=deepest,
+            strict=self._options.strict,
+        )
 
     def advance(self, budget: int) -> list[int]:
         """Generate at most `budget` more tokens and return them; an empty list means that the continuation has ended.
@@ -238,6 +260,9 @@ class Generation:
         if counted == self._most or self._told.stopped:
             return
         model, options = self._model, self._options
+        if self._compiling is not None:
+            # Two compile no faster than one. What went wrong there goes wrong again below.
+            concurrent.futures.wait([self._compiling])
         limits = Limits(jnp.int32(min(counted + budget, self._most)), jnp.int32(self._most), self._stop_ids)
         # Kept before it is read: a Ctrl-C while the device works must not lose the cache.
         self._state = decode.run(

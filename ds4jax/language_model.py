@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ class LanguageModel:
         self.max_draft = (DEFAULT_DRAFTS if self.config.n_mtp else 0) if max_draft is None else max_draft
         _require_depth(self.max_draft)
         self.graph, self.weights = nnx.split(model)
+        self._ahead: dict[Hashable, Future] = {}
         self._step_costs: dict[tuple[int, bool, Drafter | None], tuple[float, ...]] = {}
 
     def __call__(self, ids: Sequence[int] | np.ndarray) -> Float[Array, "T V"]:
@@ -162,6 +164,17 @@ class LanguageModel:
         """
         model = nnx.merge(self.graph, self.weights)
         return LanguageModel(model, self.tokenizer, self.path, max_draft=max_draft, no_mtp=self.no_mtp)
+
+    def ahead(self, key: Hashable, work: Callable[[], None]) -> Future:
+        """Begin, once for each key, work that others need later, in a thread of its own: compiling leaves Python free.
+
+        The decode loop compiles while the prompt does. Whoever ends the process early waits for it, as for any compilation.
+        """
+        if key not in self._ahead:
+            pool = ThreadPoolExecutor(1)
+            self._ahead[key] = pool.submit(work)
+            pool.shutdown(wait=False)
+        return self._ahead[key]
 
     def step_costs(self, capacity: int, *, strict: bool, drafter: Drafter | None = None) -> tuple[float, ...]:
         """Milliseconds of a decode step at each depth 0 to `max_draft`, measured once for each program that is asked about."""

@@ -11,12 +11,18 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 
 from ds4jax.config import Config
 from ds4jax.loading.gguf_names import slots
 from ds4jax.loading.gguf_write import write_gguf
 
 GOLDEN = Path(__file__).parent / "golden" / "gguf"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "golden_gguf"
+MAIN, MTP = SHARED / "main.gguf", GOLDEN / "mtp.gguf"
+needs_main = pytest.mark.skipif(
+    not MAIN.exists(), reason=f"{MAIN.name} (7.5 MB) lies beside the checkout only where it was shared"
+)
 SMALL = Config(
     vocab_size=640,
     dim=64,

@@ -1,66 +1,21 @@
-"""Models in the layout of the published q2 file: headers without data, and files with blocks drawn at random."""
+"""Models in the layout of the published q2 file of which nothing can be read, and the sizes that tests write."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
-
+from ds4jax.bench.q2_file import WIDE, info
 from ds4jax.config import Config
 from ds4jax.loading.checkpoint import Checkpoint, Tensor
-from ds4jax.loading.gguf_header import TENSOR_TYPES, TensorInfo
-from ds4jax.loading.gguf_names import DENSE, EMBEDDING, SMALL, Slot, slots
+from ds4jax.loading.gguf_names import slots
 from ds4jax.loading.gguf_values import device_nbytes
-from ds4jax.loading.gguf_write import ALIGNMENT, header
-from pallas_kernels.formats import FORMATS
 
-# 435 MB; no tensor is a tenth of it.
-WIDE = Config(
-    vocab_size=8192,
-    dim=2048,
-    n_layers=3,
-    n_heads=16,
-    head_dim=128,
-    rope_dim=32,
-    q_lora_rank=512,
-    o_groups=4,
-    o_lora_rank=256,
-    window=32,
-    n_experts=64,
-    moe_dim=1024,
-    n_hash_layers=1,
-    compress_ratios=(0, 4, 128, 0),
-    original_context=1024,
-    index_heads=4,
-    index_dim=64,
-    index_topk=64,
-    max_context=16384,
-    n_mtp=0,
-)
 # 4.2 GB, with tensors of up to 0.18 GB.
 WIDER = dataclasses.replace(
     WIDE, dim=4096, moe_dim=2048, n_experts=128, n_layers=9, compress_ratios=(0, 0, 4, 128) + (4, 128) * 3
 )
-_SINGLE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
-
-
-def stored_type(slot: Slot) -> str:
-    """The type that the published q2 file has for a parameter."""
-    if ".experts." in slot.name:
-        return "Q2_K" if slot.name.endswith("w2.weight") else "IQ2_XXS"
-    if slot.types in (EMBEDDING, SMALL):
-        return "F16"
-    return "Q8_0" if slot.types is DENSE else slot.types[0]
-
-
-def info(slot: Slot) -> TensorInfo:
-    """The tensor of a parameter, without its place."""
-    stored = stored_type(slot)
-    _, block, nbytes = next(row for row in TENSOR_TYPES.values() if row[0] == stored)
-    return TensorInfo(slot.gguf_name, stored, slot.shape, 0, math.prod(slot.shape) // block * nbytes)
 
 
 def q2_checkpoint(config: Config) -> Checkpoint:
@@ -69,32 +24,5 @@ def q2_checkpoint(config: Config) -> Checkpoint:
     tensors = []
     for slot in slots(config):
         one = info(slot)
-        tensors.append(Tensor(slot.name, slot.shape, one.type, one.nbytes, device_nbytes(one), unreadable))
+        tensors.append(Tensor(slot.name, slot.shape, one.type, one.type, one.nbytes, device_nbytes(one), unreadable))
     return Checkpoint(Path("q2.gguf"), "gguf", config, tuple(tensors), None, {})
-
-
-def write_q2(path: Path, config: Config, seed: int = 0) -> int:
-    """Write a model, one tensor in memory at a time; returns the bytes of the largest."""
-    random = np.random.default_rng(seed)
-    infos = [info(slot) for slot in slots(config)]
-    with path.open("xb") as file:
-        file.write(header(config, [(one.name, one.shape, one.type, one.nbytes) for one in infos]))
-        for one in infos:
-            file.write(_stored(random, one, config.n_experts))
-            file.write(bytes(-one.nbytes % ALIGNMENT))
-    return max(one.nbytes for one in infos)
-
-
-def _stored(random: np.random.Generator, one: TensorInfo, n_experts: int) -> np.ndarray:
-    """A tensor's bytes; numbers and scales are small and finite."""
-    count = math.prod(one.shape)
-    if one.type == "I32":
-        return random.integers(0, n_experts, count, np.int32)
-    if one.type in _SINGLE:
-        return (random.standard_normal(count, np.float32) * np.float32(0.02)).astype(_SINGLE[one.type])
-    format = FORMATS[one.type]
-    blocks = random.integers(0, 256, (count // format.BLOCK, format.BLOCK_BYTES), np.uint8)
-    for first in format.FLOAT16:
-        # The high byte: below 2^-7, of either sign.
-        blocks[:, first + 1] &= 0x9F
-    return blocks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats import MXFP4, Quantized
@@ -22,3 +24,10 @@ def random_blocks(
     if format is MXFP4:
         blocks[..., 0] = random.integers(110, 130, blocks.shape[:-1])
     return blocks.reshape(*shape[:-1], -1)
+
+
+def form(value: jax.Array | Quantized) -> str:
+    """The type of a loaded weight, as `Tensor.form` has it."""
+    if isinstance(value, Quantized):
+        return type(value).__name__
+    return {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}[jnp.dtype(value.dtype).name]

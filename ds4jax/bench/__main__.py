@@ -21,6 +21,7 @@ from ds4jax.errors import InputError
 PROBE = "import jax; print(jax.default_backend()); print(jax.devices()[0].device_kind)"
 # Of plugins that happen to be installed, pytest-benchmark warns of workers, and warnings are errors here.
 PLUGINS = ("-p", "no:cacheprovider", "-p", "no:benchmark")
+LOAD_BYTES = 4_000_000_000
 TESTS = ("-m", "pytest", "-m", "gpu", "-o", "addopts=", "--import-mode=importlib", *PLUGINS, "-v", "-rs")
 
 DESCRIPTION = """\
@@ -126,6 +127,20 @@ def decode_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     return decode.good(content)
 
 
+def load_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
+    """The load rate of a file of 4 GB beside `cat` and a page-locked copy; writes `<slug>-load.json` and prints it."""
+    from ds4jax import runtime
+
+    runtime.configure()
+    environment.require_gpu()
+    from ds4jax.bench import load, report
+
+    content = {**environment.describe(), **load.measure(LOAD_BYTES, note)}
+    report.write(out / f"{slug}-load.json", content)
+    load.show(content)
+    return load.enough(content)
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What the suite runs at once.
@@ -141,7 +156,8 @@ class Part:
 
 PARTS = {
     "kernels": Part(kernels_part, ("-n", "0", "tests/kernels")),
-    "decode": Part(decode_part, ("-n", "0", "tests/kernels")),
+    "decode": Part(decode_part, ("-n", "8", "tests/kernels", "--deselect=tests/kernels/test_gpu.py")),
+    "load": Part(load_part, ("-n", "0", "tests/loading/test_memory.py")),
     "lossless": Part(None, ("-n", "5", "tests/test_lossless.py", "tests/test_tiny_model.py")),
 }
 

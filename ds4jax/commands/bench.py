@@ -1,4 +1,4 @@
-"""`ds4jax bench`: time the kernels on this machine's GPU, or drafting on whatever it has."""
+"""`ds4jax bench`: time the kernels on this machine's GPU, or drafting and loading on whatever it has."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ MOST_ROWS = 32
 LAYOUTS = ("flash-q2", "small-q2")
 DEFAULT_ROWS = "1,2,3,4,8,12"
 
-DESCRIPTION = "Time the kernels on an NVIDIA GPU, or decoding on any device."
+# Bytes of the file that loading is timed on: many tensors, and no more memory than any GPU has.
+LOAD_BYTES = 4e9
+
+DESCRIPTION = "Time the kernels on an NVIDIA GPU, or decoding or loading on any device."
 
 EXAMPLES = """\
 examples:
   ds4jax bench kernels
   ds4jax bench decode --synthetic flash-q2
-  ds4jax bench knight --model model.gguf"""
+  ds4jax bench knight --model model.gguf
+  ds4jax bench load --bytes 1e9"""
 
 KERNELS = """\
 Time the Q8_0 kernel on every weight shape of DeepSeek-V4-Flash, beside jnp.dot on weights expanded to bf16 and f16.
@@ -64,6 +68,18 @@ examples:
   ds4jax bench decode --synthetic flash-q2 --json decode.json --plot decode.png
   ds4jax bench decode --synthetic flash-q2 --layers 8 --draft 0 --strict
   ds4jax bench decode --synthetic flash-q2 --acceptance 0.79,0.58"""
+LOAD = """\
+Write a GGUF file in the layout of the published q2 file with random blocks, and time in turns, each three times: reading it with
+`cat`, putting as many bytes onto the device from page-locked memory (on a CPU, copying them), and loading it. The file is in the
+page cache from being written, so that no disk is timed; it lies in the folder for temporary files (TMPDIR) and is removed at the
+end. Compilation is not in the figures."""
+
+LOAD_EXAMPLES = """\
+examples:
+  ds4jax bench load
+  ds4jax bench load --bytes 4e8 --json load.json"""
+
+file_size = cli_options.number(lambda value: 1 <= value <= 1e12, "it must be 1 to 1e12 bytes")
 
 
 def row_counts(word: str) -> tuple[int, ...]:
@@ -92,7 +108,7 @@ def plot_file(word: str) -> Path:
 
 def add_parser(commands: Any) -> None:
     """Declare the sub-command and what it can time."""
-    parser = commands.add_parser("bench", help="time the kernels, or drafting", description=DESCRIPTION, epilog=EXAMPLES)
+    parser = commands.add_parser("bench", help="time the kernels, drafting or loading", description=DESCRIPTION, epilog=EXAMPLES)
     targets = parser.add_subparsers(title="what to time", dest="target", metavar="WHAT", required=True)
     kernels = targets.add_parser("kernels", help="the Q8_0 matmul", description=KERNELS, epilog=KERNELS_EXAMPLES)
     kernels.add_argument("--shapes", choices=("flash",), default="flash", help="whose weight shapes (flash)")
@@ -112,6 +128,12 @@ def add_parser(commands: Any) -> None:
     )
     knight.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     knight.set_defaults(run=run_knight)
+    load = targets.add_parser("load", help="loading a file", description=LOAD, epilog=LOAD_EXAMPLES)
+    load.add_argument(
+        "--bytes", type=file_size, default=LOAD_BYTES, metavar="N", help="about how large the file is to be (4e9), at least 29 MB"
+    )
+    load.add_argument("--json", type=cli_options.output_file, metavar="FILE", help="write every sample to this file")
+    load.set_defaults(run=run_load)
 
 
 def _add_decode(targets: Any) -> None:
@@ -230,3 +252,22 @@ def run_knight(options: argparse.Namespace) -> int:
     else:
         bench.show(where, rows)
     return 0 if bench.equal(rows) else 1
+
+
+def run_load(options: argparse.Namespace) -> int:
+    """Carry `bench load` out; returns 0.
+
+    Raises:
+        InputError: no room for the file or on the device.
+    """
+    from ds4jax import runtime
+
+    runtime.configure()
+    from ds4jax.bench import environment, report
+    from ds4jax.bench import load as bench
+
+    content = {**environment.describe(), **bench.measure(int(options.bytes), _notes())}
+    bench.show(content)
+    if options.json:
+        report.write(options.json, content)
+    return 0

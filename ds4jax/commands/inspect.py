@@ -177,11 +177,11 @@ def _on(made: Plan, checkpoint: Checkpoint, device: Device) -> dict[str, Any]:
 
 
 def dispatch(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The path of every kind of product, layers with the same shape and type taken together.
+    """The path of every kind of product, layers with the same shape and types taken together.
 
     Returns:
-        Rows with product, shape, stored, count, and for one decode step, a prefill and strict mode the path on CUDA, the path
-        elsewhere and the reason.
+        Rows with product, shape, stored, device (the weight's type there, which decides), count, and for one decode step, a
+        prefill and strict mode the path on CUDA, the path elsewhere and the reason.
     """
     from ds4jax.buckets import PREFILL
     from pallas_kernels.dispatch import choose
@@ -195,11 +195,12 @@ def dispatch(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         # The router's product is part of choosing experts and always float32.
         if product == "ffn.gate":
             continue
-        key = (product, tensor.shape, tensor.stored)
+        key = (product, tensor.shape, tensor.stored, tensor.form)
         if key not in rows:
-            choices = {name: choose(m, tensor.stored == "Q8_0", strict=strict) for name, (m, strict) in calls.items()}
+            choices = {name: choose(m, tensor.form == "Q8_0", strict=strict) for name, (m, strict) in calls.items()}
             paths = {name: {"cuda": c.cuda, "default": c.default, "reason": c.reason} for name, c in choices.items()}
-            rows[key] = {"product": product, "shape": list(tensor.shape), "stored": tensor.stored, "count": 0, **paths}
+            types = {"stored": tensor.stored, "device": tensor.form}
+            rows[key] = {"product": product, "shape": list(tensor.shape), **types, "count": 0, **paths}
         rows[key]["count"] += 1
     return list(rows.values())
 
@@ -225,10 +226,15 @@ def as_text(found: dict[str, Any]) -> str:
     if origin:
         lines += ["", "origin", *(f"  {key:<34} {_value(value)}" for key, value in origin.items())]
     if "dispatch" in found:
-        lines += ["", f"{'product':<30} {'shape':>14} {'stored':>8} {'count':>5}  path (on CUDA / elsewhere) and reason"]
+        lines += [
+            "",
+            f"{'product':<30} {'shape':>14} {'stored':>8} {'device':>7} {'count':>5}  path (on CUDA / elsewhere) and reason",
+        ]
         for row in found["dispatch"]:
             shape = "x".join(map(str, row["shape"]))
-            lines.append(f"  {row['product']:<28} {shape:>14} {row['stored']:>8} {row['count']:>5}  {_paths(row)}")
+            lines.append(
+                f"  {row['product']:<28} {shape:>14} {row['stored']:>8} {row['device']:>7} {row['count']:>5}  {_paths(row)}"
+            )
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ class Tensor:
     Attributes:
         name: its name in the published checkpoint, experts of a layer stacked.
         stored: how the file holds it, "F32", "Q8_0", "F8_E4M3" and so on.
+        form: how the device will hold it: "F32", "F16", "BF16", "I32" or a name of `pallas_kernels.formats.FORMATS`.
         nbytes: its bytes in the file.
         device_nbytes: its bytes on the device.
         read: reads it onto the default device; raises InputError where the stored values cannot be used.
@@ -31,6 +32,7 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     stored: str
+    form: str
     nbytes: int
     device_nbytes: int
     read: Callable[[], jax.Array | Quantized]

@@ -35,7 +35,7 @@ def open_gguf(path: Path, mtp_path: Path | None = None) -> Checkpoint:
     for one in sorted(found, key=lambda one: (one.header is mtp, one.info.offset)):
         read = functools.partial(read_value, one.header, one.info, config.n_experts)
         info = one.info
-        tensors.append(Tensor(one.slot.name, info.shape, info.type, info.nbytes, device_nbytes(info), read))
+        tensors.append(Tensor(one.slot.name, info.shape, info.type, info.type, info.nbytes, device_nbytes(info), read))
     return Checkpoint(
         path=path,
         kind="gguf",

@@ -63,8 +63,10 @@ def read_value(header: Header, info: TensorInfo, n_experts: int) -> jax.Array | 
     """
     check_value(header, info, n_experts)
     if info.type not in FORMATS:
-        # A copy in any case: a parameter must not change when somebody writes to the file.
-        return jax.device_put(header.raw(info).view(_PLAIN[info.type]).reshape(info.shape), may_alias=False)
+        value = header.raw(info).view(_PLAIN[info.type]).reshape(info.shape)
+        # A CPU takes memory that is aligned as it is, whatever `may_alias` says; a parameter must not change when somebody
+        # writes to the file.
+        return jax.device_put(value.copy() if jax.default_backend() == "cpu" else value)
     if info.nbytes < _SMALL:
         return _split(FORMATS[info.type], jnp.asarray(header.raw(info)), 0, info.shape[:-1])
     skip = info.offset % _ALIGNED

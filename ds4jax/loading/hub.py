@@ -149,7 +149,7 @@ def _source(name: str, parts: tuple[Stored, ...], form: str, config: Config) -> 
 def _tensor(source: Source) -> Tensor:
     stored = "+".join(sorted({FORMAT.get(part.entry.dtype, part.entry.dtype) for part in source.parts}))
     nbytes = sum(part.nbytes for part in source.parts)
-    return Tensor(source.name, source.shape, stored, nbytes, source.nbytes, source.read)
+    return Tensor(source.name, source.shape, stored, source.form, nbytes, source.nbytes, source.read)
 
 
 def _tokenizer(path: Path, config: Config) -> Tokenizer | None:

@@ -117,6 +117,9 @@ OPTIONS = [
     ("check text", "text"),
     ("bench knight --max-new-tokens 0", "--max-new-tokens"),
     ("bench knight --model missing.gguf", "missing.gguf: no such file"),
+    ("bench load --bytes 0", "--bytes"),
+    ("bench load --bytes 1GB", "--bytes: '1GB' is not a number"),
+    ("bench load --json no/such/folder/load.json", "--json"),
 ]
 
 

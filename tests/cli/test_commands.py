@@ -219,3 +219,19 @@ def test_inspect_dispatch(capsys: pytest.CaptureFixture[str]) -> None:
     assert paths["head"]["count"] == 1
     text = output(capsys, "inspect", "--dispatch")[0]
     assert "decode: pallas / xla (Q8_0, at most 32 rows); prefill: dot" in text
+
+
+@pytest.mark.parametrize(
+    ("dense", "device", "path"),
+    [(None, "F32", "dot"), ("f32", "F32", "dot"), ("bf16", "BF16", "dot"), ("q8_0", "Q8_0", "pallas")],
+)
+def test_inspect_dispatch_of_a_checkpoint_directory(
+    dense: str | None, device: str, path: str, capsys: pytest.CaptureFixture[str], root: Path
+) -> None:
+    """The device's type decides, not the file's: that is what runs."""
+    chosen = ["--dense", dense] if dense else []
+    told = json.loads(output(capsys, "inspect", root / "tests" / "golden" / "hub", *chosen, "--dispatch", "--json")[0])
+    (row,) = (row for row in told["dispatch"] if row["product"] == "attn.wq_b")
+    assert (row["stored"], row["device"], row["decode"]["cuda"]) == ("F8_E4M3", device, path)
+    (row,) = (row for row in told["dispatch"] if row["product"] == "attn.indexer.wq_b")
+    assert (row["device"], row["decode"]["reason"]) == ("F32" if device == "F32" else "BF16", "float weights")

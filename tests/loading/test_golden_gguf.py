@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_files import GOLDEN
+from gguf_files import MAIN, MTP, SHARED, needs_main
 from numerics import arrays, assert_bits_equal, assert_close
 
 import ds4jax
@@ -18,14 +18,8 @@ from ds4jax.loading.gguf_names import slots
 from ds4jax.loading.gguf_values import read_value
 from pallas_kernels.formats import Quantized
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "golden_gguf"
-MAIN, MTP = SHARED / "main.gguf", GOLDEN / "mtp.gguf"
 EXPERTS = 8
 QAT = 1e-3
-
-needs_main = pytest.mark.skipif(
-    not MAIN.exists(), reason=f"{MAIN.name} (7.5 MB) lies beside the checkout only where it was shared"
-)
 
 
 def expected(name: str) -> np.ndarray:

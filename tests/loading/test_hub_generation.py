@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hub_files import Raw, published_storage, read_raw, write_raw
 from numerics import GOLDEN, arrays, assert_bits_equal, assert_close
+from quantized import form
 
 from ds4jax.errors import InputError
 from ds4jax.language_model import LanguageModel
@@ -64,7 +65,7 @@ def test_every_golden_tensor(dense: str) -> None:
     assert {tensor.name: tensor.shape for tensor in checkpoint.tensors} == shapes(checkpoint.config)
     for tensor in checkpoint.tensors:
         value, golden = tensor.read(), expected(tensor.name)
-        assert value.nbytes == tensor.device_nbytes, tensor.name
+        assert (form(value), value.nbytes) == (tensor.form, tensor.device_nbytes), tensor.name
         if types[tensor.name] is EXPERTS:
             assert isinstance(value, MXFP4), tensor.name
             np.testing.assert_array_equal(np.asarray(value.dequantize()), golden, err_msg=tensor.name, strict=True)

@@ -14,17 +14,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from q2_files import WIDE, WIDER, write_q2
+from q2_files import WIDER
 
+from ds4jax.bench.q2_file import WIDE, write_q2
 from ds4jax.loading import open_checkpoint
 from ds4jax.loading.gguf_header import read_header
-from pallas_kernels.formats import FORMATS
+from ds4jax.loading.gguf_names import slots
+from pallas_kernels.formats import FORMATS, Quantized
 
 # What jax, the model's structure and compiling take, beside tensors.
 ALLOWED = 1_500_000_000
 # The same in practice, for a file that would fit into the allowance whole.
 USUAL = 250_000_000
 LEAST_RATE = 0.5
+# Blocks of a tensor from so many bytes on are split from where they lie in the file.
+SPLIT_IN_PLACE = 1 << 24
 ROUNDS = 3
 # Where a block of a file falls into parts.
 PARTS = {"Q8_0": (2,), "IQ2_XXS": (2,), "Q2_K": (16, 80, 82)}
@@ -141,3 +145,16 @@ def test_rate(q2: Path) -> None:
     ours, reference = (statistics.median(column) for column in zip(*rounds, strict=True))
     print(f"{q2.stat().st_size / ours / 1e9:.2f} GB/s, reference {q2.stat().st_size / reference / 1e9:.2f} GB/s")
     assert reference / ours >= LEAST_RATE
+
+
+@pytest.mark.gpu
+def test_the_gpu_holds_what_the_file_holds(q2: Path) -> None:
+    """Blocks that were split into planes there, of tensors above and below the size that is split from where it lies."""
+    header, names = read_header(q2), {slot.name: slot.gguf_name for slot in slots(WIDE)}
+    sizes: set[bool] = set()
+    for tensor in open_checkpoint(q2).tensors:
+        value, info = tensor.read(), header.tensors[names[tensor.name]]
+        sizes.add(info.nbytes < SPLIT_IN_PLACE)
+        found = value.to_bytes() if isinstance(value, Quantized) else np.asarray(value)
+        np.testing.assert_array_equal(found.reshape(-1).view(np.uint8), header.raw(info).reshape(-1), err_msg=tensor.name)
+    assert sizes == {False, True}
