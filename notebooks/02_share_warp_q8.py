@@ -55,13 +55,15 @@ error = (np.asarray(stored.dequantize()) - weight).reshape(N, K // 32, 32)
 step_size = np.asarray(stored.scales, np.float32)
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 2.9))
 left.hist((error / step_size[..., None]).ravel(), bins=60)
-left.set(xlabel="error, steps of the block's scale", ylabel="values", title="Rounding is at most half a step")
+left.set(xlabel="error, steps of the block's scale", ylabel="values", title="Error of each value")
 right.hist(np.linalg.norm(error, axis=-1).ravel() / np.linalg.norm(weight.reshape(error.shape), axis=-1).ravel() * 100, bins=40)
 right.set(xlabel="relative error of a block, %", ylabel="blocks", title="Error of each block")
 plt.show()
-assert np.abs(error / step_size[..., None]).max() < 0.52  # half a step, and the scale's own rounding to float16
+assert np.abs(error / step_size[..., None]).max() < 0.57
 
 # %% [markdown]
+# Half a step, and a little more for the largest values of a block: the scale is rounded to float16 too.
+#
 # ## The kernel, step by step
 #
 # 1. Activations are quantised to int8 in blocks of 32 as well, with a float32 scale.
@@ -96,7 +98,7 @@ left.set(
     xlabel="block of the row (a colour is one turn of the warp)", ylabel="integer dot product", title="Step 3: exact integers"
 )
 right.bar(range(LANES), lanes, color="C2")
-right.set(xlabel="lane", ylabel="sum of its blocks", title="Step 4: 32 lanes, summed once")
+right.set(xlabel="lane", ylabel="sum of its blocks", title="Step 4: 32 sums, added once")
 plt.show()
 
 # %% [markdown]
@@ -125,7 +127,7 @@ print(f"{compared:,} values, all bits equal")
 there = np.asarray(ops.matmul(jnp.asarray(x), stored, strict=False))
 exact = np.asarray(ops.matmul(jnp.asarray(x), stored, strict=True))
 print(f"jnp path against kernel {np.abs(there - np.concatenate(alone)).max():.1e}, ", end="")
-print(f"rounding of activations against strict {np.abs(there - exact).max():.1e}, values of size {np.abs(exact).std():.2f}")
+print(f"rounding of activations against strict {np.abs(there - exact).max():.1e}, values of size {exact.std():.2f}")
 assert np.abs(there - np.concatenate(alone)).max() < 1e-5
 
 # %% [markdown]
@@ -139,7 +141,7 @@ products = sorted(FLASH, key=lambda product: product.weight_bytes)
 names = [product.name for product in products]
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.0), width_ratios=(3, 2))
 left.barh(names, [product.weight_bytes / 1e6 for product in products])
-left.set(xscale="log", xlabel="megabytes of weights a launch (logarithmic)", title="What a launch reads")
+left.set(xscale="log", xlabel="megabytes of weights a launch (logarithmic)", title="What a launch reads", xlim=(1, 1000))
 for rows, colour in ((1, "C2"), (8, "C1")):
     share = [100 * (1 - product.weight_bytes / product.traffic(rows)) for product in products]
     right.plot(share, names, "o", color=colour, label=f"{rows} row{'s' * (rows > 1)}")
@@ -170,9 +172,7 @@ for axes, name in zip(panels, ("nvidia-h100-80gb-hbm3", "nvidia-h200"), strict=T
         axes.plot(intensity, speed, "o-", markersize=4, linewidth=1, label=f"{product.name}  {key}")
     line = np.array([1.5, 17])
     axes.plot(line, line * results["copy_gbps"] / 1e3, "k--", linewidth=1, label="copy bandwidth")
-    axes.set(
-        xscale="log", yscale="log", xlabel="operations for each byte moved", title=results["device"].replace("80GB HBM3", "")
-    )
+    axes.set(xscale="log", yscale="log", xlabel="operations for each byte moved", title=results["device"][:11])
     axes.set_xticks([2, 4, 8, 16], ["2", "4", "8", "16"])
     axes.minorticks_off()
     axes.text(0.97, 0.05, f"copy {results['copy_gbps']:,.0f} GB/s", transform=axes.transAxes, ha="right")

@@ -39,7 +39,7 @@ model = ds4jax.load(max_draft=1)
 # %% [markdown]
 # ## A text that it has never seen
 #
-# Made by a few templates: 25 kB of reports. The last ones are held out.
+# Made by a few templates: 26 kB of reports. The last ones are held out.
 
 # %%
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -95,11 +95,11 @@ print(f"before training {before.mean():.1%} of {len(before)} first drafts stand"
 # ## Train
 #
 # `model.float_model()` multiplies the Q8_0 weights out to float32, `teacher` runs the frozen model once over each window of the
-# text, and `mtp_loss` needs only the block after that. With `distill=1` the block learns what the model says rather than what the
-# text says: drafts are judged by the model.
+# text, and `mtp_loss` needs only the block after that. With `distill=1` the block learns what the model says rather than what
+# the text says: drafts are judged by the model.
 
 # %%
-WINDOW, BATCH, STEPS = 128, 8, 48
+WINDOW, BATCH, STEPS = 128, 8, 36
 ids = np.array(model.tokenizer.encode(known_text), np.int32)
 starts = range(0, len(ids) - WINDOW - 1, WINDOW)
 windows = jnp.asarray(np.stack([ids[start : start + WINDOW + 1] for start in starts]))
@@ -175,22 +175,33 @@ plt.show()
 # %% [markdown]
 # ## The decode loop agrees
 #
-# The same, measured by the loop that drafts, verifies and accepts: it goes on from places all over the held-out reports, and
-# every step but the last can keep one draft. The tokens are those of plain decode by the model as it was.
+# The same, measured by the loop that drafts, verifies and accepts: two tokens after each of 48 places in the held-out reports
+# take one step where the first draft stands and two where it does not. And longer continuations, which leave the weather soon,
+# are word for word those of plain decode by the model as it was.
 
 # %%
-PROMPTS, TOKENS = 40, 4
-cuts = np.linspace(80, len(held_ids) - 1, PROMPTS).astype(int)
-options = {"max_new_tokens": TOKENS, "ignore_eos": True}
-steps = {"before": 0, "after": 0}
-for cut in cuts:
-    prompt = held_ids[cut - 80 : cut]
-    plain = model.generate(prompt, draft=0, **options)
-    for name, drafting in (("before", model), ("after", tuned)):
-        result = drafting.generate(prompt, draft=1, **options)
-        assert result.ids == plain.ids, (cut, name)
-        steps[name] += result.steps
-made = PROMPTS * TOKENS
-print(f"{made} tokens, equal to plain decode's in all {PROMPTS} places")
-print(f"steps: {made} plain, {steps['before']} with the block as shipped, {steps['after']} with the tuned one")
-assert steps["after"] < steps["before"] < made
+PLACES_TRIED, CONTEXT = 48, 80
+cuts = np.linspace(CONTEXT, len(held_ids) - 1, PLACES_TRIED).astype(int)
+blocks = {"as shipped": model, "tuned": tuned}
+
+
+def same_as_plain(prompt: np.ndarray, tokens: int) -> dict[str, int]:
+    """Steps that each block takes, after a check that the tokens are plain decode's."""
+    plain = model.generate(prompt, max_new_tokens=tokens, draft=0, ignore_eos=True)
+    steps = {}
+    for name, drafting in blocks.items():
+        result = drafting.generate(prompt, max_new_tokens=tokens, draft=1, ignore_eos=True)
+        assert result.ids == plain.ids, (name, prompt)
+        steps[name] = result.steps
+    return steps
+
+
+tried = [same_as_plain(held_ids[cut - CONTEXT : cut], 2) for cut in cuts]
+stood = {name: np.mean([steps[name] == 1 for steps in tried]) for name in blocks}
+for name, share in stood.items():
+    print(f"{name:<11} the first draft stood in {share:.0%} of {PLACES_TRIED} places")
+assert stood["tuned"] - stood["as shipped"] >= 0.10
+
+for cut in cuts[:: PLACES_TRIED // 4]:
+    print("48 tokens, steps:", same_as_plain(held_ids[cut - CONTEXT : cut], 48))
+print("every token equal to plain decode's")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -19,8 +20,6 @@ from ds4jax.commands import version
 
 
 def printed(**environment: str) -> list[str]:
-    import os
-
     done = subprocess.run(
         [sys.executable, "-m", "ds4jax", "--version"], capture_output=True, text=True, check=True, env=os.environ | environment
     )
@@ -76,7 +75,7 @@ def test_every_help_has_an_example(parser: argparse.ArgumentParser) -> None:
     assert found
     assert lines
     assert all(len(line) <= 110 for line in lines)
-    assert all(line.strip().startswith(parser.prog) for line in lines)
+    assert all(parser.prog in line for line in lines)
 
 
 def test_readme_knows_every_command(root: Path) -> None:
