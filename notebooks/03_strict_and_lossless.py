@@ -146,6 +146,7 @@ for left, right in pairs.values():
 colours = ListedColormap(["#d55e00", "#e8c468", "#0072b2"])
 figure, axes = plt.subplots(figsize=(7.6, 2.1))
 image = axes.imshow(marks, cmap=colours, vmin=-0.5, vmax=2.5, aspect="auto", interpolation="none")
+axes.hlines([0.5, 1.5], -0.5, 47.5, color="white", linewidth=3)
 axes.set(xlabel="new token", title="The same token? The same bits?")
 axes.set_yticks(range(len(pairs)), pairs)
 axes.grid(visible=False)

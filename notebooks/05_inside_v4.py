@@ -40,7 +40,8 @@ print(trace)
 # ## Streams and how they mix
 #
 # The residual is four streams wide. Around every sub-layer they are mixed by a matrix that Sinkhorn iterations have made doubly
-# stochastic: mass moves between streams, none is lost. Mean over the text's tokens, around attention:
+# stochastic: mass moves between streams, none is lost. In this small model they stay near the identity. Mean over the text's
+# tokens, around attention:
 
 # %%
 combs = trace.over_layers("hc_attn_comb")
@@ -59,7 +60,7 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 2.9))
 streams = [trace["embedded"], *trace.over_layers("streams").values()]
 for stream in range(config.hc_mult):
     left.plot([np.linalg.norm(h[:, stream], axis=-1).mean() for h in streams], "o-", markersize=3, label=f"stream {stream}")
-left.set(xlabel="after layer (0: embedding)", ylabel="mean norm", title="Size of the streams", yscale="log")
+left.set(xlabel="layers passed (0: the embedding)", ylabel="mean norm", title="Size of the streams", yscale="log")
 left.legend(ncols=2, fontsize=8)
 taken = np.stack([pre.mean(0) for pre in trace.over_layers("hc_attn_pre").values()])
 image = right.imshow(taken.T, aspect="auto", cmap="Blues", vmin=0)
@@ -127,7 +128,7 @@ for axes, (name, (picture, colours, limits)) in zip(panels, views.items(), stric
     axes.set(title=name, xlabel="compressed row")
     axes.grid(visible=False)
     if name != "chosen rows":
-        bar = figure.colorbar(image, ax=axes, shrink=0.8)
+        bar = figure.colorbar(image, ax=axes, shrink=0.8, label="" if "log" in name else "no unit")
         if "log" in name:
             bar.set_ticks([-3, -2, -1, 0, 1], labels=["0.001", "0.01", "0.1", "1", "10"])
 panels[0].set(ylabel="query, token")
@@ -166,9 +167,9 @@ final = lens[-1].argmax(-1)
 agreed = [100 * (log_p.argmax(-1) == final).mean() for log_p in lens]
 figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 2.8))
 left.plot(bits, "o-")
-left.set(xlabel="after layer (0: embedding)", ylabel="median surprise, bits", title="What the head reads", ylim=(0, None))
+left.set(xlabel="layers passed (0: the embedding)", ylabel="median surprise, bits", title="What the head reads", ylim=(0, None))
 right.plot(agreed, "o-", color="C2")
-right.set(xlabel="after layer (0: embedding)", ylabel="same token as the last layer, %", ylim=(0, 103), title="Agreement")
+right.set(xlabel="layers passed (0: the embedding)", ylabel="same token as the last layer, %", ylim=(0, 103), title="Agreement")
 plt.show()
 assert bits[-1] < bits[0]
 np.testing.assert_allclose(lens[-1], jax.nn.log_softmax(trace["logits"]), atol=1e-3)
@@ -183,7 +184,7 @@ for row, log_p in enumerate(lens):
     for column in range(words):
         axes.text(column, row, names[log_p[first + column].argmax()], ha="center", va="center", fontsize=7)
 axes.set_xticks(range(words), [names[ids[first + column + 1]] for column in range(words)], fontsize=8)
-axes.set(xlabel="true next token", ylabel="after layer", title="Most likely next token, read after each layer")
+axes.set(xlabel="true next token", ylabel="layers passed", title="Most likely next token, as the head reads it")
 axes.grid(visible=False)
 figure.colorbar(image, ax=axes, label="its probability, %", ticks=[0, 50, 100])
 plt.show()

@@ -63,7 +63,7 @@ def mtp_loss(
     Raises:
         ValueError: the model has no MTP block.
 
-    Source: DeepSeek-V3 report (arXiv 2412.19437) §2.2; distillation as in speculative decoding (arXiv 2211.17192, §3).
+    Source: DeepSeek-V3 report (arXiv 2412.19437) §2.2; distillation as in DistillSpec (arXiv 2310.08461).
     """
     if not model.config.n_mtp:
         raise ValueError("the model has no MTP block, so there is no MTP loss")
