@@ -37,7 +37,8 @@ model = ds4jax.load(max_draft=MOST)
 # One prompt at every depth, all in the same compiled program. The tokens are the same; the number of steps is not.
 
 # %%
-PROMPT = "And it came to pass in those days, that"
+held_out = HELDOUT.read_text("utf-8")
+PROMPT = model.encode(held_out[:600])[:120]
 runs = [model.generate(PROMPT, max_new_tokens=96, draft=depth) for depth in range(MOST + 1)]
 for depth, run in enumerate(runs):
     shares = ", ".join(f"{share:.0%}" for share in run.acceptance) or "none made"
@@ -55,7 +56,6 @@ for depth, run in enumerate(runs):
 # is how often a greedy first draft stands there. Text that the model knows is easy for both; elsewhere each guesses by itself.
 
 # %%
-held_out = HELDOUT.read_text("utf-8")
 learnt = (HELDOUT.parent / "train_extract.txt").read_text("utf-8")
 PROSE = (
     "The train was late again, so Anna bought a coffee and a paper. Prices of houses had gone up, the council argued about a "
@@ -83,7 +83,7 @@ def stands(text: str) -> np.ndarray:
 
 stood = {name: stands(text) for name, text in texts.items()}
 chains = {
-    name: model.generate(texts[name][:400], max_new_tokens=160, draft=MOST, ignore_eos=True)
+    name: model.generate(model.encode(texts[name])[:120], max_new_tokens=160, draft=MOST, ignore_eos=True)
     for name in ("learnt (Genesis)", "held out (Revelation)", "modern prose")
 }
 
@@ -158,7 +158,7 @@ plt.show()
 # what a step costs here. Greedy text does not depend on it.
 
 # %%
-prompts = {"held out": held_out[:300], "modern prose": PROSE[:200]}
+prompts = {"held out": PROMPT, "modern prose": model.encode(PROSE)[:120]}
 DRAFTS = (0, 1, 2, MOST, "auto")
 speeds = dict.fromkeys([(name, draft) for name in prompts for draft in DRAFTS], 0.0)
 for _ in range(3):

@@ -34,7 +34,7 @@ from ds4jax.training.mtp import MTP_PARAMETERS, mtp_loss, teacher
 
 runtime.configure()
 plt.style.use("plain.mplstyle")
-model = ds4jax.load(max_draft=1)
+shipped = ds4jax.load(max_draft=1)
 
 # %% [markdown]
 # ## A text that it has never seen
@@ -75,11 +75,16 @@ print(f"{len(known_text):,} bytes to learn from, {len(new_text):,} held out. For
 # %% [markdown]
 # ## How often does the first draft stand?
 #
+# `float_model()` multiplies the Q8_0 weights out to float32, which is what gradients need, and `with_mtp_of` puts its MTP block
+# beside the Q8_0 weights of the main model. So the block as shipped and the tuned one run in the same compiled program.
+#
 # A greedy first draft stands when the block's most likely token is the model's own. `model.logits(..., mtp=True)` gives both at
 # every position of a text.
 
 # %%
-held_ids = model.encode(new_text)[:1025]
+floats = shipped.float_model()
+model = shipped.with_mtp_of(floats)
+held_ids = model.encode(new_text)[:1024]
 
 
 def stands(model: ds4jax.LanguageModel) -> np.ndarray:
@@ -94,9 +99,8 @@ print(f"before training {before.mean():.1%} of {len(before)} first drafts stand"
 # %% [markdown]
 # ## Train
 #
-# `model.float_model()` multiplies the Q8_0 weights out to float32, `teacher` runs the frozen model once over each window of the
-# text, and `mtp_loss` needs only the block after that. With `distill=1` the block learns what the model says rather than what
-# the text says: drafts are judged by the model.
+# `teacher` runs the frozen model once over each window of the text, and `mtp_loss` needs only the block after that. With
+# `distill=1` the block learns what the model says rather than what the text says: drafts are judged by the model.
 
 # %%
 WINDOW, BATCH, STEPS = 128, 8, 36
@@ -104,7 +108,6 @@ ids = np.array(model.tokenizer.encode(known_text), np.int32)
 starts = range(0, len(ids) - WINDOW - 1, WINDOW)
 windows = jnp.asarray(np.stack([ids[start : start + WINDOW + 1] for start in starts]))
 
-floats = model.float_model()
 known = jax.lax.map(jax.jit(lambda window: teacher(floats, window)), windows)
 graph, block, frozen = nnx.split(floats, MTP_PARAMETERS, ...)
 optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, STEPS))
@@ -144,8 +147,6 @@ plt.show()
 
 # %% [markdown]
 # ## After
-#
-# `with_mtp_of` puts the trained block beside the untouched Q8_0 weights of the main model.
 
 # %%
 tuned = model.with_mtp_of(nnx.merge(graph, block, frozen))
