@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ds4jax.sampling import Sampling
     from ds4jax.session import Session
     from ds4jax.tokenizer import Tokenizer
+    from ds4jax.trace import Trace
+    from ds4jax.training.mtp import mtp_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "Sampling",
     "Session",
     "Tokenizer",
+    "Trace",
     "generate",
     "load",
+    "mtp_loss",
 ]
 
 _HOME = {
@@ -41,8 +45,10 @@ _HOME = {
     "Sampling": "sampling",
     "Session": "session",
     "Tokenizer": "tokenizer",
+    "Trace": "trace",
     "generate": "language_model",
     "load": "language_model",
+    "mtp_loss": "training.mtp",
 }
 
 

@@ -12,10 +12,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import ds4jax
 from ds4jax.commands import bench, chat, check, convert, generate, inspect, logits, vectors
 from ds4jax.commands import eval as evaluation
+from ds4jax.commands.version import Version
 from ds4jax.errors import InputError
+
+EXAMPLES = """\
+examples:
+  ds4jax generate "In the beginning"
+  ds4jax inspect model.gguf
+  ds4jax chat --model model.gguf
+  ds4jax --version
+
+`ds4jax COMMAND --help` has the options and examples of each."""
 
 INTERRUPTED = 130
 READER_LEFT = 141
@@ -38,9 +47,9 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="ds4jax",
         description="DeepSeek-V4-Flash inference in JAX. Without --model, every command uses the tiny model that ships inside.",
-        epilog='example:\n  ds4jax generate "In the beginning"',
+        epilog=EXAMPLES,
     )
-    parser.add_argument("--version", action="version", version=f"ds4jax {ds4jax.__version__}")
+    parser.add_argument("--version", action=Version, help="print versions, the device and the kernel path in use there")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for module in (generate, chat, logits, inspect, convert, evaluation, vectors, check, bench):
         module.add_parser(commands)

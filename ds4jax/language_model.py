@@ -23,11 +23,14 @@ from ds4jax.generation import MOST_DRAFTS, Generation, Options, Prompt, Result
 from ds4jax.model.parameters import Value, build
 from ds4jax.model.transformer import Transformer
 from ds4jax.scoring import extend
+from ds4jax.training.mtp import MTP_PARAMETERS
+from pallas_kernels.formats import Quantized
 
 if TYPE_CHECKING:
     from ds4jax.check import Report
     from ds4jax.loading import Checkpoint
     from ds4jax.tokenizer import Tokenizer
+    from ds4jax.trace import Trace
 
 SHIPPED = Path(__file__).parent / "assets" / "tiny.gguf"
 DEFAULT_DRAFTS = 2
@@ -156,6 +159,48 @@ class LanguageModel:
 
         return check(self, prompt, long=long, strict=strict)
 
+    def trace(self, ids: Sequence[int] | np.ndarray, *, only: str | Sequence[str] | None = None) -> Trace:
+        """Look inside: attention weights, chosen rows and experts, streams and mixing matrices of every layer, in one program.
+
+        The sequence is scored from position 0 with float32 products, as a prefill is.
+
+        Args:
+            ids: T token ids.
+            only: names or beginnings of names, `*` for anything: `"layers.3"`, `["*.streams", "mtp"]`. None takes all, which for
+                long sequences is large: the window's weights alone are float32 [T, H, T] for each layer.
+
+        Returns:
+            A mapping from names to numpy arrays; `print` lists them, `ds4jax.trace.LAYER` and `WHOLE` document them.
+
+        Raises:
+            InputError: as for `model(ids)`, or nothing has such a name.
+        """
+        from ds4jax.trace import trace
+
+        return trace(self, ids, only=only)
+
+    def float_model(self) -> Transformer:
+        """The model with every weight as float32, for gradients.
+
+        `ds4jax.model.forward.score(model.float_model(), ids)` is differentiable, and so is `ds4jax.mtp_loss`. Takes four bytes
+        a parameter beside the weights that are loaded.
+        """
+        return nnx.merge(self.graph, jax.tree.map(_as_float, self.weights, is_leaf=lambda leaf: isinstance(leaf, Quantized)))
+
+    def with_mtp_of(self, other: Transformer) -> LanguageModel:
+        """The same main model, not copied, with the MTP block of another, such as a `float_model` that was trained.
+
+        What it generates greedily does not change: the MTP block only drafts.
+
+        Raises:
+            InputError: there is no MTP block in one of them, or it has another shape.
+        """
+        if not self.config.n_mtp or other.config != self.config:
+            raise InputError("with_mtp_of: both models must have the same shape, with an MTP block")
+        graph, _, *rest = nnx.split(nnx.merge(self.graph, self.weights), MTP_PARAMETERS, ...)
+        model = nnx.merge(graph, nnx.state(other, MTP_PARAMETERS), *rest)
+        return LanguageModel(model, self.tokenizer, self.path, max_draft=self.max_draft)
+
     def with_max_draft(self, max_draft: int) -> LanguageModel:
         """The same weights, not copied, behind a decode loop for another deepest draft.
 
@@ -206,6 +251,12 @@ class LanguageModel:
             InputError: not a list of integers, empty, longer than the context, or an id outside the vocabulary.
         """
         return _checked(ids, self.config)
+
+
+def _as_float(leaf: jax.Array | Quantized) -> jax.Array:
+    if isinstance(leaf, Quantized):
+        return leaf.dequantize()
+    return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def encoded(prompt: Prompt, config: Config, tokenizer: Tokenizer | None, path: Path | None) -> np.ndarray:

@@ -35,7 +35,13 @@ def _flag(field: dataclasses.Field) -> str:
 
 def build_parser() -> Parser:
     """The parser: every field of a recipe is an option; those not given keep their default, or what a resumed run has."""
-    parser = Parser(prog=PROGRAM, description=__doc__.split(": ", 1)[1], allow_abbrev=False)
+    parser = Parser(
+        prog=PROGRAM,
+        description=__doc__.split(": ", 1)[1],
+        epilog=f"examples:\n  {PROGRAM} --text kjv.txt --steps 2600\n  {PROGRAM} --resume runs/tiny --export tiny.gguf",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of a new run (default: runs/tiny)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
     parser.add_argument(

@@ -27,7 +27,9 @@ GATHER_ROWS = 8
 Segment = tuple[jax.Array, jax.Array]
 
 
-def attend(q_THQ: jax.Array, segments: list[Segment], sink_H: jax.Array, scale: float) -> tuple[jax.Array, list[jax.Array]]:
+def attend(
+    q_THQ: jax.Array, segments: list[Segment], sink_H: jax.Array, scale: float, record: Record = ignore
+) -> tuple[jax.Array, list[jax.Array]]:
     """Softmax attention with a sink over several sets of rows that are keys and values at once.
 
     Args:
@@ -48,6 +50,7 @@ def attend(q_THQ: jax.Array, segments: list[Segment], sink_H: jax.Array, scale: 
     top = jnp.maximum(top, sink_H[None, :, None])
     weights = [jnp.exp(score - top) for score in scores]
     total = jnp.exp(sink_H[None, :, None] - top) + sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+    record("sink_weights", (jnp.exp(sink_H[None, :, None] - top) / total)[..., 0])
     weights = [w / total for w in weights]
     out = jnp.zeros_like(q_THQ)
     for (rows, _), weight in zip(segments, weights, strict=True):
@@ -85,6 +88,7 @@ class Attention(nnx.Module):
         q_THQ = self.wq_b(q_low_TL, strict=rows.strict).reshape(-1, config.n_heads, config.head_dim)
         q_THQ = rotate(q_THQ * rms_scale(q_THQ, config.norm_eps), rows.position, frequencies)
         kv_TQ = self._finish_rows(rotate(self.kv_norm(kv_TQ), rows.position, frequencies))
+        record("kv", kv_TQ)
 
         written = write_ring(cache.window, kv_TQ, rows)
         segments = [self._window(kv_TQ, rows, cache.window, written)]
@@ -92,7 +96,7 @@ class Attention(nnx.Module):
         segments += compressed
         cache = dataclasses.replace(cache, window=written)
         sink_H = self.attn_sink.get_value().astype(jnp.float32)
-        out_THQ, weights = attend(q_THQ, segments, sink_H, config.head_dim**-0.5)
+        out_THQ, weights = attend(q_THQ, segments, sink_H, config.head_dim**-0.5, record)
         for name, weight in zip(("window", "compressed"), weights, strict=False):
             record(f"{name}_weights", weight)
         out_THQ = rotate(out_THQ, rows.position, frequencies, inverse=True)

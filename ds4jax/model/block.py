@@ -46,11 +46,17 @@ class Block(nnx.Module):
         """Streams float32 [T, N, D] through the block; ids choose the experts of a hash-routed layer."""
         with jax.named_scope("attention"):
             x_TD, post, comb = self._collapse("attn", h_TND, record)
-            y_TD, cache = self.attn(self.attn_norm(x_TD), rows, cache, under(record, "attn"))
+            x_TD = self.attn_norm(x_TD)
+            y_TD, cache = self.attn(x_TD, rows, cache, under(record, "attn"))
+            record("attn_in", x_TD)
+            record("attn_out", y_TD)
             h_TND = hc.expand(y_TD, h_TND, post, comb)
         with jax.named_scope("experts"):
             x_TD, post, comb = self._collapse("ffn", h_TND, record)
-            y_TD = self.ffn(self.ffn_norm(x_TD), ids_T, strict=rows.strict, record=under(record, "ffn"))
+            x_TD = self.ffn_norm(x_TD)
+            y_TD = self.ffn(x_TD, ids_T, strict=rows.strict, record=under(record, "ffn"))
+            record("ffn_in", x_TD)
+            record("ffn_out", y_TD)
             h_TND = hc.expand(y_TD, h_TND, post, comb)
         record("streams", h_TND)
         return h_TND, cache
@@ -58,5 +64,6 @@ class Block(nnx.Module):
     def _collapse(self, part: str, h_TND: jax.Array, record: Record) -> tuple[jax.Array, jax.Array, jax.Array]:
         fn, base, scale = (getattr(self, f"hc_{part}_{name}").get_value() for name in ("fn", "base", "scale"))
         pre, post, comb = hc.split(hc.mixes(h_TND, fn, self.config.norm_eps), scale, base, self.config)
-        record(f"hc_{part}_comb", comb)
+        for name, value in (("pre", pre), ("post", post), ("comb", comb)):
+            record(f"hc_{part}_{name}", value)
         return hc.collapse(h_TND, pre), post, comb

@@ -50,6 +50,7 @@ class Compressor(nnx.Module):
         record("normed", normed)
         first = position - (self.ratio - 1)
         entries = finish(rotate(normed, first, inverse_frequencies(self.config, compressed=True)))
+        record("rows", entries)
         block = jnp.where(closed, position // self.ratio, cache.rows.shape[1])
         return CompressorCache(
             write_ring(cache.values, values, rows),

@@ -78,9 +78,10 @@ class Router(nnx.Module):
             _, chosen_TK = jax.lax.top_k(scores_TE + self.bias.get_value(), self.config.n_active)
         weights_TK = jnp.take_along_axis(scores_TE, chosen_TK, axis=1)
         total = jnp.maximum(jnp.sum(weights_TK, axis=1, keepdims=True), LEAST_WEIGHT_SUM)
-        record("scores", scores_TE)
-        record("chosen", chosen_TK)
-        return chosen_TK, weights_TK / total * self.config.route_scale
+        weights_TK = weights_TK / total * self.config.route_scale
+        for name, value in (("scores", scores_TE), ("chosen", chosen_TK), ("weights", weights_TK)):
+            record(name, value)
+        return chosen_TK, weights_TK
 
 
 class Stack(nnx.Module):

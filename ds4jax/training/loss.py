@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ds4jax.model.forward import score
 from ds4jax.training.data import FIRST_SPECIALS, LAST_SPECIALS
+from ds4jax.training.mtp import chosen_log_p, mtp_parts
 from ds4jax.training.network import Network, Weights
 from ds4jax.training.optimizer import is_dropped_matrix, is_dropped_norm
 from ds4jax.training.recipe import Recipe
@@ -80,30 +81,15 @@ def index_divergence(score_TS: jax.Array, weights_THS: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sum(jnp.where(attended, target * (log_target - log_p), jnp.float32(0)), axis=-1))
 
 
-def _of(logits_TV: jax.Array, ids_T: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logits_TV, ids_T[:, None], axis=-1)[:, 0]
-
-
-def _mtp_parts(recipe: Recipe, logits_TV: jax.Array, mtp_logits_TV: jax.Array, window: jax.Array) -> dict[str, jax.Array]:
-    """Loss of the MTP block: row t against the token at t+2, and against what the main model says in row t+1."""
-    guess_TV = jax.nn.log_softmax(mtp_logits_TV[:-1])
-    teacher_TV = jax.lax.stop_gradient(logits_TV[1:])
-    hard = -jnp.mean(_of(guess_TV, window[2:]))
-    soft = -jnp.mean(jnp.sum(jax.nn.softmax(teacher_TV) * guess_TV, axis=-1))
-    agreed = jnp.argmax(guess_TV, -1) == jnp.argmax(teacher_TV, -1)
-    loss = (1 - recipe.mtp_distill) * hard + recipe.mtp_distill * soft
-    return {"mtp_nll": hard, "mtp_loss": loss, "agreement": jnp.mean(agreed.astype(jnp.float32))}
-
-
 def _window(
     network: Network, recipe: Recipe, params: Weights, tables: Weights, window: jax.Array, inputs: jax.Array
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Weights]]:
     tape: dict[str, jax.Array] = {}
     logits_TV, mtp_TV = score(network.model(params, tables), inputs, tape=tape)
-    parts = {"nll": -jnp.mean(_of(jax.nn.log_softmax(logits_TV), window[1:]))}
+    parts = {"nll": -jnp.mean(chosen_log_p(logits_TV, window[1:]))}
     loss = parts["nll"]
     if mtp_TV is not None:
-        parts |= _mtp_parts(recipe, logits_TV, mtp_TV, window)
+        parts |= mtp_parts(logits_TV, mtp_TV, window, recipe.mtp_distill)
         loss += recipe.mtp_weight * parts.pop("mtp_loss")
     divergences = [
         index_divergence(value, tape[name.removesuffix(SCORE) + MASS]) for name, value in tape.items() if name.endswith(SCORE)
