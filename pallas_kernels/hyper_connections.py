@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import activation_k
 from pallas_kernels.activation import Activation, quantize_blocks
 from pallas_kernels.activation_k import ORDERS, ActivationK
+from pallas_kernels.bundle import TRAFFIC
 from pallas_kernels.formats import BLOCK, HALF, WORDS, Quantized
 
 MIX, ENTER = "hc_mix", "hc_enter"
@@ -259,7 +260,8 @@ def _mixed(
         )
     if post is None or comb is None:
         post, comb = jnp.zeros((m, n), jnp.float32), jnp.zeros((m, n, n), jnp.float32)
-    width = min(SLICE, dim)
+    width, name = min(SLICE, dim), f"{MIX}_{fn.shape[0]}"
+    TRAFFIC[name] = fn.size * fn.dtype.itemsize
     new, parts = pl.pallas_call(
         functools.partial(_mix_kernel, mixes=fn.shape[0], width=width),
         out_shape=(
@@ -269,7 +271,7 @@ def _mixed(
         grid=(m, dim // width),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
-        name=MIX,
+        name=name,
     )(h, fn.reshape(fn.shape[0], n, dim), post, comb, *outputs)
     return new, parts
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ds4jax.bench.programs import Loop
-from ds4jax.bench.traffic import KERNEL_BYTES, Step, kernel_bytes
+from ds4jax.bench.traffic import base_name, kernel_bytes
 from ds4jax.decode import DecodeState
 from pallas_kernels.timing import device_events
 
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 def kind(name: str) -> str:
     """What a kernel is: "weights" and "none" are ours, which read some or none; of "library" and "compiler" nobody can say."""
-    if any(part in name for part in KERNEL_BYTES):
+    if kernel_bytes(name):
         return "weights"
     if _LIBRARY.search(name):
         return "library"
@@ -47,20 +47,21 @@ def events(loop: Loop, depth: int) -> tuple[list[tuple[str, float]], int]:
     return found, int(done[0].acceptance.steps)
 
 
-def rows(found: Sequence[tuple[str, float]], steps: int, step: Step, copy_gbps: float | None) -> list[Row]:
+def rows(found: Sequence[tuple[str, float]], steps: int, copy_gbps: float | None) -> list[Row]:
     """A row for each kernel, longest first: calls and microseconds of a step, share of all kernels' time, and bytes of a step."""
     times: dict[str, list[float]] = defaultdict(list)
     for name, us in found:
-        times[name].append(us)
+        times[base_name(name)].append(us)
     total = sum(map(sum, times.values()))
     made = []
     for name, samples in sorted(times.items(), key=lambda item: -sum(item[1])):
-        us, count = sum(samples) / steps, kernel_bytes(name, step)
+        us, calls = sum(samples) / steps, len(samples) / steps
+        count = round(calls * (kernel_bytes(name) or 0)) or None
         made.append(
             {
                 "name": name,
                 "kind": kind(name),
-                "calls": round(len(samples) / steps, 2),
+                "calls": round(calls, 2),
                 "us": round(us, 2),
                 "share": round(sum(samples) / total, 4),
                 "bytes": count,
@@ -97,5 +98,5 @@ def profile(loop: Loop, depth: int, copy_gbps: float | None) -> tuple[Row, list[
     if not found:
         raise RuntimeError("the trace holds no kernels")
     where = {"program": loop.program.name, "draft": depth}
-    made = rows(found, steps, Step(loop.config, loop.program.max_draft, depth), copy_gbps)
+    made = rows(found, steps, copy_gbps)
     return {**where, "steps": steps, **summary(made, loop.config.n_layers)}, [{**where, **row} for row in made]

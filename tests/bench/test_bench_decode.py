@@ -14,12 +14,16 @@ import pytest
 from ds4jax import cli, runtime
 from ds4jax.bench import __main__ as module
 from ds4jax.bench import decode, decode_report, environment, profile, synthetic, traffic
-from ds4jax.bench.traffic import Step
 from ds4jax.commands import bench as command
+from ds4jax.config import Config
 from ds4jax.errors import InputError
 from ds4jax.loading.gguf_names import slots
 from ds4jax.loading.plan import plan
-from pallas_kernels.formats import IQ2_XXS, Q2_K, Q4_K, Q8_0
+from pallas_kernels import bundle
+from pallas_kernels.activation import Activation
+from pallas_kernels.expert_matmul import gate_up_part, quantize_for
+from pallas_kernels.formats import BLOCK, HALF, IQ2_XXS, Q2_K, Q4_K, Q8_0
+from pallas_kernels.q8_matmul import Tile, q8_part
 from pallas_kernels.shapes import FLASH
 
 SMALL = synthetic.config_of("small-q2")
@@ -88,25 +92,33 @@ def test_bytes_of_a_step() -> None:
 
 
 def test_kernels_count_their_own_bytes() -> None:
-    config = synthetic.config_of("flash-q2")
-    assert traffic.share_warp_products(config) == FLASH[:6]
-    plain, drafting = Step(config, 0, 0), Step(config, 2, 2)
-    assert plain.mtp_rows == ()
-    assert (drafting.rows, drafting.mtp_rows, drafting.head_rows) == (3, (3, 1), (3, 1, 1))
-    head, square = FLASH[7], FLASH[6]
-    assert traffic.share_warp_bytes(plain) == 43 * sum(product.traffic(1) for product in FLASH[:6]) + head.traffic(1)
-    blocks = 44 * sum(product.traffic(3) for product in FLASH[:6]) + sum(product.traffic(1) for product in FLASH[:6])
-    # Twelve rows, three of each stream, are two launches.
-    pairs = square.traffic(3) + square.traffic(8) + square.traffic(4) + square.traffic(1) + square.traffic(4)
-    assert traffic.share_warp_bytes(drafting) == blocks + pairs + head.traffic(3) + 2 * head.traffic(1)
-    per_expert = 2 * 2048 * 4096 // 256 * 70
-    assert traffic.kernel_bytes("expert_gate_up_1", plain) == 43 * 6 * per_expert
-    assert traffic.kernel_bytes("loop_add_fusion", plain) is None
+    product, config = FLASH[1], Config()
+    blocks = product.k // BLOCK
+    x = Activation(jnp.zeros((2, 1, 2, blocks, HALF), jnp.int32), jnp.zeros((2, 1, blocks), jnp.float32))
+    weight = jax.eval_shape(Q8_0.split, jax.ShapeDtypeStruct((*product.sizes, blocks, Q8_0.BLOCK_BYTES), jnp.uint8))
+    part = q8_part(x, [weight], tile=Tile())
+    assert part.traffic == product.weight_bytes
+    numbers = (jnp.zeros((2, 6), dtype) for dtype in (jnp.int32, jnp.float32))
+    shape = (config.n_experts, config.moe_dim, config.dim // 256, IQ2_XXS.BLOCK_BYTES)
+    stack = jax.eval_shape(IQ2_XXS.split, jax.ShapeDtypeStruct(shape, jnp.uint8))
+    rows = quantize_for(jnp.zeros((2, config.dim)), IQ2_XXS, interpret=True)
+    assert gate_up_part(rows, *numbers, stack, stack, limit=10.0).traffic == 2 * 6 * 2 * 2048 * 4096 // 256 * 70
 
 
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What launches that were traced have noted."""
+    for name, count in (("q8_share_warp", 30_000), ("router", 0)):
+        monkeypatch.setitem(bundle.TRAFFIC, name, count)
+
+
+@pytest.mark.usefixtures("counted")
 def test_kernels_of_a_profile() -> None:
-    events = [("q8_share_warp", 60.0), ("loop_add_fusion_3", 10.0), ("router", 5.0), ("gemm_fusion_dot_1", 25.0)] * 4
-    made = profile.rows(events, 2, Step(SMALL, 0, 0), 1000.0)
+    ours = ["q8_share_warp", "q8_share_warp__3"]
+    events = [(name, us) for ours_too in ours * 2 for name, us in (
+        (ours_too, 60.0), ("loop_add_fusion_3", 10.0), ("router_1", 5.0), ("gemm_fusion_dot_1", 25.0)
+    )]  # fmt: skip
+    made = profile.rows(events, 2, 1000.0)
     assert [(row["name"], row["kind"]) for row in made] == [
         ("q8_share_warp", "weights"),
         ("gemm_fusion_dot_1", "library"),
@@ -115,7 +127,7 @@ def test_kernels_of_a_profile() -> None:
     ]
     first = made[0]
     assert (first["calls"], first["us"], first["share"]) == (2.0, 120.0, 0.6)
-    assert first["bytes"] == traffic.share_warp_bytes(Step(SMALL, 0, 0))
+    assert first["bytes"] == 60_000
     assert first["fraction"] == pytest.approx(first["bytes"] / 120e3 / 1000, abs=1e-4)
     together = profile.summary(made, 4)
     assert (together["kernels"], together["kernels_per_layer"], together["kernel_ms"]) == (8.0, 2.0, 0.2)
@@ -125,7 +137,7 @@ def test_kernels_of_a_profile() -> None:
 def content() -> dict[str, Any]:
     """A result as a GPU gives it, with made-up times."""
     where = {"program": "max_draft 0", "draft": 0}
-    kernels = profile.rows([("q8_share_warp", 60.0), ("swiglu", 5.0)], 1, Step(SMALL, 0, 0), 4000.0)
+    kernels = profile.rows([("q8_share_warp", 60.0), ("swiglu", 5.0)], 1, 4000.0)
     plain = decode._row("plain", decode.PLAIN, 0, [4.0, 5.0, 6.0], 10**10, 4000.0, None)
     drafted = decode._row("draft 1 in max_draft 1", decode.Program(1), 1, [7.0, 7.0, 8.0], 14 * 10**9, 4000.0, plain)
     return {
