@@ -74,18 +74,18 @@ def _mix_kernel(h_ref: Any, fn_ref: Any, post_ref: Any, comb_ref: Any, *refs: An
     *output_refs, new_ref, parts_ref = refs
     row, part = pl.program_id(0), pl.program_id(1)
     span = pl.ds(part * width, width)
+    number = jax.lax.broadcasted_iota(jnp.int32, (PRODUCTS, width), 0)
+    column = part * width + jax.lax.broadcasted_iota(jnp.int32, (PRODUCTS, width), 1)
+    # Rows that fn does not have repeat its last one and are not used. fn comes from memory and all else from the cache, so its
+    # loads start first.
+    index = jnp.minimum(number, mixes - 1)
+    fn = [plt.load(fn_ref.at[index, jnp.full_like(index, j), column]) for j in range(STREAMS)]
     h = [plt.load(h_ref.at[row, jnp.int32(j), span]) for j in range(STREAMS)]
-    new = [
-        _written(h, [plt.load(ref.at[row, span]) for ref in output_refs], post_ref, comb_ref, target) for target in range(STREAMS)
-    ]
-    number = jax.lax.broadcasted_iota(jnp.int32, (PRODUCTS, 1), 0)
-    column = part * width + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
-    # Rows that fn does not have repeat its last one and are not stored.
-    index = jnp.broadcast_to(jnp.minimum(number, mixes - 1), (PRODUCTS, width)), jnp.broadcast_to(column, (PRODUCTS, width))
+    outputs = [plt.load(ref.at[row, span]) for ref in output_refs]
+    new = [_written(h, outputs, post_ref, comb_ref, target) for target in range(STREAMS)]
     products = jnp.zeros((PRODUCTS, width), jnp.float32)
-    for j, stream in enumerate(new):
-        fn = plt.load(fn_ref.at[index[0], jnp.full_like(index[0], j), index[1]]).astype(jnp.float32)
-        products = products + fn * stream[None, :]
+    for weights, stream in zip(fn, new, strict=True):
+        products = products + weights.astype(jnp.float32) * stream[None, :]
     _store_parts(parts_ref, row, part, 0, products)
     for i, stream in enumerate(new):
         plt.store(new_ref.at[row, jnp.int32(i), span], stream)
@@ -167,7 +167,8 @@ class _Turn:
         total = jnp.float32(0.0)
         for (i, j), product in products.items():
             total = total + pre[i] * pre[j] * product * jnp.float32(1.0 if i == j else 2.0)
-        return jax.lax.rsqrt(total / jnp.float32(self.dim) + self.norm_eps)
+        # Streams that cancel may leave less than nothing.
+        return jax.lax.rsqrt(jnp.maximum(total / jnp.float32(self.dim), 0.0) + self.norm_eps)
 
 
 def _enter_kernel(
