@@ -116,7 +116,7 @@ def _tensor(config: Config, slot: Slot) -> Tensor:
     else:
         on_device = count * jnp.dtype(ON_DEVICE[stored]).itemsize
     read = functools.partial(value, config, slot)
-    return Tensor(slot.name, slot.shape, stored, count // block * nbytes, on_device, read)
+    return Tensor(slot.name, slot.shape, stored, stored, count // block * nbytes, on_device, read)
 
 
 def value(config: Config, slot: Slot) -> Value:
