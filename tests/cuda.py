@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from typing import Any
 
 import jax
@@ -28,3 +30,21 @@ def kernel_calls(text: str, name: str) -> int:
 def pallas_calls(text: str) -> int:
     """How often a lowered program calls any Pallas kernel."""
     return text.count("@__gpu$xla.gpu.triton")
+
+
+def executed_calls(text: str, name: str) -> int:
+    """How often one run of a lowered program starts a kernel of this name; the body of a loop counts once.
+
+    A jitted function is lowered once however often it is called, so that calls are counted along the graph of functions. A launch
+    that several kernels share has their names joined by "__", and a kernel's name may end in its shape.
+    """
+    bodies = dict(re.findall(r"^  func\.func \w+ @([\w.]+)\((.*?)^  }", text, re.MULTILINE | re.DOTALL))
+
+    @functools.cache
+    def count(function: str) -> int:
+        launches = re.findall(r'custom_call @__gpu\$xla\.gpu\.triton\(.*?\bname = "([^"]*)"', bodies[function])
+        parts = (part for launch in launches for part in launch.split("__"))
+        called = re.findall(r"\bcall @([\w.]+)\(", bodies[function])
+        return sum(part == name or part.startswith(f"{name}_") for part in parts) + sum(map(count, called))
+
+    return count("main")
