@@ -1,4 +1,4 @@
-"""What a process that computes should set up first: a compilation cache that outlives it."""
+"""What a process that computes should set up first, in one place: memory, the compiler's flags, and a cache that outlives it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+
+MEMORY_FRACTION = "0.9"
 
 
 def cache_dir() -> Path:
@@ -18,7 +20,28 @@ def cache_dir() -> Path:
 
 
 def configure() -> None:
-    """Let jax keep compiled programs between processes; call it before the first computation.
+    """Set up memory and compilation; call it before the first computation. What the user has set in the environment stays.
+
+    The compiler's own flags are left alone: with while loops and branches in CUDA graphs too
+    (`--xla_gpu_enable_command_buffer=..,WHILE,CONDITIONAL`) a step took 3 % longer on an H200 than with the graphs that jax makes
+    by itself, and no kernel of ours depends on how XLA chooses among algorithms.
+    """
+    _claim_memory()
+    _keep_programs()
+
+
+def _claim_memory() -> None:
+    """Let jax have nine tenths of a GPU's memory in place of three quarters.
+
+    The 2-bit model takes 94 GB of an H200's 141, and what is left over must hold a cache and a prompt's temporaries; the tenth
+    is for CUDA itself and for other processes' contexts.
+    """
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = MEMORY_FRACTION
+
+
+def _keep_programs() -> None:
+    """Let jax keep compiled programs between processes.
 
     A folder that cannot be written costs one line on stderr and the compile time, nothing else. A cache that was set up
     already, by `JAX_COMPILATION_CACHE_DIR` or in Python, is kept unless `DS4JAX_CACHE` names another.

@@ -76,21 +76,9 @@ def _combine_kernel(*refs: Any, form: Form, groups: int) -> None:
 
 
 def attend(
-    q: jax.Array,
-    sink: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    ring: jax.Array,
-    position: jax.Array,
-    end: jax.Array,
-    compressed: Compressed | None = None,
-    *,
-    window: int,
-    groups: int,
-    scale: float,
-    eps: float,
-    interpret: bool = False,
-) -> tuple[jax.Array, Activation]:
+    q: jax.Array, sink: jax.Array, cos: jax.Array, sin: jax.Array, ring: jax.Array, position: jax.Array, end: jax.Array,
+    compressed: Compressed | None = None, *, window: int, groups: int, scale: float, eps: float, interpret: bool = False,
+) -> tuple[jax.Array, Activation]:  # fmt: skip
     """Attend from M rows to the window and to compressed rows: two launches.
 
     Each head's query is divided by its root mean square and turned; the output is turned back.

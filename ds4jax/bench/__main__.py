@@ -155,7 +155,7 @@ class Part:
 
 
 PARTS = {
-    "kernels": Part(kernels_part, ("-n", "0", "tests/kernels")),
+    "kernels": Part(kernels_part, ("-n", "4", "tests/kernels/test_gpu.py")),
     "decode": Part(decode_part, ("-n", "8", "tests/kernels", "--deselect=tests/kernels/test_gpu.py")),
     "load": Part(load_part, ("-n", "0", "tests/loading/test_memory.py")),
     "lossless": Part(None, ("-n", "5", "tests/test_lossless.py", "tests/test_tiny_model.py")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import jax
@@ -42,3 +43,16 @@ def test_a_cache_that_jax_has_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path:
     runtime.configure()
     assert jax.config.jax_compilation_cache_dir == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_claimed_unless_the_user_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    runtime.configure()
+    assert os.environ.pop(names[0]) == runtime.MEMORY_FRACTION
+    for name in names:
+        monkeypatch.setenv(name, "0.5")
+        runtime.configure()
+        assert {other: os.environ[other] for other in names if other in os.environ} == {name: "0.5"}
+        monkeypatch.delenv(name)
