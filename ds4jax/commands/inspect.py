@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from ds4jax import cli_options
 from ds4jax.commands import model as models
 
 if TYPE_CHECKING:
-    from ds4jax.loading.checkpoint import Checkpoint
+    from ds4jax.loading.checkpoint import Checkpoint, Tensor
     from ds4jax.loading.plan import Device, Plan
 
 DESCRIPTION = """\
@@ -26,6 +27,9 @@ With --check, every stored value is looked at instead, without an accelerator: n
 
 # As in the plan's own table, which is imported when it is needed.
 DEVICES = ("h100", "h200")
+
+# What numbers are called on the device.
+NUMBERS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32"}
 
 EXAMPLES = """\
 examples:
@@ -58,7 +62,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--check", action="store_true", help="look at every stored value and print a verdict")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--dispatch", action="store_true", help="also print which path each product takes, and why")
+    parser.add_argument(
+        "--dispatch", action="store_true", help="also print which path each product and a step of few rows take, and why"
+    )
     parser.set_defaults(run=run)
 
 
@@ -73,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     with models.status("reading headers"):
         checkpoint = models.open_checkpoint(options)
         found = summary(checkpoint) | {"plan": planned(checkpoint, options.context, options.device)}
-        found |= {"dispatch": dispatch(checkpoint)} if options.dispatch else {}
+        found |= {"dispatch": dispatch(checkpoint), "few_rows": few_rows(checkpoint)} if options.dispatch else {}
     print(json.dumps(found, ensure_ascii=False) if options.json else as_text(found))
     return 0
 
@@ -205,6 +211,57 @@ def dispatch(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def few_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Whether kernels that know the whole of a layer run a decode or verify step of few rows.
+
+    Returns:
+        Rows with part ("layers", "mtp" or "head"), count of its blocks, rows (at most so many in a step), the path on CUDA, the
+        path elsewhere and the reason: "kernels", or "modules" where each product goes its own way as `dispatch` says.
+    """
+    from ds4jax.model import few_rows as kernels
+
+    weights: dict[str, dict[str, Any]] = {}
+    for tensor in checkpoint.tensors:
+        block = re.match(r"(layers|mtp)\.\d+\.", tensor.name)
+        name = block.group() if block else ""
+        weights.setdefault(name, {})[tensor.name.removeprefix(name).removesuffix(".weight")] = _on_device(tensor)
+    config, found = checkpoint.config, []
+
+    def row(part: str, count: int, reason: str | None) -> dict[str, Any]:
+        path = {"cuda": "modules" if reason else "kernels", "default": "modules", "reason": reason or "widths and types fit"}
+        return {"part": part, "count": count, "rows": kernels.MOST_ROWS, **path}
+
+    for part in ("layers", "mtp"):
+        blocks = [own for name, own in weights.items() if name.startswith(f"{part}.")]
+        if blocks:
+            found.append(row(part, len(blocks), next(filter(None, (kernels.why_not(config, own) for own in blocks)), None)))
+    head = weights[""]["head"]
+    scored = kernels.scores(config, head, kernels.MOST_ROWS, strict=False)
+    return [*found, row("head", 1, None if scored else _why_not_scored(head))]
+
+
+def _why_not_scored(head: Any) -> str:
+    """What `few_rows.scores` did not like."""
+    from pallas_kernels.dispatch import OPT_OUT
+    from pallas_kernels.formats import Q8_0
+
+    if os.environ.get(OPT_OUT) == "1":
+        return f"{OPT_OUT}=1"
+    return "a width does not fit" if isinstance(head, Q8_0) else "the head is not Q8_0"
+
+
+def _on_device(tensor: Tensor) -> Any:
+    """Shapes and types of a weight's arrays on the device."""
+    import jax
+
+    from pallas_kernels.formats import FORMATS
+
+    if tensor.form not in FORMATS:
+        return jax.ShapeDtypeStruct(tensor.shape, NUMBERS[tensor.form])
+    form, (*lead, width) = FORMATS[tensor.form], tensor.shape
+    return jax.eval_shape(form.split, jax.ShapeDtypeStruct((*lead, width // form.BLOCK, form.BLOCK_BYTES), "uint8"))
+
+
 def _short(value: Any) -> bool:
     return isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 500)
 
@@ -235,6 +292,11 @@ def as_text(found: dict[str, Any]) -> str:
             lines.append(
                 f"  {row['product']:<28} {shape:>14} {row['stored']:>8} {row['device']:>7} {row['count']:>5}  {_paths(row)}"
             )
+        lines += ["", f"{'in a step of few rows':<30} {'at most':>14} {'count':>5}  path (on CUDA / elsewhere) and reason"]
+        for row in found["few_rows"]:
+            path = row["cuda"] if row["cuda"] == row["default"] else f"{row['cuda']} / {row['default']}"
+            rows = f"{row['rows']} rows"
+            lines.append(f"  {row['part']:<28} {rows:>14} {row['count']:>5}  {path} ({row['reason']})")
     return "\n".join(lines)
 
 

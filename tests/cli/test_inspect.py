@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,11 +18,13 @@ from gguf_files import GOLDEN, rewrite, unpacked, write_small
 from hub_files import read_raw, write_raw
 
 from ds4jax import cli
+from ds4jax.bench import synthetic
 from ds4jax.commands import inspect
 from ds4jax.commands import model as models
 from ds4jax.errors import InputError
 from ds4jax.loading import mtp_file
 from ds4jax.loading import plan as plans
+from pallas_kernels.dispatch import OPT_OUT
 
 BROKEN = [case for case in json.loads((GOLDEN / "bad" / "index.json").read_text()) if case["stage"] == "values"]
 HUB = GOLDEN.parent / "hub"
@@ -117,6 +121,44 @@ def test_commands_load_the_mtp_file(parts: tuple[Path, Path]) -> None:
     assert model.with_max_draft(0).no_mtp == mtp_file.NONE
     with pytest.raises(InputError, match=f"{main}: mtp: {mtp_file.NONE}"):
         model.logits([1, 2, 3], mtp=True)
+
+
+def test_few_rows_of_the_published_types() -> None:
+    (layers, mtp, head) = inspect.few_rows(synthetic.checkpoint(synthetic.config_of("flash-q2", 5), "flash-q2"))
+    kernels = {"rows": 8, "cuda": "kernels", "default": "modules", "reason": "widths and types fit"}
+    assert layers == {"part": "layers", "count": 5, **kernels}
+    assert mtp == {"part": "mtp", "count": 1, **kernels}
+    assert head == {"part": "head", "count": 1, **kernels}
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "reasons"),
+    [
+        ("layers.1.attn.wq_b.weight", "BF16", ["a dense weight is not Q8_0", None, None]),
+        ("mtp.0.ffn.experts.w2.weight", "F32", [None, "an expert weight is not quantised", None]),
+        ("head.weight", "F16", [None, None, "the head is not Q8_0"]),
+    ],
+)
+def test_few_rows_say_why_not(name: str, form: str, reasons: list[str | None]) -> None:
+    """The type on the device of one weight of a part decides for the whole of it."""
+    whole = synthetic.checkpoint(synthetic.config_of("small-q2", 3), "small-q2")
+    tensors = tuple(dataclasses.replace(one, form=form) if one.name == name else one for one in whole.tensors)
+    for row, reason in zip(inspect.few_rows(dataclasses.replace(whole, tensors=tensors)), reasons, strict=True):
+        assert (row["cuda"], row["reason"]) == ("modules" if reason else "kernels", reason or "widths and types fit")
+
+
+def test_few_rows_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = json.loads(output(capsys, "--dispatch", "--json"))["few_rows"]
+    said = {"modules": "modules", "kernels": "kernels / modules"}
+    text = output(capsys, "--dispatch")
+    assert [row["part"] for row in rows] == ["layers", "mtp", "head"]
+    for row in rows:
+        line = f"{row['part']} +8 rows +{row['count']}  {said[row['cuda']]} \\({re.escape(row['reason'])}\\)\n"
+        assert re.search(line, text), line
+    assert "few_rows" not in json.loads(output(capsys, "--json"))
+    monkeypatch.setenv(OPT_OUT, "1")
+    told = json.loads(output(capsys, "--dispatch", "--json"))["few_rows"]
+    assert {(row["cuda"], row["reason"]) for row in told} == {("modules", f"{OPT_OUT}=1")}
 
 
 def test_check(capsys: pytest.CaptureFixture[str]) -> None:
