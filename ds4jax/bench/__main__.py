@@ -78,7 +78,8 @@ def gpu_tests(path: Path, tests: Sequence[str]) -> bool:
         done = subprocess.run(
             [sys.executable, *TESTS, *tests], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | settings
         )
-    text = path.read_text(encoding="utf-8", errors="replace").replace(f"{ROOT}/", "").replace(sys.prefix, "<python>")
+    text = path.read_text(encoding="utf-8", errors="replace").replace(f"{ROOT}/", "")
+    text = text.replace(str(ROOT), "<checkout>").replace(sys.prefix, "<python>")
     path.write_text(text, encoding="utf-8")
     return done.returncode == 0 and passed(text)
 
