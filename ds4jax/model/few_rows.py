@@ -134,9 +134,17 @@ def why_not(config: Config, weights: Weights) -> str | None:
     return None
 
 
-def serves(config: Config, blocks: list[Block], rows: Rows) -> bool:
-    """Whether a call of these rows is run by the kernels where it is lowered for CUDA."""
-    if rows.strict or rows.position.shape[0] > MOST_ROWS or rows.start.shape[0] > 1:
+def room(config: Config, caches: tuple[LayerCache, ...]) -> int:
+    """The most rows that the caches' rings take in without losing one that the first of them still sees."""
+    return min(cache.window.shape[1] for cache in caches) - config.window
+
+
+def serves(config: Config, blocks: list[Block], rows: Rows, room: int) -> bool:
+    """Whether a call of these rows is run by the kernels where it is lowered for CUDA.
+
+    They write the rings before they read them, which is why there has to be `room` for all rows.
+    """
+    if rows.strict or rows.position.shape[0] > min(MOST_ROWS, room) or rows.start.shape[0] > 1:
         return False
     return all(why_not(config, weights_of(block)) is None for block in blocks)
 

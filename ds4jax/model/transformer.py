@@ -65,7 +65,8 @@ class Transformer(nnx.Module):
                 done.append(cache)
             return h_TND, tuple(done)
 
-        if record is not ignore or not few_rows.serves(self.config, blocks, rows):
+        room = few_rows.room(self.config, caches)
+        if record is not ignore or not few_rows.serves(self.config, blocks, rows, room):
             return modules(h_TND, caches)
         kernels = functools.partial(few_rows.layers, self.config, blocks, ids_T=ids_T, rows=rows)
         through: tuple[jax.Array, tuple[LayerCache, ...]] = jax.lax.platform_dependent(

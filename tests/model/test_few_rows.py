@@ -63,7 +63,7 @@ def test_kernels_equal_the_modules(part):
             done.append(cache)
         return h_TND, tuple(done)
 
-    assert few_rows.serves(KINDS, blocks, rows)
+    assert few_rows.serves(KINDS, blocks, rows, few_rows.room(KINDS, held))
     with jax.default_matmul_precision("highest"):
         streams, made = few_rows.layers(KINDS, blocks, h_TND, ids, rows, held, interpret=True)
         expected, expected_caches = modules(h_TND, held)
@@ -97,10 +97,16 @@ SEQUENCES = dataclasses.replace(ROWS, start=jnp.zeros(2, jnp.int32), end=jnp.one
 )
 def test_few_rows_of_one_sequence_are_served(rows, served):
     model = abstract(KINDS)
-    assert few_rows.serves(KINDS, [*model.layers, *model.mtp], rows) is served
+    assert few_rows.serves(KINDS, [*model.layers, *model.mtp], rows, few_rows.MOST_ROWS) is served
     if rows.start.shape[0] == 1:
         head = model.head.weight.get_value()
         assert few_rows.scores(KINDS, head, rows.position.shape[0], strict=rows.strict) is served
+
+
+@pytest.mark.parametrize(("slack", "ring", "served"), [(3, True, True), (2, True, False), (3, False, False)])
+def test_rings_have_room_for_the_rows(slack, ring, served):
+    model, held = abstract(KINDS), caches.empty(KINDS, 64, slack=slack, ring=ring).layers
+    assert few_rows.serves(KINDS, list(model.layers), ROWS, few_rows.room(KINDS, held)) is served
 
 
 def number(*shape: int, dtype: Any = jnp.float16) -> jax.ShapeDtypeStruct:
@@ -140,14 +146,14 @@ def test_the_opt_out_is_a_reason(monkeypatch):
     monkeypatch.setenv(OPT_OUT, "1")
     model = abstract(KINDS)
     assert few_rows.why_not(KINDS, few_rows.weights_of(model.layers[0])) == f"{OPT_OUT}=1"
-    assert not few_rows.serves(KINDS, list(model.layers), ROWS)
+    assert not few_rows.serves(KINDS, list(model.layers), ROWS, few_rows.MOST_ROWS)
     assert not few_rows.scores(KINDS, model.head.weight.get_value(), 1, strict=False)
 
 
 def test_a_block_that_is_not_served_leaves_the_others_to_the_modules():
     blocks: list[Block] = list(build_with(KINDS, "layers.1.attn.wq_b.weight", number(512, 64)).layers)
-    assert few_rows.serves(KINDS, [blocks[0], blocks[2]], ROWS)
-    assert not few_rows.serves(KINDS, blocks, ROWS)
+    assert few_rows.serves(KINDS, [blocks[0], blocks[2]], ROWS, few_rows.MOST_ROWS)
+    assert not few_rows.serves(KINDS, blocks, ROWS, few_rows.MOST_ROWS)
 
 
 def build_with(config: Config, name: str, value: Any) -> Transformer:
