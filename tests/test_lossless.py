@@ -73,7 +73,8 @@ def test_drafting_changes_no_bit_on_the_gpu(name, strict, one_bucket):
     check(name, strict, **WHOLE)
 
 
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("strict", [False, True])
 def test_a_long_prompt(strict):
     """More than 2,052 tokens, where the original's definitions of attention part: plain and drafted streams."""
     prompt, tokens = ids("tiny")[:2100], 32

@@ -130,6 +130,7 @@ def test_a_stop_token_inside_a_draft(depth):
         assert_same_state(model, drafted, expected)
 
 
+@pytest.mark.long
 def test_the_mtp_cache_has_no_holes():
     """After any number of steps it holds what one pass of the block over all committed rows writes."""
     model, drafter, tokens = ds4jax.load(), MTPDrafter(), 40

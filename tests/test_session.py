@@ -56,6 +56,7 @@ def continued(first: list[int], kept: int, prompt: list[int]) -> DecodeState:
 
 @given(st.integers(2, 90), st.integers(0, 60), st.integers(0, 1), st.integers(1, 90), st.sampled_from([0, 2, "auto"]))
 @settings(max_examples=15)
+@pytest.mark.long
 def test_a_reply_that_is_dropped_leaves_no_trace(known: int, said: int, cut: int, new: int, draft: int | str) -> None:
     first = text(7, known)
     session = Session(golden_model(), max_new_tokens=64, draft=draft, **OPTIONS)

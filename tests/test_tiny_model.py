@@ -80,6 +80,7 @@ def test_it_continues_a_text_it_knows():
     assert result.text == " pass"
 
 
+@pytest.mark.long
 def test_greedy_text_is_the_argmax_of_its_own_logits():
     prompt = ids()[:100]
     result = model().generate(prompt, max_new_tokens=20, ignore_eos=True, strict=True)

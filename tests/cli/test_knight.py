@@ -59,6 +59,7 @@ def test_json_of_the_shipped_model(capsys: pytest.CaptureFixture[str]) -> None:
         assert row["tokens_per_second"] == pytest.approx(1e3 * row["tokens_per_step"] / row["ms_per_step"], rel=0.01)
 
 
+@pytest.mark.long
 def test_nothing_is_compiled_while_the_clock_runs(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
     import ds4jax
 

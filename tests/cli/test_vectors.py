@@ -109,6 +109,7 @@ def test_another_token_selected(capsys: pytest.CaptureFixture[str], folder: Path
 
 
 @pytest.mark.parametrize(("shift", "code"), [(3.9, 0), (-3.9, 0), (4.1, 1), (-4.1, 1)])
+@pytest.mark.long
 def test_log_probabilities_may_differ_by_less_than_four(
     capsys: pytest.CaptureFixture[str], folder: Path, shift: float, code: int
 ) -> None:

@@ -139,6 +139,7 @@ def check(name: str, *, interpret: bool) -> None:
 
 
 @BOTH
+@pytest.mark.long
 def test_equals_the_reference(name):
     check(name, interpret=True)
 
@@ -167,6 +168,7 @@ def test_the_reference_is_the_model(kind):
 
 
 @pytest.mark.parametrize("name", ["part of the ring", "wrapped", "leading rows", "chosen rows"])
+@pytest.mark.long
 def test_what_no_row_sees_may_hold_anything(name):
     case = CASES[name]
     *args, compressed = case.operands()
@@ -218,6 +220,7 @@ EIGHT_CASES = pytest.mark.parametrize("case", [EIGHT, EIGHT_CHOSEN, EARLY], ids=
 
 
 @EIGHT_CASES
+@pytest.mark.long
 def test_each_row_has_the_bits_of_the_row_alone(case):
     check_rows(case, (2, 3, 8), interpret=True)
 

@@ -116,6 +116,7 @@ SMALL = [
 
 @pytest.mark.parametrize("rows", [(1, 1), (3, 3), (5, 5), (5, 3), (8, 7)], ids=lambda rows: f"{rows[1]}of{rows[0]}")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.ratio}-{case.width}-{case.finish}")
+@pytest.mark.long
 def test_a_sequence_in_calls_is_the_sequence_at_once(case, rows):
     if case.ratio == 128 and rows[1] < 5:
         case = dataclasses.replace(case, tokens=131)
@@ -123,6 +124,7 @@ def test_a_sequence_in_calls_is_the_sequence_at_once(case, rows):
 
 
 @pytest.mark.parametrize("case", SMALL[1:4:2], ids=lambda case: f"{case.width}")
+@pytest.mark.long
 def test_a_row_has_the_bits_of_the_row_alone(case):
     state = case.run(1, 1)
     for rows, live in ((2, 2), (3, 2), (8, 8)):

@@ -55,6 +55,7 @@ def assert_near(found: np.ndarray, wanted: jax.Array) -> None:
 
 @pytest.mark.parametrize("tile", [ExpertTile(1, 1), ExpertTile(4, 2)], ids=["1", "4-2"])
 @pytest.mark.parametrize(("gate", "down"), PAIRS, ids=IDS)
+@pytest.mark.long
 def test_the_reference(gate, down, tile):
     arguments = case(gate, down)
     assert_near(run(arguments, slice(0, 3), tile=tile, interpret=True), expected(*(a[:3] for a in arguments[:3]), *arguments[3:]))
@@ -71,6 +72,7 @@ def test_each_row_has_the_bits_of_the_row_alone(gate, down):
 
 
 @pytest.mark.parametrize(("dim", "hidden"), [(256, 256), (4352, 512)])
+@pytest.mark.long
 def test_odd_numbers_of_lanes(dim, hidden):
     arguments = case(IQ2_XXS, Q2_K, dim, hidden)
     assert_near(run(arguments, slice(0, 2), interpret=True), expected(*(a[:2] for a in arguments[:3]), *arguments[3:]))
@@ -88,6 +90,7 @@ def test_activations_in_blocks_of_256(format):
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.long
 def test_a_nan_stays_in_its_row(poison):
     x, *rest = case(IQ2_XXS, Q2_K)
     clean = run((x, *rest), slice(0, 2), interpret=True)

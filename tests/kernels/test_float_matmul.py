@@ -12,6 +12,7 @@ from cuda import kernel_calls, lowered_for_cuda
 from numerics import assert_bits_equal
 
 from pallas_kernels import activation, router, swiglu
+from pallas_kernels import float_matmul as float_matmul_module
 from pallas_kernels.float_matmul import NAME, float_matmul
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -45,7 +46,11 @@ def check(sizes: tuple[int, ...], k: int, dtype: str, *, interpret: bool) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("sizes", "k"), [((10, 7, 64), 576), ((5,), 64), ((33,), 2304)])
-def test_products_and_rows(sizes, k, dtype):
+@pytest.mark.long
+def test_products_and_rows(sizes, k, dtype, monkeypatch):
+    # A CPU's compiler contracts products and sums in a loop otherwise than in straight code, so that here the cut has to be the
+    # same for every number of rows. A GPU has pinned instructions, and its test takes the cuts as they are.
+    monkeypatch.setattr(float_matmul_module, "cut", lambda rows, heights, chunks: (2, min(chunks, 4)))
     check(sizes, k, dtype, interpret=True)
 
 

@@ -126,10 +126,12 @@ def test_blocks_are_those_of_x(programs):
 
 
 @pytest.mark.parametrize(("programs", "counts"), [(DRAFTING, (2, 3, 8)), (HEAD, (8,))], ids=["enter", "leave"])
+@pytest.mark.long
 def test_each_row_has_the_bits_of_the_row_alone(programs, counts):
     check_rows(**programs, counts=counts, interpret=True)
 
 
+@pytest.mark.long
 def test_the_kernels_are_the_model():
     config = golden_config()
     made = kernels(**DRAFTING)

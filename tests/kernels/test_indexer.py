@@ -73,6 +73,7 @@ _select = jax.jit(indexer.select, static_argnames=("topk", "keys", "interpret"))
     ],
     ids=lambda value: str(value.keys) if isinstance(value, Case) else "",
 )
+@pytest.mark.long
 def test_choice(case, visible):
     np.testing.assert_array_equal(case.call(visible), case.expected(visible))
 
@@ -89,6 +90,7 @@ def test_equal_keys_keep_the_lower_index():
 
 
 @pytest.mark.parametrize("qat", [True, False])
+@pytest.mark.long
 def test_each_row_has_the_bits_of_the_row_alone(qat):
     case, visible = Case(100, 16, qat), [100, 15, 65, 90, 17, 16, 99, 50]
     alone = np.concatenate([case.call(visible[m : m + 1], first=m) for m in range(8)])
@@ -149,6 +151,7 @@ SCORES = {
 
 @pytest.mark.parametrize("chunk", [128, 32], ids=lambda chunk: f"chunks of {chunk}")
 @pytest.mark.parametrize("name", SCORES)
+@pytest.mark.long
 def test_select(name, chunk, monkeypatch):
     """Of 77 scores, at once and in three chunks: the tie is kept over the chunks."""
     monkeypatch.setattr(indexer, "CHUNK", chunk)

@@ -125,6 +125,7 @@ def check_rows(shape: dict[str, int], counts: tuple[int, ...], *, interpret: boo
                 )
 
 
+@pytest.mark.long
 def test_each_row_has_the_bits_of_the_row_alone():
     check_rows({"width": 64, "head": 96, "rope": 32, "ring": 20}, (2, 3, 8), interpret=True)
 

@@ -104,6 +104,7 @@ def test_decode() -> None:
 
 
 @needs_main
+@pytest.mark.long
 def test_quantised_decode_resembles_the_float_one() -> None:
     """Loosely: no row of this random model has a clear margin, and rounding its KV rows alone moves the logits by 0.34."""
     start, logits = int(expected("decode_start")), expected("decode_logits")
@@ -113,6 +114,7 @@ def test_quantised_decode_resembles_the_float_one() -> None:
 
 
 @needs_main
+@pytest.mark.long
 def test_greedy_tokens() -> None:
     tokens = expected("greedy_tokens")
     options = {"max_new_tokens": len(tokens), "ignore_eos": True, "strict": True}

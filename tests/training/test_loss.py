@@ -145,6 +145,7 @@ def test_router_biases_move_towards_equal_load() -> None:
     assert moved["other"] is params["other"]
 
 
+@pytest.mark.long
 def test_loss_is_that_of_the_models_own_logits(recipe: Recipe, network: Network, weights: tuple[Weights, Weights]) -> None:
     """Without noise: next-token loss of row t against t+1, MTP loss of row t against t+2 and the main model's row t+1."""
     params, tables = weights

@@ -37,6 +37,7 @@ def trained(micro_options: list[str], tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+@pytest.mark.long
 def test_fifty_steps_lower_the_loss_and_leave_everything_behind(trained: Path) -> None:
     log = read_log(trained / "run" / "log.jsonl")
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -92,6 +93,7 @@ def test_size_is_foretold(trained: Path) -> None:
     assert abs(file_size(loaded.recipe.model_config(), loaded.vocabulary) - actual) < 4000
 
 
+@pytest.mark.long
 def test_stopped_and_resumed_run_ends_with_the_same_bits(
     trained: Path, micro_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
