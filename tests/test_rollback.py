@@ -94,6 +94,7 @@ def test_any_mixture_of_acceptances(length, tokens, right, depth):
 
 @pytest.mark.parametrize("length", [125, 126, 127, 128, 253, 254, 255])
 @pytest.mark.parametrize("right", [0, 1, 2, 3, 4])
+@pytest.mark.long
 def test_around_the_real_window_and_blocks(length, right):
     """The shipped model: window and blocks of 128; at 128 tokens its indexer begins to leave rows out."""
     check(tiny(), length, 7, [right, MOST - right] * (STEPS // 2))

@@ -77,6 +77,7 @@ def test_strict(capsys: pytest.CaptureFixture[str]) -> None:
     assert strict["tokens"] == told(capsys, "--strict", "--draft", "0")["tokens"]
 
 
+@pytest.mark.long
 def test_max_draft_0_is_the_loop_without_drafts(capsys: pytest.CaptureFixture[str]) -> None:
     narrow = told(capsys, "--max-draft", "0")
     assert (narrow["draft"], narrow["steps"]) == (0, NEW_TOKENS)

@@ -68,6 +68,7 @@ def compared(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) ->
 
 
 @pytest.mark.parametrize("mode", [[], pytest.param(["--strict"], marks=pytest.mark.long)])
+@pytest.mark.long
 def test_own_fixtures_agree(capsys: pytest.CaptureFixture[str], folder: Path, mode: list[str]) -> None:
     code, told = compared(capsys, folder, *mode)
     assert (code, told["equal"], told["skipped"]) == (0, True, [])

@@ -124,6 +124,7 @@ def test_greedy_tokens() -> None:
 
 @needs_main
 @pytest.mark.parametrize("decode_from", [None, 20])
+@pytest.mark.long
 def test_simulated_rounding(decode_from: int | None) -> None:
     found = model(qat=True).logits(expected("qat_ids"), decode_from=decode_from, mtp=True, strict=True)
     assert_close(found["logits"], expected("qat_logits"), QAT)

@@ -115,6 +115,7 @@ def test_stopped_and_resumed_run_ends_with_the_same_bits(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent the POSIX way")
+@pytest.mark.long
 def test_request_to_terminate_saves_and_ends(micro_options: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "ds4jax.train", *micro_options, "--steps", "50", "--out", str(folder)]
