@@ -136,6 +136,7 @@ def said(draft: int | str, strict: bool) -> ds4jax.generation.Result:
 
 
 @pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
 def test_auto_says_what_plain_decode_says_at_measured_costs(strict):
     costs = model().step_costs(512, strict=strict)
     assert len(costs) == 3

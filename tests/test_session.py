@@ -69,6 +69,7 @@ def test_a_reply_that_is_dropped_leaves_no_trace(known: int, said: int, cut: int
     assert_same(generation.state, continued(first, session.reused, prompt))
 
 
+@pytest.mark.long
 def test_only_what_is_new_is_computed() -> None:
     model = golden_model()
     session = Session(model, max_new_tokens=10, **OPTIONS)

@@ -74,6 +74,7 @@ def test_quantised_decode_stays_close_to_the_float_product():
     assert (fast.argmax(-1) == strict.argmax(-1)).mean() > 0.95
 
 
+@pytest.mark.long
 def test_it_continues_a_text_it_knows():
     """A verse that recurs through the training text: the model has learned English, not noise."""
     result = model().generate("And it came to", max_new_tokens=1)

@@ -138,6 +138,7 @@ def test_each_number_of_rows_is_one_program_with_its_own_tile(monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("no_gpu_needed")
+@pytest.mark.long
 def test_a_whole_run() -> None:
     notes: list[str] = []
     found = Bench((PAIR, GROUPED), (1, 3, 12), 2.0, check_bits=True).run(notes.append)

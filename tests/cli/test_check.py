@@ -152,6 +152,7 @@ def test_what_the_context_cannot_hold_is_left_out(capsys: pytest.CaptureFixture[
     assert "its context of 14 has no room for a prompt of 3 tokens and 12 new ones" in line
 
 
+@pytest.mark.long
 def test_a_bit_that_a_draft_changes_is_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, small: Path, prompt_file: Path, short: None
 ) -> None:
@@ -177,6 +178,7 @@ def test_a_bit_that_a_draft_changes_is_found(
     assert [row["equal"] for row in told["rows"]] == [True, True, False, True, True, True]
 
 
+@pytest.mark.long
 def test_drafts_that_stand_without_being_right_are_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, prompt_file: Path, short: None
 ) -> None:

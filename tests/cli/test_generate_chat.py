@@ -116,6 +116,7 @@ def test_stop_texts_leave_the_reasoning_alone(model: ds4jax.LanguageModel) -> No
 
 
 @pytest.mark.parametrize("mode", [[], ["--strict"]])
+@pytest.mark.long
 def test_logprobs(capsys: pytest.CaptureFixture[str], model: ds4jax.LanguageModel, mode: list[str]) -> None:
     fields = told(capsys, PROMPT, *FEW, "--temperature", "1.2", "--top-k", "50", "--logprobs", "3", *mode)
     ids = [*model.encode(PROMPT).tolist(), *fields["tokens"]]

@@ -61,6 +61,7 @@ def test_simulated_rounding(decode_from: tuple[str, ...], tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("draft", ["0", "2"])
+@pytest.mark.long
 def test_greedy_tokens(draft: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = expected("greedy_tokens")
     options = ("--max-new-tokens", str(len(tokens)), "--max-draft", "2", "--draft", draft)

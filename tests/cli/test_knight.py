@@ -79,6 +79,7 @@ def test_nothing_is_compiled_while_the_clock_runs(monkeypatch: pytest.MonkeyPatc
     assert said[-1] == "run 3 of 3: plain, --max-draft 0"
 
 
+@pytest.mark.long
 def test_a_difference_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
     line = ["bench", "knight", "--model", str(small), "--max-new-tokens", "12"]
     assert cli.main(line) == 0

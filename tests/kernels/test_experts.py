@@ -62,6 +62,7 @@ def test_the_reference(gate, down, tile):
 
 
 @pytest.mark.parametrize(("gate", "down"), PAIRS[:2], ids=IDS[:2])
+@pytest.mark.long
 def test_each_row_has_the_bits_of_the_row_alone(gate, down):
     arguments = case(gate, down)
     together = {rows: run(arguments, slice(0, rows), interpret=True) for rows in (2, 8)}

@@ -49,6 +49,7 @@ def test_fifty_steps_lower_the_loss_and_leave_everything_behind(trained: Path) -
     assert not list(trained.glob("**/*unfinished*"))
 
 
+@pytest.mark.long
 def test_exported_file_is_the_model_that_was_measured(trained: Path, text: str) -> None:
     loaded, weights = checkpoint.load_weights(trained / "run")
     model = ds4jax.load(trained / "model.gguf")
