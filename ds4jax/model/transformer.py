@@ -60,7 +60,7 @@ class Transformer(nnx.Module):
         def modules(h_TND: jax.Array, caches: tuple[LayerCache, ...]) -> tuple[jax.Array, tuple[LayerCache, ...]]:
             done = []
             for i, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
-                with jax.named_scope(f"{name}{i}"):
+                with jax.named_scope(f"{name.removesuffix('s')}{i}"):
                     h_TND, cache = block(h_TND, ids_T, rows, cache, under(record, f"{name}.{i}"))
                 done.append(cache)
             return h_TND, tuple(done)
