@@ -329,19 +329,22 @@ def from_checkpoint(
 ) -> LanguageModel:
     """Read the weights of an opened model; arguments and errors as for `load`."""
     from ds4jax.loading.plan import require_fit
+    from ds4jax.loading.reading import read_ahead
 
     _require_depth(max_draft or 0)
     require_fit(checkpoint)
     config = checkpoint.config if qat is None else dataclasses.replace(checkpoint.config, qat=qat)
-    model = build(config, _values(checkpoint, progress))
+    with read_ahead(tuple(tensor.start() for tensor in checkpoint.tensors)) as read:
+        model = build(config, _named(checkpoint, read, progress))
     return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, no_mtp=checkpoint.no_mtp)
 
 
-def _values(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> Iterator[tuple[str, Value]]:
-    """Every tensor, the next one asked for only when the device has done with the last: one at a time is in the making."""
+def _named(
+    checkpoint: Checkpoint, read: Iterator[Value], progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, Value]]:
+    """Every tensor with its name; one at a time is in the making, while pieces of the next are on their way."""
     done, total = 0, sum(tensor.nbytes for tensor in checkpoint.tensors)
-    for tensor in checkpoint.tensors:
-        value = jax.block_until_ready(tensor.read())
+    for tensor, value in zip(checkpoint.tensors, read, strict=True):
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)

@@ -17,6 +17,7 @@ from ds4jax.errors import InputError
 from ds4jax.loading.checkpoint import Checkpoint, Tensor
 from ds4jax.loading.gguf_header import TENSOR_TYPES
 from ds4jax.loading.gguf_names import DENSE, EXPERTS, TABLE, VECTOR, Slot, slots
+from ds4jax.loading.reading import Reading
 from ds4jax.model.block import initial_base
 from ds4jax.model.parameters import Value, build
 from ds4jax.model.transformer import Transformer
@@ -115,8 +116,8 @@ def _tensor(config: Config, slot: Slot) -> Tensor:
         on_device = count // block * FORMATS[stored].DEVICE_BYTES
     else:
         on_device = count * jnp.dtype(ON_DEVICE[stored]).itemsize
-    read = functools.partial(value, config, slot)
-    return Tensor(slot.name, slot.shape, stored, stored, count // block * nbytes, on_device, read)
+    start = functools.partial(Reading.at_once, functools.partial(value, config, slot))
+    return Tensor(slot.name, slot.shape, stored, stored, count // block * nbytes, on_device, start)
 
 
 def value(config: Config, slot: Slot) -> Value:

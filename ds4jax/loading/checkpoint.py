@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from ds4jax.config import Config
+from ds4jax.loading.reading import Reading
 from pallas_kernels.formats import Quantized
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Tensor:
         form: how the device will hold it: "F32", "F16", "BF16", "I32" or a name of `pallas_kernels.formats.FORMATS`.
         nbytes: its bytes in the file.
         device_nbytes: its bytes on the device.
-        read: reads it onto the default device; raises InputError where the stored values cannot be used.
+        start: prepares to read it onto the default device; reading raises InputError where the stored values cannot be used.
     """
 
     name: str
@@ -35,7 +36,11 @@ class Tensor:
     form: str
     nbytes: int
     device_nbytes: int
-    read: Callable[[], jax.Array | Quantized]
+    start: Callable[[], Reading]
+
+    def read(self) -> jax.Array | Quantized:
+        """Read it now, in this thread; the device may still be at work on the value that is returned."""
+        return self.start().value()
 
 
 @dataclasses.dataclass(frozen=True)

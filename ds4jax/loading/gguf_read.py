@@ -11,7 +11,7 @@ from ds4jax.loading.checkpoint import Checkpoint, Tensor
 from ds4jax.loading.gguf_config import plain_metadata, read_config
 from ds4jax.loading.gguf_header import Header, read_header
 from ds4jax.loading.gguf_names import match
-from ds4jax.loading.gguf_values import device_nbytes, read_value
+from ds4jax.loading.gguf_values import device_nbytes, reading
 from ds4jax.tokenizer import TOKENS_KEY, Tokenizer
 
 
@@ -33,9 +33,9 @@ def open_gguf(path: Path, mtp_path: Path | None = None) -> Checkpoint:
     tokenizer = Tokenizer.from_gguf(metadata, path) if TOKENS_KEY in metadata else None
     tensors = []
     for one in sorted(found, key=lambda one: (one.header is mtp, one.info.offset)):
-        read = functools.partial(read_value, one.header, one.info, config.n_experts)
+        start = functools.partial(reading, one.header, one.info, config.n_experts)
         info = one.info
-        tensors.append(Tensor(one.slot.name, info.shape, info.type, info.type, info.nbytes, device_nbytes(info), read))
+        tensors.append(Tensor(one.slot.name, info.shape, info.type, info.type, info.nbytes, device_nbytes(info), start))
     return Checkpoint(
         path=path,
         kind="gguf",

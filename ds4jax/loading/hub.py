@@ -18,6 +18,7 @@ from ds4jax.loading.gguf_names import DENSE, EXPERTS, TABLE, slots
 from ds4jax.loading.hub_config import read_config, read_json, with_mtp
 from ds4jax.loading.hub_read import INTEGERS, Entry, Source, Stored
 from ds4jax.loading.mtp_file import DSPARK, drafter
+from ds4jax.loading.reading import Reading
 from ds4jax.model.parameters import shapes
 from pallas_kernels.formats import Q8_0
 
@@ -149,7 +150,7 @@ def _source(name: str, parts: tuple[Stored, ...], form: str, config: Config) -> 
 def _tensor(source: Source) -> Tensor:
     stored = "+".join(sorted({FORMAT.get(part.entry.dtype, part.entry.dtype) for part in source.parts}))
     nbytes = sum(part.nbytes for part in source.parts)
-    return Tensor(source.name, source.shape, stored, source.form, nbytes, source.nbytes, source.read)
+    return Tensor(source.name, source.shape, stored, source.form, nbytes, source.nbytes, lambda: Reading.at_once(source.read))
 
 
 def _tokenizer(path: Path, config: Config) -> Tokenizer | None:

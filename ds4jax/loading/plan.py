@@ -259,7 +259,7 @@ def require_fit(checkpoint: Checkpoint) -> None:
     Raises:
         InputError: the numbers.
     """
-    # A tensor's stored bytes lie on the device beside its planes while it is split.
+    # While a tensor is split, stored bytes lie on the device beside its planes: all of a matrix, of a stack a few pieces.
     needed = sum(tensor.device_nbytes for tensor in checkpoint.tensors) + max(tensor.nbytes for tensor in checkpoint.tensors)
     free = free_bytes()
     if free is not None and needed > free:

@@ -219,7 +219,7 @@ def test_check_starts_no_device() -> None:
 def test_prompts_are_checked_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "small.gguf"
     write_small(path)
-    monkeypatch.setattr("ds4jax.loading.gguf_read.read_value", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr("ds4jax.loading.gguf_read.reading", lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(InputError, match=r"token id 640 is outside the vocabulary of 640"):
         models.open_model(options(path), prompt=np.array([1, 640]))
     with pytest.raises(InputError, match=r"prompt has 1025 tokens; the model's context is 1024"):

@@ -21,7 +21,7 @@ from ds4jax.errors import InputError
 from ds4jax.loading import open_checkpoint
 from ds4jax.loading.gguf_header import read_header
 from ds4jax.loading.gguf_names import slots
-from ds4jax.loading.gguf_values import read_value
+from ds4jax.loading.gguf_values import reading
 from ds4jax.model.parameters import build
 
 CASES = {case["file"]: case for case in json.loads((GOLDEN / "bad" / "index.json").read_text())}
@@ -94,7 +94,7 @@ def test_values_are_refused_when_read(name: str, tmp_path: Path) -> None:
     header = read_header(path)
     n_experts = open_checkpoint(path).config.n_experts
     with pytest.raises(InputError) as error:
-        read_value(header, header.tensors[broken], n_experts)
+        reading(header, header.tensors[broken], n_experts).value()
     assert_message(error, name, path)
 
 

@@ -14,7 +14,7 @@ from ds4jax.errors import InputError
 from ds4jax.loading.gguf_config import metadata, read_config
 from ds4jax.loading.gguf_header import Header, TensorInfo, Value, read_header
 from ds4jax.loading.gguf_names import match
-from ds4jax.loading.gguf_values import read_value
+from ds4jax.loading.gguf_values import reading
 from ds4jax.tokenizer import BOS, Tokenizer
 
 Open = Callable[[], Header]
@@ -176,7 +176,7 @@ def test_values_are_checked_when_read(header: Header) -> None:
         raw = copy.raw(copy.tensors[name])
         raw[index : index + value.nbytes] = np.frombuffer(value.tobytes(), np.uint8)
         with pytest.raises(InputError) as error:
-            read_value(copy, copy.tensors[name], SMALL.n_experts)
+            reading(copy, copy.tensors[name], SMALL.n_experts).value()
         messages.append(str(error.value).removeprefix(f"{header.path}: "))
 
     messages: list[str] = []

@@ -15,7 +15,7 @@ from ds4jax.language_model import LanguageModel
 from ds4jax.loading import Checkpoint, open_checkpoint
 from ds4jax.loading.gguf_header import Header, read_header
 from ds4jax.loading.gguf_names import slots
-from ds4jax.loading.gguf_values import read_value
+from ds4jax.loading.gguf_values import reading
 from pallas_kernels.formats import Quantized
 
 EXPERTS = 8
@@ -27,7 +27,7 @@ def expected(name: str) -> np.ndarray:
 
 
 def plain(header: Header, name: str) -> np.ndarray:
-    value = read_value(header, header.tensors[name], EXPERTS)
+    value = reading(header, header.tensors[name], EXPERTS).value()
     found = np.asarray(value.dequantize() if isinstance(value, Quantized) else value)
     return found.astype(np.float32) if found.dtype == np.float16 else found
 

@@ -112,7 +112,7 @@ def test_too_little_memory_is_refused_before_anything_is_read(tmp_path: Path, mo
     assert ds4jax.load(path).config == checkpoint.config
     monkeypatch.setattr(plans, "free_bytes", lambda: None)
     plans.require_fit(checkpoint)
-    monkeypatch.setattr("ds4jax.loading.gguf_read.read_value", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr("ds4jax.loading.gguf_read.reading", lambda *_: pytest.fail("a tensor was read"))
     monkeypatch.setattr(plans, "free_bytes", lambda: needed - 1)
     with pytest.raises(InputError) as error:
         ds4jax.load(path)
@@ -128,7 +128,7 @@ def test_too_little_memory_is_refused_before_anything_is_read(tmp_path: Path, mo
 
 def test_a_depth_out_of_range_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_small(tmp_path / "small.gguf")
-    monkeypatch.setattr("ds4jax.loading.gguf_read.read_value", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr("ds4jax.loading.gguf_read.reading", lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(InputError, match="max-draft is 5"):
         ds4jax.load(tmp_path / "small.gguf", max_draft=5)
 
