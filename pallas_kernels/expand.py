@@ -52,9 +52,7 @@ def _iq2(refs: Any, expert: jax.Array, unit: jax.Array, *, values: int, interpre
     return [(unit * 8, weights * step[:, None])]
 
 
-def _k_run(
-    quants: jax.Array, mask: int, factor: jax.Array, offset: jax.Array, scale: jax.Array, minimum: jax.Array
-) -> jax.Array:
+def _k_run(quants: jax.Array, mask: int, factor: jax.Array, offset: jax.Array, scale: jax.Array, minimum: jax.Array) -> jax.Array:
     """Both products are exact, so that it is all the same whether the difference is fused with one of them."""
     step, below = scale * factor.astype(jnp.float32), minimum * offset.astype(jnp.float32)
     return step[:, None] * _run(quants, mask) - below[:, None]

@@ -25,6 +25,8 @@ from pallas_kernels.grouping import Plan, most_tiles, plan
 GATE_UP, DOWN = "grouped_gate_up", "grouped_down"
 # Values of one matrix that are multiplied out at a time: 32 experts of V4-Flash, 0.5 GB.
 MOST_VALUES = 1 << 28
+# Devices with at least 160 KB of shared memory a program, as jax names them.
+LARGE_DEVICES = ("A100", "H100", "H200", "GH200", "H800", "H20", "B200", "B300")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,19 @@ class GroupedTile:
     stages: int = 3
 
     @classmethod
-    def of(cls, pairs: int, experts: int) -> GroupedTile:
-        """The tile for so many pairs: an expert with few rows fills a small one better."""
+    def of(cls, pairs: int, experts: int, device_kind: str) -> GroupedTile:
+        """The tile for so many pairs: an expert with few rows fills a small one better.
+
+        A device that is not known to have the shared memory of a data centre's gets tiles that fit into 99 KB.
+        """
+        if not any(name in device_kind for name in LARGE_DEVICES):
+            return cls(rows=64, columns=64, warps=4)
         return cls() if pairs >= 64 * experts else cls(rows=64, warps=4)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that gate and up, the larger of the two products, need."""
+        return 2 * self.stages * self.depth * (self.rows + 2 * self.columns)
 
 
 def fits(dim: int, hidden: int) -> bool:
@@ -144,7 +156,7 @@ def _launch(kernel: Callable[..., None], name: str, inputs: tuple[jax.Array, ...
 
 
 def span_of(groups: Plan, first: jax.Array, count: int) -> jax.Array:
-    """Where `count` experts from `first` on lie in a plan, int32 [3]: the first expert, their first tile and the end of the last."""
+    """Where `count` experts from `first` on lie in a plan, int32 [3]: the first expert, first tile and last tile's end."""
     return jnp.stack([first, groups.first_tile[first], groups.first_tile[first + count]])
 
 
@@ -213,7 +225,7 @@ def experts(
         float32 [T, D].
     """
     (total, n, k), (tokens, active) = gate.shape, chosen.shape
-    tile = tile or GroupedTile.of(chosen.size, total)
+    tile = tile or GroupedTile.of(chosen.size, total, jax.devices()[0].device_kind)
     groups, count, narrow = plan(chosen, total, tile.rows), at_once(total, n, k), x.astype(jnp.bfloat16)
 
     def some(i: jax.Array, made: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -25,6 +25,9 @@ IDS = [f"{gate.__name__}-{down.__name__}" for gate, down in PAIRS]
 # Half a unit in the last place of bfloat16's eight digits.
 UNIT = 2.0**-9
 EXPERTS = 5
+# Every tile that a device may be given: for many rows of an expert, for few, and with little shared memory.
+H100 = "NVIDIA H100 80GB HBM3"
+TILES = [GroupedTile.of(24_576, 256, H100), GroupedTile.of(3072, 256, H100), GroupedTile.of(24_576, 256, "NVIDIA GB10")]
 
 # The choices of twelve rows: spread, all of one expert, an expert twice in a row's choice and two that nobody chose.
 CHOICES = {
@@ -90,7 +93,11 @@ def test_widths_that_do_not_divide():
 @functools.cache
 def case(gate: type[Quantized], down: type[Quantized], dim: int = 256, hidden: int = 256, experts: int = EXPERTS) -> tuple:
     rng = np.random.default_rng(0)
-    stacks = stack(gate, (experts, hidden, dim), 1), stack(gate, (experts, hidden, dim), 2), stack(down, (experts, dim, hidden), 3)
+    stacks = (
+        stack(gate, (experts, hidden, dim), 1),
+        stack(gate, (experts, hidden, dim), 2),
+        stack(down, (experts, dim, hidden), 3),
+    )
     x = jnp.asarray(rng.standard_normal((12, dim)), jnp.float32)
     return x, jnp.asarray(rng.uniform(0.2, 1.0, (12, 2)), jnp.float32), stacks
 
@@ -168,10 +175,15 @@ def abstract(format: type[Quantized], *shape: int) -> Quantized:
     return jax.eval_shape(format.split, raw)
 
 
-@pytest.mark.parametrize("tokens", [512, 4096])
+def test_tiles_fit_into_shared_memory():
+    assert len(set(TILES)) == 3
+    assert [tile.shared_bytes <= limit << 10 for tile, limit in zip(TILES, (160, 160, 99), strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize(("tokens", "tile"), [(4096, TILES[0]), (512, TILES[1]), (512, TILES[2])])
 @pytest.mark.parametrize(("gate", "down"), PAIRS, ids=IDS)
-def test_v4_flash_lowers(gate, down, tokens):
-    call = jax.jit(functools.partial(grouped_matmul.experts, limit=LIMIT))
+def test_v4_flash_lowers(gate, down, tokens, tile):
+    call = jax.jit(functools.partial(grouped_matmul.experts, limit=LIMIT, tile=tile))
     numbers = (
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (((tokens, 4096), "float32"), ((tokens, 6), "int32"), ((tokens, 6), "float32"))
@@ -195,7 +207,7 @@ def test_on_the_gpu(gate, down, name):
         differ = np.asarray(made != weight.dequantize(jnp.bfloat16)[1:]).sum()
         assert not differ, f"{differ} of {made.size} weights of {type(weight).__name__} differ"
     wanted, off = expected(x, chosen, share, *stacks)
-    for tile in (GroupedTile.of(1, 1), GroupedTile.of(1, 100)):
+    for tile in TILES:
         found = run(arguments, chosen, tile=tile, interpret=False)
         rows = np.flatnonzero((abs(found - wanted) > off).any(axis=1) | np.isnan(found).any(axis=1))
         assert not rows.size, f"{gate.__name__} {down.__name__} {name} {tile}: rows {rows.tolist()} are off"
