@@ -88,10 +88,10 @@ def _rectangle(rows: jax.Array, first: jax.Array, width: int) -> tuple[jax.Array
 
 
 def _gate_up_kernel(
-    span_ref: Any, expert_ref: Any, pair_ref: Any, share_ref: Any, x_ref: Any, gate_ref: Any, up_ref: Any, _: Any, out_ref: Any,
-    *, active: int, limit: float, tile: GroupedTile,
+    span_ref: Any, expert_ref: Any, pair_ref: Any, share_ref: Any, x_ref: Any, gate_ref: Any, up_ref: Any, into_ref: Any,
+    out_ref: Any, *, active: int, limit: float, tile: GroupedTile,
 ) -> None:  # fmt: skip
-    _, n, k = gate_ref.shape
+    n, k = gate_ref.shape[1:]
     number, first = _place(span_ref, n, tile)
 
     @pl.when(number < span_ref[2])
@@ -117,9 +117,10 @@ def _gate_up_kernel(
 
 
 def _down_kernel(
-    span_ref: Any, expert_ref: Any, pair_ref: Any, hidden_ref: Any, weight_ref: Any, _: Any, out_ref: Any, *, tile: GroupedTile
-) -> None:
-    _, n, k = weight_ref.shape
+    span_ref: Any, expert_ref: Any, pair_ref: Any, hidden_ref: Any, weight_ref: Any, into_ref: Any, out_ref: Any,
+    *, tile: GroupedTile,
+) -> None:  # fmt: skip
+    n, k = weight_ref.shape[1:]
     number, first = _place(span_ref, n, tile)
 
     @pl.when(number < span_ref[2])
@@ -231,8 +232,8 @@ def experts(
     def some(i: jax.Array, made: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         first, (hidden, y) = i * count, made
         span = span_of(groups, first, count)
-        wide = [expand(stack, first, count, interpret=interpret) for stack in (gate, up)]
-        hidden = gate_up(narrow, share, groups, span, *wide, hidden, limit=limit, tile=tile, interpret=interpret)
+        wide_gate, wide_up = (expand(stack, first, count, interpret=interpret) for stack in (gate, up))
+        hidden = gate_up(narrow, share, groups, span, wide_gate, wide_up, hidden, limit=limit, tile=tile, interpret=interpret)
         # The experts' down matrices take the place of the others, which nobody needs any more.
         hidden, ready = jax.lax.optimization_barrier((hidden, first))
         wide_down = expand(weight, ready, count, interpret=interpret)
