@@ -23,7 +23,8 @@ class Choice:
 
     Attributes:
         cuda, default: path when lowered for CUDA and for anything else: "pallas" (the share-warp kernel), "interpret" (its body
-            without a GPU), "xla" (the same quantised arithmetic in jnp) or "dot" (`jnp.dot` on float32 weights).
+            without a GPU), "xla" (the same quantised arithmetic in jnp), "dot" (`jnp.dot` on float32 weights) or "bfloat16" (on
+            the tensor cores: weights and activations in bfloat16, sums in float32).
         reason: why, in a few words.
     """
 
@@ -46,10 +47,12 @@ def choose(rows: int, quantized: bool, *, strict: bool, implementation: str | No
         return Choice("dot", "dot", "strict")
     if not quantized:
         return Choice("dot", "dot", "float weights")
-    if rows > DECODE_ROWS:
-        return Choice("dot", "dot", f"more than {DECODE_ROWS} rows")
+    many = rows > DECODE_ROWS
     if os.environ.get(OPT_OUT) == "1":
-        return Choice("xla", "xla", f"{OPT_OUT}=1")
+        path = "dot" if many else "xla"
+        return Choice(path, path, f"{OPT_OUT}=1")
+    if many:
+        return Choice("bfloat16", "dot", f"Q8_0, more than {DECODE_ROWS} rows")
     return Choice("pallas", "xla", f"Q8_0, at most {DECODE_ROWS} rows")
 
 
