@@ -36,9 +36,9 @@ class Tile:
         warps: of a program.
     """
 
-    heads: int = 64
-    span: int = 32
-    warps: int = 8
+    heads: int = 32
+    span: int = 64
+    warps: int = 4
 
 
 @dataclasses.dataclass(frozen=True)

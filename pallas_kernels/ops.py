@@ -92,13 +92,15 @@ def grouped_matmul(x: jax.Array, weight: Weight, *, strict: bool, implementation
 
 def _products(x: jax.Array, weights: tuple[Weight, ...], strict: bool, implementation: str | None) -> tuple[jax.Array, ...]:
     """x [M, C, K] times each [C·N, K] by the path that the gate chooses: [M, C, N] each."""
-    choice = choose(x.shape[0], isinstance(weights[0], Q8_0), strict=strict, implementation=implementation)
+    half = all(not isinstance(weight, Q8_0) and weight.dtype.itemsize == 2 for weight in weights)
+    choice = choose(x.shape[0], isinstance(weights[0], Q8_0), half=half, strict=strict, implementation=implementation)
     paths: dict[str, Callable[..., tuple[jax.Array, ...]]] = {
         "pallas": functools.partial(_share_warp, interpret=False),
         "interpret": functools.partial(_share_warp, interpret=True),
         "xla": _quantized,
         "dot": functools.partial(_dots, strict=strict),
         "bfloat16": _narrow_dots,
+        "three bfloat16": _split_dots,
     }
     if choice.cuda == choice.default:
         return paths[choice.cuda](x, weights)
@@ -154,6 +156,12 @@ def _narrow_dots(x: jax.Array, weights: tuple[Q8_0, ...]) -> tuple[jax.Array, ..
     """In bfloat16 with float32 sums; the precision is said, since the program's own is the highest."""
     dot, narrow = functools.partial(reference.dot, precision=jax.lax.Precision.DEFAULT), x.astype(jnp.bfloat16)
     return tuple(_multiplied_out(narrow, weight, dot, jnp.bfloat16) for weight in weights)
+
+
+def _split_dots(x: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Nearly float32: each operand as the sum of two bfloat16 numbers, and all their products but that of the small parts."""
+    dot = functools.partial(reference.dot, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3)
+    return tuple(dot(x, weight.astype(jnp.float32).reshape(x.shape[1], -1, x.shape[2])) for weight in weights)
 
 
 def _multiplied_out(x: jax.Array, weight: Q8_0, dot: Callable[..., jax.Array], dtype: Any) -> jax.Array:

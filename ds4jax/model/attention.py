@@ -103,7 +103,7 @@ class Attention(nnx.Module):
                 record(f"{name}_weights", weight)
             return out_THQ
 
-        if record is ignore and many_rows.serves(config, rows):
+        if record is ignore and many_rows.serves(config, rows, self.wq_b.weight.get_value()):
             kernels = functools.partial(many_rows.attend, config, self.ratio, self.attn_sink.get_value(), kv_TQ, index, rows)
             out_THQ = jax.lax.platform_dependent(q_THQ, cuda=lambda q: kernels(before, cache, q), default=modules)
         else:

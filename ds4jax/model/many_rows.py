@@ -19,6 +19,8 @@ from pallas_kernels import indexer
 from pallas_kernels.attention_prefill import attend_prefill
 from pallas_kernels.attention_split import Chosen, Compressed, Leading
 from pallas_kernels.dispatch import OPT_OUT
+from pallas_kernels.formats import Quantized
+from pallas_kernels.reference import Weight
 
 # A tensor core's operand has at least so many columns.
 LEAST_WIDTH = 16
@@ -38,8 +40,14 @@ class Queries(NamedTuple):
     weights: jax.Array
 
 
-def serves(config: Config, rows: Rows) -> bool:
-    """Whether the attention of a call of these rows is run by the kernels where it is lowered for CUDA."""
+def serves(config: Config, rows: Rows, weight: Weight) -> bool:
+    """Whether the attention of a call of these rows is run by the kernels where it is lowered for CUDA.
+
+    Args:
+        weight: one of the dense weights. Where they are float32, somebody wants float32 results, or gradients.
+    """
+    if not isinstance(weight, Quantized) and weight.dtype == jnp.float32:
+        return False
     many = rows.position.shape[0] > few_rows.MOST_ROWS and rows.start.shape[0] == 1 and not rows.strict
     powers = all(width & (width - 1) == 0 for width in (config.index_heads, config.index_dim))
     wide = config.head_dim & -config.head_dim >= LEAST_WIDTH and config.index_dim >= 32

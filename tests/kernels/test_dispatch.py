@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda import kernel_calls, lowered_for_cuda, pallas_calls
+from cuda import executed_calls, kernel_calls, lowered_for_cuda, pallas_calls
 from flax import nnx
 from numerics import assert_bits_equal
 from quantized import random_blocks
@@ -26,7 +26,7 @@ from ds4jax.drafter import MTPDrafter
 from ds4jax.model.moe import Experts
 from ds4jax.sampling import Sampling
 from ds4jax.scoring import extend
-from pallas_kernels import grouped_matmul, ops
+from pallas_kernels import attention_prefill, grouped_matmul, ops
 from pallas_kernels.dispatch import DECODE_ROWS, OPT_OUT, Choice, choose
 from pallas_kernels.formats import BLOCK, IQ2_XXS, Q2_K, Q8_0
 from pallas_kernels.q8_matmul import MOST_ROWS, NAME
@@ -105,7 +105,8 @@ def test_prefill_of_many_rows_takes_the_library_product(model):
     cache, ids, count = caches.empty(model.config, 512), jnp.zeros(128, jnp.int32), jnp.int32(128)
     arguments = (model.graph, model.weights, cache, None, ids, ids, count, count)
     text = lowered_for_cuda(extend.__wrapped__, *arguments, strict=False, want_logits=False)
-    assert pallas_calls(text) == 0
+    assert executed_calls(text, NAME) == 0
+    assert executed_calls(text, attention_prefill.NAME) == model.config.n_layers
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,12 @@ def test_choices(rows, quantized, strict, implementation, cuda, default, reason)
     choice = choose(rows, quantized, strict=strict, implementation=implementation)
     assert (choice.cuda, choice.default) == (cuda, default)
     assert reason in choice.reason
+
+
+@pytest.mark.parametrize(("rows", "strict", "cuda"), [(33, False, "three bfloat16"), (32, False, "dot"), (33, True, "dot")])
+def test_choices_of_half_floats(rows, strict, cuda):
+    choice = choose(rows, False, half=True, strict=strict)
+    assert (choice.cuda, choice.default) == (cuda, "dot")
 
 
 @pytest.mark.parametrize(("rows", "path"), [(1, "xla"), (DECODE_ROWS + 1, "dot")])
@@ -205,17 +212,19 @@ def dots(text: str) -> set[tuple[str, str]]:
     """Operand type and precision of a lowered program's products."""
     found = re.findall(r"dot_general (.*?) : \(tensor<[^>]*x(\w+)>", text)
     assert found
-    return {(dtype, "HIGHEST" if "HIGHEST" in options else "DEFAULT") for options, dtype in found}
+    names = {"HIGHEST": "HIGHEST", "num_primitive_operations = 3": "THREE"}
+    return {(dtype, next((told for name, told in names.items() if name in options), "DEFAULT")) for options, dtype in found}
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_many_rows_take_the_tensor_cores_with_quantised_weights_only(strict):
+def test_many_rows_take_the_tensor_cores_with_narrow_weights_only(strict):
     x, call = jax.ShapeDtypeStruct((DECODE_ROWS + 8, 64), "float32"), jax.jit(functools.partial(ops.matmul, strict=strict))
     quantised = jax.eval_shape(lambda: Q8_0.split(jnp.zeros((8, 2, 34), jnp.uint8)))
     with jax.default_matmul_precision("highest"):
         assert dots(lowered_for_cuda(call, x, quantised)) == {("f32", "HIGHEST") if strict else ("bf16", "DEFAULT")}
         for dtype in ("float16", "bfloat16", "float32"):
-            assert dots(lowered_for_cuda(call, x, jax.ShapeDtypeStruct((8, 64), dtype))) == {("f32", "HIGHEST")}
+            way = "HIGHEST" if strict or dtype == "float32" else "THREE"
+            assert dots(lowered_for_cuda(call, x, jax.ShapeDtypeStruct((8, 64), dtype))) == {("f32", way)}
         assert dots(call.lower(x, quantised).as_text()) == {("f32", "HIGHEST")}, "a CPU keeps float32"
 
 

@@ -62,14 +62,16 @@ def test_kernels_equal_the_modules(layers, layer, start):
 
 
 def test_many_rows_of_one_sequence_are_served(monkeypatch):
+    serves = functools.partial(many_rows.serves, weight=jax.ShapeDtypeStruct((64, 64), jnp.bfloat16))
     rows = Rows.following(jnp.int32(0), 9, 9)
-    assert many_rows.serves(KINDS, rows)
-    assert not many_rows.serves(KINDS, Rows.following(jnp.int32(0), 8, 8))
-    assert not many_rows.serves(KINDS, dataclasses.replace(rows, strict=True))
-    assert not many_rows.serves(KINDS, dataclasses.replace(rows, start=jnp.zeros(2, jnp.int32)))
-    assert not many_rows.serves(dataclasses.replace(KINDS, head_dim=72), rows)
+    assert serves(KINDS, rows)
+    assert not many_rows.serves(KINDS, rows, jax.ShapeDtypeStruct((64, 64), jnp.float32))
+    assert not serves(KINDS, Rows.following(jnp.int32(0), 8, 8))
+    assert not serves(KINDS, dataclasses.replace(rows, strict=True))
+    assert not serves(KINDS, dataclasses.replace(rows, start=jnp.zeros(2, jnp.int32)))
+    assert not serves(dataclasses.replace(KINDS, head_dim=72), rows)
     monkeypatch.setenv(OPT_OUT, "1")
-    assert not many_rows.serves(KINDS, rows)
+    assert not serves(KINDS, rows)
 
 
 @pytest.mark.parametrize("strict", [False, True])
