@@ -23,7 +23,9 @@ class Choice:
 
     Attributes:
         cuda, default: path when lowered for CUDA and for anything else: "pallas" (the share-warp kernel), "interpret" (its body
-            without a GPU), "xla" (the same quantised arithmetic in jnp) or "dot" (`jnp.dot` on float32 weights).
+            without a GPU), "xla" (the same quantised arithmetic in jnp), "dot" (`jnp.dot` on float32 weights) or, on the tensor
+            cores with sums in float32, "bfloat16" (weights and activations are rounded) or "three bfloat16" (each operand is the
+            sum of two numbers, all but the smallest product is added up: nearly float32).
         reason: why, in a few words.
     """
 
@@ -32,8 +34,8 @@ class Choice:
     reason: str
 
 
-def choose(rows: int, quantized: bool, *, strict: bool, implementation: str | None = None) -> Choice:
-    """Decide the path of a product of `rows` rows with a Q8_0 weight (`quantized`) or a float one.
+def choose(rows: int, quantized: bool, *, half: bool = False, strict: bool, implementation: str | None = None) -> Choice:
+    """Decide the path of a product of `rows` rows with a Q8_0 weight (`quantized`) or a float one, of 16 bits if `half`.
 
     `DS4JAX_NO_SHARE_WARP=1` in the environment is read here, that is once when a program is built.
 
@@ -44,12 +46,16 @@ def choose(rows: int, quantized: bool, *, strict: bool, implementation: str | No
         return _forced(implementation, rows, quantized, strict)
     if strict:
         return Choice("dot", "dot", "strict")
+    many = rows > DECODE_ROWS
+    if not quantized and half and many and os.environ.get(OPT_OUT) != "1":
+        return Choice("three bfloat16", "dot", f"16-bit float weights, more than {DECODE_ROWS} rows")
     if not quantized:
         return Choice("dot", "dot", "float weights")
-    if rows > DECODE_ROWS:
-        return Choice("dot", "dot", f"more than {DECODE_ROWS} rows")
     if os.environ.get(OPT_OUT) == "1":
-        return Choice("xla", "xla", f"{OPT_OUT}=1")
+        path = "dot" if many else "xla"
+        return Choice(path, path, f"{OPT_OUT}=1")
+    if many:
+        return Choice("bfloat16", "dot", f"Q8_0, more than {DECODE_ROWS} rows")
     return Choice("pallas", "xla", f"Q8_0, at most {DECODE_ROWS} rows")
 
 

@@ -21,7 +21,7 @@ from pallas_kernels.arithmetic import LANES, dp4a, fma, multiply, pick_bytes
 from pallas_kernels.formats import IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0, Quantized
 
 # Magnitudes of IQ2_XXS by their number, and below zero four further on.
-_POSITIVE, _NEGATIVE = 0x002B1908, 0x00D5E7F8
+POSITIVE, NEGATIVE = 0x002B1908, 0x00D5E7F8
 # Twice the magnitudes of E2M1 by code.
 _SMALL, _LARGE = 0x03020100, 0x0C080604
 _BYTES = 0x01010101
@@ -130,7 +130,7 @@ class _IQ2(_K):
             # The sign of a weight becomes the bit of its selector that chooses among the constants below zero.
             moved = sign << (2 - group) if group < 2 else sign >> (group - 2)
             selector = selector | (moved & 0x44444444)
-            words += [pick_bytes(_POSITIVE, _NEGATIVE, half, interpret=self.interpret) for half in (selector, selector >> 16)]
+            words += [pick_bytes(POSITIVE, NEGATIVE, half, interpret=self.interpret) for half in (selector, selector >> 16)]
         shift = 4 * jax.lax.broadcasted_iota(jnp.int32, (LANES, 4), 1)
         factors = ((factor.astype(jnp.int32)[:, None] >> shift) & 15) * 2 + 1
         total = jnp.sum(self._dot(words, planes) * factors, axis=-1)
@@ -208,22 +208,28 @@ class _MX(_Blocks):
     def add(self, w: Loaded, x: Loaded, acc: jax.Array) -> jax.Array:
         quant, exponent = w
         *halves, x_scale = x
-        words = [self._values((quant >> shift) & (15 * _BYTES)) for shift in (0, 4)]
-        exponent = exponent.astype(jnp.int32)
-        # The bits of 2^(exponent − 128); the two smallest are below float32's normal range.
-        bits = jnp.where(exponent < 2, 0x00200000 << exponent, (exponent - 1) << 23)
-        scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        words = [twice_e2m1((quant >> shift) & (15 * _BYTES), interpret=self.interpret) for shift in (0, 4)]
+        scale = power_of_two(exponent)
         return self._fma(jnp.sum(self._dot(words, halves), axis=-1), self._times(scale, x_scale), acc)
 
-    def _values(self, codes: jax.Array) -> jax.Array:
-        """Twice the values of four codes, one a byte, as int8."""
-        close = codes | (codes >> 4)
-        close = (close & 255) | ((close >> 8) & 0xFF00)
-        magnitudes = pick_bytes(_SMALL, _LARGE, close & 0x7777, interpret=self.interpret)
-        negative = (codes >> 3) & _BYTES
-        # Bytes below zero are inverted and get one more; none overflows, and 0 stays 0 only by the carry being cut off.
-        mask = negative * 255
-        return _add_bytes(magnitudes ^ mask, negative)
+
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """2^(exponent − 128) of uint8 up to 254, float32."""
+    exponent = exponent.astype(jnp.int32)
+    # The two smallest are below float32's normal range.
+    bits = jnp.where(exponent < 2, 0x00200000 << exponent, (exponent - 1) << 23)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def twice_e2m1(codes: jax.Array, *, interpret: bool) -> jax.Array:
+    """Twice the values of four codes, one a byte, as int8."""
+    close = codes | (codes >> 4)
+    close = (close & 255) | ((close >> 8) & 0xFF00)
+    magnitudes = pick_bytes(_SMALL, _LARGE, close & 0x7777, interpret=interpret)
+    negative = (codes >> 3) & _BYTES
+    # Bytes below zero are inverted and get one more; none overflows, and 0 stays 0 only by the carry being cut off.
+    mask = negative * 255
+    return _add_bytes(magnitudes ^ mask, negative)
 
 
 def _add_bytes(a: jax.Array, b: jax.Array) -> jax.Array:

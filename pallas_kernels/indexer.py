@@ -29,11 +29,14 @@ HEADS_A_PROGRAM = 4
 KEYS_A_TILE = 64
 # A row's programs; each takes every 264th tile where there are more. Two for each multiprocessor of an H100 or H200.
 MOST_PROGRAMS = 264
+LEAST_PROGRAMS = 4
+ROWS_APART = 8
 LEAST_HEADS = 16
 # A float32 is three bfloat16 numbers; what FP4 rounding leaves is one.
 PARTS = 3
-CHUNK = 16384
-SCORES_A_WARP = 1024
+# Scores that one program chooses from: the fewer, the more programs share them and the shorter each takes.
+LEAST_CHUNK, MOST_CHUNK = 2048, 16384
+SCORES_A_WARP = 256
 LEAST, MOST = -(1 << 31), (1 << 31) - 1
 HIGH_HALF = -(1 << 16)
 
@@ -154,26 +157,31 @@ def _first(visible: jax.Array, topk: int) -> tuple[jax.Array, jax.Array, jax.Arr
     return place, jnp.where(place < visible, place, -1), place < topk
 
 
-def _chunks(scores: Any, visible: Any, out: Any, *, topk: int, keys: int) -> None:
+def _chunk(keys: int, topk: int) -> int:
+    """Scores of a chunk, so many that there are about as many candidates from all chunks."""
+    return min(max(pl.next_power_of_2(math.isqrt(keys * topk)), LEAST_CHUNK), MOST_CHUNK)
+
+
+def _chunks(scores: Any, visible: Any, out: Any, *, topk: int, keys: int, size: int) -> None:
     """Of each chunk of scores the indices of the best `topk` or of all that are visible; nothing where one chunk has them all."""
     m, chunk = pl.program_id(0), pl.program_id(1)
     count = jnp.minimum(visible[m], keys)
-    here = jnp.minimum(count - chunk * CHUNK, CHUNK)
+    here = jnp.minimum(count - chunk * size, size)
 
-    @pl.when((count > CHUNK) & (here > 0) & (here <= topk))
+    @pl.when((count > size) & (here > 0) & (here <= topk))
     def _() -> None:
         place, value, there = _first(here, topk)
-        plt.store(out.at[m, chunk, place], chunk * CHUNK + value, mask=there)
+        plt.store(out.at[m, chunk, place], chunk * size + value, mask=there)
 
-    @pl.when((count > CHUNK) & (here > topk))
+    @pl.when((count > size) & (here > topk))
     def _() -> None:
-        place = jax.lax.broadcasted_iota(jnp.int32, (CHUNK,), 0)
-        index, real = chunk * CHUNK + place, place < here
+        place = jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+        index, real = chunk * size + place, place < here
         score = plt.load(scores.at[m, index], mask=real, other=0.0)
         _choose(_ordered(score), real, topk, lambda place, chosen: plt.store(out.at[m, chunk, place], index, mask=chosen))
 
 
-def _select(scores: Any, visible: Any, *refs: Any, topk: int, keys: int) -> None:
+def _select(scores: Any, visible: Any, *refs: Any, topk: int, keys: int, size: int) -> None:
     """The indices of the best `topk` of a row's scores, of those alone that candidates [M, chunks·topk] name if given."""
     *candidates, out = refs
     m = pl.program_id(0)
@@ -186,12 +194,12 @@ def _select(scores: Any, visible: Any, *refs: Any, topk: int, keys: int) -> None
 
     @pl.when(count > topk)
     def _() -> None:
-        place = jax.lax.broadcasted_iota(jnp.int32, (min(pl.next_power_of_2(keys), CHUNK),), 0)
+        named = candidates[0].shape[1] if candidates else 0
+        place = jax.lax.broadcasted_iota(jnp.int32, (max(min(pl.next_power_of_2(keys), size), pl.next_power_of_2(named)),), 0)
         index, real = place, place < count
         if candidates:
-            chunk, many = place // topk, count > CHUNK
-            named = (place < candidates[0].shape[1]) & (place - chunk * topk < count - chunk * CHUNK)
-            real = jnp.where(many, named, real)
+            chunk, many = place // topk, count > size
+            real = jnp.where(many, (place < named) & (place - chunk * topk < count - chunk * size), real)
             index = jnp.where(many, plt.load(candidates[0].at[m, place], mask=real & many, other=0), place)
         score = plt.load(scores.at[m, index], mask=real, other=0.0)
         _choose(_ordered(score), real, topk, lambda place, chosen: plt.store(out.at[m, place], index, mask=chosen))
@@ -247,7 +255,8 @@ def scores(
         float32 [M, S'] with S' at least S; undefined from a row's visible keys on.
     """
     tiles = pl.cdiv(keys.shape[0], KEYS_A_TILE)
-    programs = min(tiles, MOST_PROGRAMS)
+    # Of a prefill's many rows few programs each, so that a row's queries are loaded less often.
+    programs = min(tiles, max(MOST_PROGRAMS * ROWS_APART // max(weights.shape[0], ROWS_APART), LEAST_PROGRAMS))
     shape = jax.ShapeDtypeStruct((weights.shape[0], tiles * KEYS_A_TILE), jnp.float32)
     kernel = functools.partial(_scores, topk=topk, programs=programs)
     score: jax.Array = _launch(kernel, shape, programs, 4, NAMES[1], interpret)(queries, weights, keys, visible)
@@ -271,19 +280,19 @@ def select(score: jax.Array, visible: jax.Array, *, topk: int, keys: int, interp
     Raises:
         ValueError: more keys than two launches can choose from.
     """
-    m = score.shape[0]
+    m, size = score.shape[0], _chunk(keys, topk)
     candidates: tuple[jax.Array, ...] = ()
-    if keys > CHUNK:
-        chunks = pl.cdiv(keys, CHUNK)
-        if chunks * topk > CHUNK:
-            raise ValueError(f"the best {topk} of {keys} keys: at most {CHUNK // topk} chunks of {CHUNK} keys can be chosen from")
-        kernel = functools.partial(_chunks, topk=topk, keys=keys)
+    if keys > size:
+        chunks = pl.cdiv(keys, size)
+        if chunks * topk > MOST_CHUNK:
+            raise ValueError(f"the best {topk} of {keys} keys: at most {MOST_CHUNK // topk} chunks of {size} can be chosen from")
+        kernel = functools.partial(_chunks, topk=topk, keys=keys, size=size)
         shape = jax.ShapeDtypeStruct((m, chunks, topk), jnp.int32)
-        best = _launch(kernel, shape, chunks, _warps(CHUNK), NAMES[2], interpret)(score, visible)
+        best = _launch(kernel, shape, chunks, _warps(size), NAMES[2], interpret)(score, visible)
         candidates = (best.reshape(m, chunks * topk),)
-    kernel = functools.partial(_select, topk=topk, keys=keys)
-    shape = jax.ShapeDtypeStruct((m, topk), jnp.int32)
-    chosen: jax.Array = _launch(kernel, shape, 1, _warps(min(keys, CHUNK)), NAMES[3], interpret)(score, visible, *candidates)
+    kernel = functools.partial(_select, topk=topk, keys=keys, size=size)
+    shape, most = jax.ShapeDtypeStruct((m, topk), jnp.int32), max(min(keys, size), sum(best.shape[1] for best in candidates))
+    chosen: jax.Array = _launch(kernel, shape, 1, _warps(most), NAMES[3], interpret)(score, visible, *candidates)
     return chosen
 
 
@@ -299,7 +308,7 @@ def index(
     qat: bool,
     interpret: bool = False,
 ) -> jax.Array:
-    """Choose the compressed rows that each row of a call attends to: three launches, four for more than 16,384 keys.
+    """Choose the compressed rows that each row of a call attends to: three launches, four for more than 2,048 keys.
 
     Args:
         q: float32 [M, Hi·Di], raw index queries.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ def matmul(x: jax.Array, weight: Weight, *, strict: bool, implementation: str | 
         weight: [N, K], float32, bfloat16, float16 or Q8_0.
         strict: static. True multiplies float32 values by `jnp.dot` at highest precision and one fixed row count, and puts no
             Pallas kernel into the program. False reads Q8_0 weights in int8 with activations in int8 blocks of 32 where there
-            are few rows: on CUDA by the share-warp kernel, elsewhere by the same arithmetic in jnp.
+            are few rows: on CUDA by the share-warp kernel, elsewhere by the same arithmetic in jnp. With many rows it multiplies
+            them out, on CUDA to bfloat16 as the activations are then too, elsewhere to float32.
         implementation: static; "pallas", "xla" or "interpret" takes that path or fails.
 
     Returns:
@@ -90,12 +92,15 @@ def grouped_matmul(x: jax.Array, weight: Weight, *, strict: bool, implementation
 
 def _products(x: jax.Array, weights: tuple[Weight, ...], strict: bool, implementation: str | None) -> tuple[jax.Array, ...]:
     """x [M, C, K] times each [C·N, K] by the path that the gate chooses: [M, C, N] each."""
-    choice = choose(x.shape[0], isinstance(weights[0], Q8_0), strict=strict, implementation=implementation)
+    half = all(not isinstance(weight, Q8_0) and weight.dtype.itemsize == 2 for weight in weights)
+    choice = choose(x.shape[0], isinstance(weights[0], Q8_0), half=half, strict=strict, implementation=implementation)
     paths: dict[str, Callable[..., tuple[jax.Array, ...]]] = {
         "pallas": functools.partial(_share_warp, interpret=False),
         "interpret": functools.partial(_share_warp, interpret=True),
         "xla": _quantized,
         "dot": functools.partial(_dots, strict=strict),
+        "bfloat16": _narrow_dots,
+        "three bfloat16": _split_dots,
     }
     if choice.cuda == choice.default:
         return paths[choice.cuda](x, weights)
@@ -141,26 +146,44 @@ def _dots(x: jax.Array, weights: tuple[Weight, ...], *, strict: bool) -> tuple[j
 
 def _dot(x: jax.Array, weight: Weight, strict: bool) -> jax.Array:
     """Multiply out the weight and use the library's product; a large weight for many rows is multiplied out in tiles."""
-    m, groups, k = x.shape
     dot = _fixed_rows if strict else reference.dot
-    tiles = 1 if strict and m <= DECODE_ROWS else _tiles(weight, groups)
+    if not isinstance(weight, Q8_0) or (strict and x.shape[0] <= DECODE_ROWS):
+        return dot(x, reference.as_float32(weight).reshape(x.shape[1], -1, x.shape[2]))
+    return _multiplied_out(x, weight, dot, jnp.float32)
+
+
+def _narrow_dots(x: jax.Array, weights: tuple[Q8_0, ...]) -> tuple[jax.Array, ...]:
+    """In bfloat16 with float32 sums; the precision is said, since the program's own is the highest."""
+    dot, narrow = functools.partial(reference.dot, precision=jax.lax.Precision.DEFAULT), x.astype(jnp.bfloat16)
+    return tuple(_multiplied_out(narrow, weight, dot, jnp.bfloat16) for weight in weights)
+
+
+def _split_dots(x: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Nearly float32: each operand as the sum of two bfloat16 numbers, and all their products but that of the small parts."""
+    dot = functools.partial(reference.dot, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3)
+    return tuple(dot(x, weight.astype(jnp.float32).reshape(x.shape[1], -1, x.shape[2])) for weight in weights)
+
+
+def _multiplied_out(x: jax.Array, weight: Q8_0, dot: Callable[..., jax.Array], dtype: Any) -> jax.Array:
+    """The library's product x [M, C, K] with a weight multiplied out to a type, in tiles of rows when it is large."""
+    m, groups, k = x.shape
+    tiles = _tiles(weight, groups)
     if tiles == 1:
-        return dot(x, reference.as_float32(weight).reshape(groups, -1, k))
-    assert isinstance(weight, Q8_0)
+        return dot(x, weight.dequantize(dtype).reshape(groups, -1, k))
     rows = weight.shape[0] // tiles
     quants = jnp.moveaxis(weight.quants.reshape(2, tiles, rows, *weight.quants.shape[2:]), 1, 0)
     scales = weight.scales.reshape(tiles, rows, -1)
 
     def one(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return dot(x, Q8_0(*tile).dequantize()[None])
+        return dot(x, Q8_0(*tile).dequantize(dtype)[None])
 
     y_tiles = jax.lax.map(one, (quants, scales))
     return jnp.moveaxis(y_tiles, 0, 2).reshape(m, groups, -1)
 
 
-def _tiles(weight: Weight, groups: int) -> int:
+def _tiles(weight: Q8_0, groups: int) -> int:
     """Into how many tiles of rows a quantised weight is cut, so that no tile has too many values."""
-    if not isinstance(weight, Q8_0) or groups > 1:
+    if groups > 1:
         return 1
     n, k = weight.shape
     return next(tiles for tiles in range(1, n + 1) if n % tiles == 0 and (n // tiles * k <= MOST_TILE_VALUES or tiles == n))

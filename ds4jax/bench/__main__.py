@@ -142,6 +142,34 @@ def load_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     return load.enough(content)
 
 
+def prefill_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
+    """Prompts of 4,096 and 32,768 tokens through the whole of V4-Flash; writes `<slug>-prefill.json` and prints tables."""
+    from ds4jax import runtime
+
+    runtime.configure()
+    environment.require_gpu()
+    from ds4jax.bench import prefill, report
+
+    content = prefill.bench(prefill.Options(), note)
+    report.write(out / f"{slug}-prefill.json", content)
+    prefill.show(content)
+    return prefill.good(content)
+
+
+def long_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
+    """Plain decode of the whole of V4-Flash from 2 thousand to a million rows; writes `<slug>-long.json` and prints a table."""
+    from ds4jax import runtime
+
+    runtime.configure()
+    environment.require_gpu()
+    from ds4jax.bench import long, report
+
+    content = long.bench(long.Options(), note)
+    report.write(out / f"{slug}-long.json", content)
+    long.show(content)
+    return long.good(content)
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What the suite runs at once.
@@ -159,6 +187,8 @@ PARTS = {
     "kernels": Part(kernels_part, ("-n", "4", "tests/kernels/test_gpu.py")),
     "decode": Part(decode_part, ("-n", "8", "tests/kernels", "--deselect=tests/kernels/test_gpu.py")),
     "load": Part(load_part, ("-n", "0", "tests/loading/test_memory.py")),
+    "prefill": Part(prefill_part, ("-n", "4", "tests/kernels/test_attention_prefill.py", "tests/kernels/test_grouped_matmul.py")),
+    "long": Part(long_part, ("-n", "4", "tests/kernels/test_indexer.py")),
     "lossless": Part(None, ("-n", "5", "tests/test_lossless.py", "tests/test_tiny_model.py")),
 }
 

@@ -97,8 +97,7 @@ class Loop:
 
     def run(self, state: DecodeState, tokens: int, depth: int) -> DecodeState:
         """Generate so many tokens at a depth, whatever they are; the host does not wait."""
-        most = jnp.int32(tokens)
-        made: DecodeState = self.executable(self.weights, state, *_arguments(self.program, most, depth))
+        made: DecodeState = self.executable(self.weights, state, *arguments(self.program, tokens, depth))
         return made
 
     def timed(self, tokens: int, depth: int) -> tuple[list[float], DecodeState]:
@@ -112,9 +111,20 @@ class Loop:
         return samples, state
 
 
-def _arguments(program: Program, most: jax.Array, depth: int) -> tuple[Any, ...]:
+def arguments(program: Program, tokens: int, depth: int) -> tuple[Any, ...]:
+    """Limits, filters and policy of a run of so many tokens at a depth, whatever the tokens are."""
+    most = jnp.int32(tokens)
     policy = Policy(jnp.int32(depth), jnp.ones(1 + program.max_draft, jnp.float32))
     return Limits(most, most, jnp.array([NO_STOP], jnp.int32)), Sampling().arrays(), policy
+
+
+def lower(program: Program, graph: nnx.GraphDef, weights: nnx.State, start: DecodeState) -> Any:
+    """The loop lowered for a state, of which the shapes are enough."""
+    # The function inside `precise`, which knows how to lower itself.
+    run: Any = vars(decode.run)["__wrapped__"]
+    static = {"drafter": program.drafter, "max_draft": program.max_draft, "strict": program.strict}
+    with jax.default_matmul_precision("highest"):
+        return run.lower(graph, weights, start, *arguments(program, 1, 0), **static)
 
 
 def compiled(
@@ -126,17 +136,12 @@ def compiled(
         began = time.perf_counter()
         return lowered.compile(), time.perf_counter() - began
 
-    # The function inside `precise`, which knows how to lower itself.
-    run: Any = vars(decode.run)["__wrapped__"]
     pending = []
     with ThreadPoolExecutor(len(programs)) as pool:
         for program in programs:
             start = filled(config, program, context, capacity)
-            arguments = (graph, weights, start, *_arguments(program, jnp.int32(1), 0))
-            static = {"drafter": program.drafter, "max_draft": program.max_draft, "strict": program.strict}
             began = time.perf_counter()
-            with jax.default_matmul_precision("highest"):
-                lowered = run.lower(*arguments, **static)
+            lowered = lower(program, graph, weights, start)
             seconds = time.perf_counter() - began
             pending.append((program, start, seconds, pool.submit(compile, lowered)))
         return {

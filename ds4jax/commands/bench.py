@@ -59,7 +59,7 @@ Decode with a model of random weights in the layout of the published 2-bit file,
 full as --context says. Print the time of a step without drafts and at each depth, what it reads, how near that is to the
 bandwidth of a copy in the same run, the kernels by the profiler, and whether drafting gives the tokens and the bits of plain
 decode. Speed does not depend on the values. On a CPU there are no kernel times. Exit code 1 when something could not be measured
-or differs.
+or differs. Several contexts are compared by their plain steps alone.
 
 flash-q2 is DeepSeek-V4-Flash: 94 GB of weights, of which --layers takes the first few. small-q2 is a toy for any machine."""
 
@@ -67,7 +67,19 @@ DECODE_EXAMPLES = """\
 examples:
   ds4jax bench decode --synthetic flash-q2 --json decode.json --plot decode.png
   ds4jax bench decode --synthetic flash-q2 --layers 8 --draft 0 --strict
-  ds4jax bench decode --synthetic flash-q2 --acceptance 0.79,0.58"""
+  ds4jax bench decode --synthetic flash-q2 --acceptance 0.79,0.58
+  ds4jax bench decode --synthetic flash-q2 --context 2048,32768,131072,1000000"""
+
+PREFILL = """\
+Take prompts of random tokens into the cache of a model of random weights, as `bench decode` makes it, a chunk at a time. Print
+tokens a second, what a call takes at the beginning and at the end of the prompt, and what it needs beside weights and cache.
+Compilation is not in the figures. Exit code 1 when something could not be measured."""
+
+PREFILL_EXAMPLES = """\
+examples:
+  ds4jax bench prefill --synthetic flash-q2
+  ds4jax bench prefill --synthetic flash-q2 --layers 6 --tokens 4096 --json prefill.json"""
+
 LOAD = """\
 Write a GGUF file in the layout of the published q2 file with random blocks, and time in turns, each three times: reading it with
 `cat`, putting as many bytes onto the device from page-locked memory (on a CPU, copying them), and loading it. The file is in the
@@ -91,6 +103,11 @@ def row_counts(word: str) -> tuple[int, ...]:
 def depths(word: str) -> tuple[int, ...]:
     """A comma-separated list of drafts a step, each once, in order."""
     return tuple(sorted({cli_options.draft_count(part) for part in word.split(",")}))
+
+
+def lengths(word: str) -> tuple[int, ...]:
+    """A comma-separated list of token counts, each once, in order."""
+    return tuple(sorted({cli_options.token_count(part) for part in word.split(",")}))
 
 
 def shares(word: str) -> tuple[float, ...]:
@@ -119,6 +136,7 @@ def add_parser(commands: Any) -> None:
     kernels.add_argument("--plot", type=plot_file, metavar="FILE.png", help="draw a roofline picture; needs matplotlib")
     kernels.set_defaults(run=run_kernels)
     _add_decode(targets)
+    _add_prefill(targets)
     knight = targets.add_parser(
         "knight", help="drafting, strict and plain, on one prompt", description=KNIGHT, epilog=KNIGHT_EXAMPLES
     )
@@ -142,9 +160,9 @@ def _add_decode(targets: Any) -> None:
     parser.add_argument("--layers", type=cli_options.token_count, metavar="N", help="the first N layers alone: a slice")
     parser.add_argument(
         "--context",
-        type=cli_options.token_count,
-        default=2048,
-        metavar="N",
+        type=lengths,
+        default="2048",
+        metavar="N,...",
         help="rows in the caches before the first step (2048)",
     )
     parser.add_argument("--draft", type=depths, default="0,1,2", metavar="D,...", help="drafts a step, 0 to 4 (0,1,2)")
@@ -160,6 +178,18 @@ def _add_decode(targets: Any) -> None:
     parser.add_argument("--json", type=cli_options.output_file, metavar="FILE", help="write everything to this file")
     parser.add_argument("--plot", type=plot_file, metavar="FILE.png", help="draw the longest kernels; needs matplotlib")
     parser.set_defaults(run=run_decode)
+
+
+def _add_prefill(targets: Any) -> None:
+    parser = targets.add_parser("prefill", help="prompts at full shape", description=PREFILL, epilog=PREFILL_EXAMPLES)
+    parser.add_argument("--synthetic", choices=LAYOUTS, required=True, help="which model's shapes to make")
+    parser.add_argument("--layers", type=cli_options.token_count, metavar="N", help="the first N layers alone: a slice")
+    parser.add_argument(
+        "--tokens", type=lengths, default="4096,32768", metavar="N,...", help="lengths of the prompts (4096,32768)"
+    )
+    parser.add_argument("--chunk", type=cli_options.token_count, default=4096, metavar="N", help="rows of a call (4096)")
+    parser.add_argument("--json", type=cli_options.output_file, metavar="FILE", help="write everything to this file")
+    parser.set_defaults(run=run_prefill)
 
 
 def _require_matplotlib(options: argparse.Namespace) -> None:
@@ -215,12 +245,14 @@ def run_decode(options: argparse.Namespace) -> int:
     from ds4jax import runtime
 
     runtime.configure()
+    if len(options.context) > 1:
+        return _run_long(options)
     from ds4jax.bench import decode, decode_report, report
 
     chosen = decode.Options(
         layout=options.synthetic,
         layers=options.layers,
-        context=options.context,
+        context=options.context[0],
         drafts=options.draft,
         strict=options.strict,
         steps=options.steps,
@@ -233,6 +265,39 @@ def run_decode(options: argparse.Namespace) -> int:
         decode_report.plot(options.plot, content)
     decode_report.show(content)
     return 0 if decode.good(content) else 1
+
+
+def _run_long(options: argparse.Namespace) -> int:
+    """Carry `bench decode` out for several contexts."""
+    if options.plot or options.strict or options.acceptance:
+        raise InputError("several contexts are compared by plain steps; leave --plot, --strict and --acceptance out")
+    from ds4jax.bench import long, report
+
+    chosen = long.Options(options.synthetic, options.layers, options.context, options.steps)
+    content = long.bench(chosen, _notes())
+    if options.json:
+        report.write(options.json, content)
+    long.show(content)
+    return 0 if long.good(content) else 1
+
+
+def run_prefill(options: argparse.Namespace) -> int:
+    """Carry `bench prefill` out; returns 0, or 1 when something could not be measured.
+
+    Raises:
+        InputError: a slice, a prompt or a chunk that does not fit.
+    """
+    from ds4jax import runtime
+
+    runtime.configure()
+    from ds4jax.bench import prefill, report
+
+    chosen = prefill.Options(options.synthetic, options.layers, options.tokens, options.chunk)
+    content = prefill.bench(chosen, _notes())
+    if options.json:
+        report.write(options.json, content)
+    prefill.show(content)
+    return 0 if prefill.good(content) else 1
 
 
 def run_knight(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -203,7 +204,8 @@ def dispatch(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             continue
         key = (product, tensor.shape, tensor.stored, tensor.form)
         if key not in rows:
-            choices = {name: choose(m, tensor.form == "Q8_0", strict=strict) for name, (m, strict) in calls.items()}
+            gate = functools.partial(choose, quantized=tensor.form == "Q8_0", half=tensor.form in ("F16", "BF16"))
+            choices = {name: gate(m, strict=strict) for name, (m, strict) in calls.items()}
             paths = {name: {"cuda": c.cuda, "default": c.default, "reason": c.reason} for name, c in choices.items()}
             types = {"stored": tensor.stored, "device": tensor.form}
             rows[key] = {"product": product, "shape": list(tensor.shape), **types, "count": 0, **paths}

@@ -7,6 +7,7 @@ reference inference code and the V4 report's compressed sparse and heavily compr
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ from flax import nnx
 
 from ds4jax.cache import OVERLAP_RATIO, LayerCache, Rows, held_positions, ring_positions, with_ring, write_ring
 from ds4jax.config import Config
-from ds4jax.model import fake_quant
+from ds4jax.model import fake_quant, many_rows
 from ds4jax.model.compressor import Compressor, visible_blocks
 from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import GroupedLinear, Linear, RMSNorm, Rngs, parameter, rms_scale, together
+from ds4jax.model.many_rows import Queries
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import Record, ignore, under
 
@@ -90,15 +92,22 @@ class Attention(nnx.Module):
         kv_TQ = self._finish_rows(rotate(self.kv_norm(kv_TQ), rows.position, frequencies))
         record("kv", kv_TQ)
 
-        written = write_ring(cache.window, kv_TQ, rows)
-        segments = [self._window(kv_TQ, rows, cache.window, written)]
-        compressed, cache = self._compressed(x_TD, q_low_TL, rows, cache, record)
-        segments += compressed
-        cache = dataclasses.replace(cache, window=written)
-        sink_H = self.attn_sink.get_value().astype(jnp.float32)
-        out_THQ, weights = attend(q_THQ, segments, sink_H, config.head_dim**-0.5, record)
-        for name, weight in zip(("window", "compressed"), weights, strict=False):
-            record(f"{name}_weights", weight)
+        before, cache = cache.window, self._take_in(x_TD, kv_TQ, rows, cache, record)
+        index = self.indexer.queries(x_TD, q_low_TL, rows) if cache.indexer is not None else None
+
+        def modules(q_THQ: jax.Array) -> jax.Array:
+            segments = [self._window(kv_TQ, rows, before, cache.window), *self._compressed(index, rows, cache, record)]
+            sink_H = self.attn_sink.get_value().astype(jnp.float32)
+            out_THQ, weights = attend(q_THQ, segments, sink_H, config.head_dim**-0.5, record)
+            for name, weight in zip(("window", "compressed"), weights, strict=False):
+                record(f"{name}_weights", weight)
+            return out_THQ
+
+        if record is ignore and many_rows.serves(config, rows, self.wq_b.weight.get_value()):
+            kernels = functools.partial(many_rows.attend, config, self.ratio, self.attn_sink.get_value(), kv_TQ, index, rows)
+            out_THQ = jax.lax.platform_dependent(q_THQ, cuda=lambda q: kernels(before, cache, q), default=modules)
+        else:
+            out_THQ = modules(q_THQ)
         out_THQ = rotate(out_THQ, rows.position, frequencies, inverse=True)
         out = self.wo_a(out_THQ.reshape(x_TD.shape[0], -1), strict=rows.strict)
         return self.wo_b(out, strict=rows.strict), cache
@@ -127,21 +136,28 @@ class Attention(nnx.Module):
         seen = (age >= 0) & (age < window) & (position >= 0)[None, :]
         return held, seen & (sequence[None, :] == rows.sequence[:, None])
 
-    def _compressed(
-        self, x_TD: jax.Array, q_low_TL: jax.Array, rows: Rows, cache: LayerCache, record: Record
-    ) -> tuple[list[Segment], LayerCache]:
+    def _take_in(self, x_TD: jax.Array, kv_TQ: jax.Array, rows: Rows, cache: LayerCache, record: Record) -> LayerCache:
+        """The cache with the call's rows in its window and the blocks that they close among the compressed rows."""
+        cache = dataclasses.replace(cache, window=write_ring(cache.window, kv_TQ, rows))
+        if cache.compressor is not None:
+            finished = self.compressor(x_TD, rows, cache.compressor, finish=self._finish_rows, record=under(record, "compressor"))
+            cache = dataclasses.replace(cache, compressor=finished)
+        if cache.indexer is not None:
+            keys = self.indexer.take_in(x_TD, rows, cache.indexer, under(record, "indexer"))
+            cache = dataclasses.replace(cache, indexer=keys)
+        return cache
+
+    def _compressed(self, index: Queries | None, rows: Rows, cache: LayerCache, record: Record) -> list[Segment]:
+        """Compressed rows and which of them each query sees, as far as the layer has any."""
         if cache.compressor is None:
-            return [], cache
-        compressor = self.compressor(x_TD, rows, cache.compressor, finish=self._finish_rows, record=under(record, "compressor"))
-        cache = dataclasses.replace(cache, compressor=compressor)
-        rows_SQ = compressor.rows.reshape(-1, self.config.head_dim)
-        if cache.indexer is None:
-            return [(rows_SQ, visible_blocks(compressor.rows.shape[1], self.ratio, rows))], cache
-        index_TK, visible_TK, indexer = self.indexer(x_TD, q_low_TL, rows, cache.indexer, under(record, "indexer"))
-        cache = dataclasses.replace(cache, indexer=indexer)
+            return []
+        rows_SQ = cache.compressor.rows.reshape(-1, self.config.head_dim)
+        if cache.indexer is None or index is None:
+            return [(rows_SQ, visible_blocks(cache.compressor.rows.shape[1], self.ratio, rows))]
+        index_TK, visible_TK = self.indexer(index, rows, cache.indexer, under(record, "indexer"))
         record("indexer.selected", jnp.where(visible_TK, index_TK, -1))
-        if x_TD.shape[0] <= GATHER_ROWS:
-            return [(rows_SQ[index_TK], visible_TK)], cache
-        query = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None]
-        chosen = jnp.zeros((x_TD.shape[0], rows_SQ.shape[0]), bool).at[query, index_TK].max(visible_TK)
-        return [(rows_SQ, chosen)], cache
+        if index_TK.shape[0] <= GATHER_ROWS:
+            return [(rows_SQ[index_TK], visible_TK)]
+        query = jnp.arange(index_TK.shape[0], dtype=jnp.int32)[:, None]
+        chosen = jnp.zeros((index_TK.shape[0], rows_SQ.shape[0]), bool).at[query, index_TK].max(visible_TK)
+        return [(rows_SQ, chosen)]

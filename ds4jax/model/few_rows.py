@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from flax import nnx
 
 from ds4jax.cache import CompressorCache, LayerCache, Rows
 from ds4jax.config import Config
-from ds4jax.model.block import Block
 from ds4jax.model.rope import inverse_frequencies
 from pallas_kernels import activation, attention, compressor, expert_matmul, hyper_connections, indexer, latent, router, swiglu
 from pallas_kernels.activation import Activation
@@ -31,6 +30,9 @@ from pallas_kernels.float_matmul import float_matmul, float_part
 from pallas_kernels.formats import BLOCK, Q8_0, Quantized
 from pallas_kernels.hyper_connections import Entered
 from pallas_kernels.ops import quantized_part, quantized_products
+
+if TYPE_CHECKING:
+    from ds4jax.model.block import Block
 
 MOST_ROWS = 8
 DENSE = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b")

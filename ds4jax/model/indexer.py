@@ -16,6 +16,7 @@ from ds4jax.config import Config
 from ds4jax.model import fake_quant
 from ds4jax.model.compressor import Compressor, visible_blocks
 from ds4jax.model.layers import Linear, Rngs
+from ds4jax.model.many_rows import Queries
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import Record, ignore, under
 
@@ -37,29 +38,40 @@ class Indexer(nnx.Module):
         self.compressor = Compressor(config, ratio, config.index_dim, rngs=rngs)
         self.config, self.ratio = config, ratio
 
-    def __call__(
-        self, x_TD: jax.Array, q_low_TL: jax.Array, rows: Rows, cache: CompressorCache, record: Record = ignore
-    ) -> tuple[jax.Array, jax.Array, CompressorCache]:
-        """Choose compressed rows for each query.
+    def take_in(self, x_TD: jax.Array, rows: Rows, cache: CompressorCache, record: Record = ignore) -> CompressorCache:
+        """The cache with the keys of the blocks that the call's rows, float32 [T, D], close."""
+        finish = functools.partial(finish_keys, self.config)
+        return self.compressor(x_TD, rows, cache, finish=finish, record=under(record, "compressor"))
+
+    def queries(self, x_TD: jax.Array, q_low_TL: jax.Array, rows: Rows) -> Queries:
+        """Queries and weights of the call's rows.
 
         Args:
             x_TD: float32 [T, D], the layer's normed input.
             q_low_TL: float32 [T, q_lora_rank], the attention's low-rank query.
+        """
+        return Queries(self.wq_b(q_low_TL, strict=rows.strict), self.weights_proj(x_TD, strict=rows.strict))
+
+    def __call__(
+        self, queries: Queries, rows: Rows, cache: CompressorCache, record: Record = ignore
+    ) -> tuple[jax.Array, jax.Array]:
+        """Choose compressed rows for each query.
+
+        Args:
+            cache: the call's own keys included.
 
         Returns:
-            Indices int32 [T, k] into the flattened rows [B·S] with k = min(index_topk, B·S), whether each is visible, bool
-            [T, k], and the cache. Equal scores keep the lower index.
+            Indices int32 [T, k] into the flattened rows [B·S] with k = min(index_topk, B·S), and whether each is visible, bool
+            [T, k]. Equal scores keep the lower index.
         """
         config = self.config
-        finish = functools.partial(finish_keys, config)
-        cache = self.compressor(x_TD, rows, cache, finish=finish, record=under(record, "compressor"))
-        q_THI = self.wq_b(q_low_TL, strict=rows.strict).reshape(-1, config.index_heads, config.index_dim)
-        q_THI = finish(rotate(q_THI, rows.position, inverse_frequencies(config, compressed=True)))
-        weights_TH = self.weights_proj(x_TD, strict=rows.strict) * (config.index_dim**-0.5 * config.index_heads**-0.5)
+        q_THI = queries.q.reshape(-1, config.index_heads, config.index_dim)
+        q_THI = finish_keys(config, rotate(q_THI, rows.position, inverse_frequencies(config, compressed=True)))
+        weights_TH = queries.weights * (config.index_dim**-0.5 * config.index_heads**-0.5)
         keys_SI = cache.rows.reshape(-1, config.index_dim)
         products = jnp.einsum("thi,si->ths", q_THI, keys_SI, preferred_element_type=jnp.float32)
         score_TS = jnp.einsum("ths,th->ts", jax.nn.relu(products), weights_TH, preferred_element_type=jnp.float32)
         score_TS = jnp.where(visible_blocks(cache.rows.shape[1], self.ratio, rows), score_TS, -jnp.inf)
         record("score", score_TS)
         best, index = jax.lax.top_k(score_TS, min(config.index_topk, score_TS.shape[1]))
-        return index, best > -jnp.inf, cache
+        return index, best > -jnp.inf

@@ -5,6 +5,7 @@ Source: `Gate`, `Expert` and `MoE` of the reference inference code; the shared e
 
 from __future__ import annotations
 
+import os
 from typing import TypeGuard
 
 import jax
@@ -14,6 +15,8 @@ from flax import nnx
 from ds4jax.config import Config
 from ds4jax.model.layers import Linear, Rngs, parameter, together
 from ds4jax.model.tape import Record, ignore
+from pallas_kernels import grouped_matmul
+from pallas_kernels.dispatch import OPT_OUT
 from pallas_kernels.formats import Q8_0, Quantized
 from pallas_kernels.reference import Weight, as_float32, expert_dot
 
@@ -104,10 +107,16 @@ class Experts(nnx.Module):
         """Weighted sum of the chosen experts' outputs, [T, D]; the weight is applied before w2.
 
         Few rows read the experts that each has chosen. Strict takes one row at a time in float32, so that the library meets the
-        same shapes whatever the number of rows; else weights of fewer than eight bits meet quantised activations.
+        same shapes whatever the number of rows; else weights of fewer than eight bits meet quantised activations. Of many rows,
+        those of one expert are multiplied together in bfloat16 on CUDA, when not strict; elsewhere each expert serves every row.
         """
         if x_TD.shape[0] > GATHER_ROWS:
-            return self._one_by_one(x_TD, chosen_TK, weights_TK)
+            if strict or self.why_not_grouped():
+                return self._one_by_one(x_TD, chosen_TK, weights_TK)
+            y_TD: jax.Array = jax.lax.platform_dependent(
+                x_TD, chosen_TK, weights_TK, cuda=self._grouped, default=self._one_by_one
+            )
+            return y_TD
         if not strict:
             return self._gathered(x_TD, chosen_TK, weights_TK, strict=False)
         rows = (x_TD[:, None], chosen_TK[:, None], weights_TK[:, None])
@@ -117,6 +126,19 @@ class Experts(nnx.Module):
         w1, w2, w3 = (_chosen(stack.weight.get_value(), chosen_TK) for stack in (self.w1, self.w2, self.w3))
         gate_TKF, up_TKF = (_gate_or_up(x_TD, weight, strict=strict) for weight in (w1, w3))
         return _down(swiglu(gate_TKF, up_TKF, self.config.swiglu_limit) * weights_TK[..., None], w2, strict=strict)
+
+    def why_not_grouped(self) -> str | None:
+        """Why many rows cannot be grouped by expert, in a few words; None when they can. The environment is read here."""
+        if os.environ.get(OPT_OUT) == "1":
+            return f"{OPT_OUT}=1"
+        stacks = [stack.weight.get_value() for stack in (self.w1, self.w2, self.w3)]
+        if not all(isinstance(stack, Quantized) for stack in stacks):
+            return "float experts"
+        return None if grouped_matmul.fits(self.config.dim, self.config.moe_dim) else "a width does not fit"
+
+    def _grouped(self, x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
+        w1, w2, w3 = (stack.weight.get_value() for stack in (self.w1, self.w2, self.w3))
+        return grouped_matmul.experts(x_TD, chosen_TK, weights_TK, w1, w3, w2, limit=self.config.swiglu_limit)
 
     def _one_by_one(self, x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
         query = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import re
 
@@ -9,20 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda import kernel_calls, lowered_for_cuda, pallas_calls
+from cuda import executed_calls, kernel_calls, lowered_for_cuda, pallas_calls
+from flax import nnx
 from numerics import assert_bits_equal
+from quantized import random_blocks
 
 import ds4jax
 from ds4jax import cache as caches
 from ds4jax import decode
+from ds4jax.bench.synthetic import SMALL_Q2
 from ds4jax.decode import Limits
 from ds4jax.depth import Policy
 from ds4jax.drafter import MTPDrafter
+from ds4jax.model.moe import Experts
 from ds4jax.sampling import Sampling
 from ds4jax.scoring import extend
-from pallas_kernels import ops
-from pallas_kernels.dispatch import DECODE_ROWS, OPT_OUT, choose
-from pallas_kernels.formats import BLOCK, Q8_0
+from pallas_kernels import attention_prefill, grouped_matmul, ops
+from pallas_kernels.dispatch import DECODE_ROWS, OPT_OUT, Choice, choose
+from pallas_kernels.formats import BLOCK, IQ2_XXS, Q2_K, Q8_0
 from pallas_kernels.q8_matmul import MOST_ROWS, NAME
 
 # Per layer: q_a + kv, q_b, o_a, o_b, shared gate + up, shared down.
@@ -99,7 +105,9 @@ def test_prefill_of_many_rows_takes_the_library_product(model):
     cache, ids, count = caches.empty(model.config, 512), jnp.zeros(128, jnp.int32), jnp.int32(128)
     arguments = (model.graph, model.weights, cache, None, ids, ids, count, count)
     text = lowered_for_cuda(extend.__wrapped__, *arguments, strict=False, want_logits=False)
-    assert pallas_calls(text) == 0
+    assert executed_calls(text, NAME) == 0
+    # Nobody wants the streams after the last layer, of which only the cache is kept.
+    assert executed_calls(text, attention_prefill.NAME) == model.config.n_layers - 1
 
 
 @pytest.mark.parametrize(
@@ -107,7 +115,9 @@ def test_prefill_of_many_rows_takes_the_library_product(model):
     [
         (1, True, False, None, "pallas", "xla", "Q8_0"),
         (DECODE_ROWS, True, False, None, "pallas", "xla", "Q8_0"),
-        (DECODE_ROWS + 1, True, False, None, "dot", "dot", "rows"),
+        (DECODE_ROWS + 1, True, False, None, "bfloat16", "dot", "rows"),
+        (DECODE_ROWS + 1, True, True, None, "dot", "dot", "strict"),
+        (DECODE_ROWS + 1, False, False, None, "dot", "dot", "float"),
         (1, False, False, None, "dot", "dot", "float"),
         (1, True, True, None, "dot", "dot", "strict"),
         (4, True, False, "pallas", "pallas", "pallas", "asked"),
@@ -121,6 +131,18 @@ def test_choices(rows, quantized, strict, implementation, cuda, default, reason)
     choice = choose(rows, quantized, strict=strict, implementation=implementation)
     assert (choice.cuda, choice.default) == (cuda, default)
     assert reason in choice.reason
+
+
+@pytest.mark.parametrize(("rows", "strict", "cuda"), [(33, False, "three bfloat16"), (32, False, "dot"), (33, True, "dot")])
+def test_choices_of_half_floats(rows, strict, cuda):
+    choice = choose(rows, False, half=True, strict=strict)
+    assert (choice.cuda, choice.default) == (cuda, "dot")
+
+
+@pytest.mark.parametrize(("rows", "path"), [(1, "xla"), (DECODE_ROWS + 1, "dot")])
+def test_the_opt_out_is_a_reason(monkeypatch, rows, path):
+    monkeypatch.setenv(OPT_OUT, "1")
+    assert choose(rows, True, strict=False) == Choice(path, path, f"{OPT_OUT}=1")
 
 
 def weight(n: int = 8, k: int = 64) -> Q8_0:
@@ -185,3 +207,60 @@ def test_a_large_weight_is_multiplied_out_in_tiles(monkeypatch):
     x = jax.random.normal(jax.random.key(0), (DECODE_ROWS + 8, 64))
     expected = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
     np.testing.assert_allclose(ops.matmul(x, w, strict=False), expected, atol=1e-4)
+
+
+def dots(text: str) -> set[tuple[str, str]]:
+    """Operand type and precision of a lowered program's products."""
+    found = re.findall(r"dot_general (.*?) : \(tensor<[^>]*x(\w+)>", text)
+    assert found
+    names = {"HIGHEST": "HIGHEST", "num_primitive_operations = 3": "THREE"}
+    return {(dtype, next((told for name, told in names.items() if name in options), "DEFAULT")) for options, dtype in found}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_many_rows_take_the_tensor_cores_with_narrow_weights_only(strict):
+    x, call = jax.ShapeDtypeStruct((DECODE_ROWS + 8, 64), "float32"), jax.jit(functools.partial(ops.matmul, strict=strict))
+    quantised = jax.eval_shape(lambda: Q8_0.split(jnp.zeros((8, 2, 34), jnp.uint8)))
+    with jax.default_matmul_precision("highest"):
+        assert dots(lowered_for_cuda(call, x, quantised)) == {("f32", "HIGHEST") if strict else ("bf16", "DEFAULT")}
+        for dtype in ("float16", "bfloat16", "float32"):
+            way = "HIGHEST" if strict or dtype == "float32" else "THREE"
+            assert dots(lowered_for_cuda(call, x, jax.ShapeDtypeStruct((8, 64), dtype))) == {("f32", way)}
+        assert dots(call.lower(x, quantised).as_text()) == {("f32", "HIGHEST")}, "a CPU keeps float32"
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_product_in_bfloat16(monkeypatch, groups):
+    monkeypatch.setattr(ops, "MOST_TILE_VALUES", 64 * 12)
+    w = Q8_0.quantize(np.random.default_rng(0).normal(size=(48, 64)))
+    x = jax.random.normal(jax.random.key(0), (DECODE_ROWS + 8, groups, 64))
+    [found] = ops._narrow_dots(x, (w,))
+    wide = np.asarray(w.dequantize(), np.float64).reshape(groups, -1, 64)
+    expected, terms = (np.einsum("mck,cnk->mcn", a, b) for a, b in ((np.asarray(x, np.float64), wide), (abs(x), abs(wide))))
+    # Each factor is rounded to eight digits; a hundredth on top for the product of both errors and the sums in float32.
+    assert (abs(found - expected) <= 1.01 * 2 * 2.0**-9 * terms).all()
+
+
+def experts(form: str) -> tuple[Experts, tuple[jax.ShapeDtypeStruct, ...]]:
+    """Experts of 256 by 256 with weights of a type, and abstract rows, choices and weights of a prefill."""
+    config = dataclasses.replace(SMALL_Q2, dim=256, moe_dim=256)
+    made = Experts(config, rngs=nnx.Rngs(0))
+    for name, one in (("w1", made.w1), ("w2", made.w2), ("w3", made.w3)):
+        if form == "quantised":
+            format = Q2_K if name == "w2" else IQ2_XXS
+            one.weight.set_value(format.from_bytes(random_blocks(format, one.weight.get_value().shape)))
+    rows = [((64, 256), "float32"), ((64, 2), "int32"), ((64, 2), "float32")]
+    return made, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in rows)
+
+
+@pytest.mark.parametrize(
+    ("form", "strict", "opt_out", "grouped"),
+    [("quantised", False, "0", 1), ("quantised", True, "0", 0), ("quantised", False, "1", 0), ("float", False, "0", 0)],
+)
+def test_experts_of_many_rows_are_grouped(monkeypatch, form, strict, opt_out, grouped):
+    monkeypatch.setenv(OPT_OUT, opt_out)
+    made, arguments = experts(form)
+    jitted = jax.jit(functools.partial(made, strict=strict))
+    text = lowered_for_cuda(jitted, *arguments)
+    assert kernel_calls(text, grouped_matmul.GATE_UP) == kernel_calls(text, grouped_matmul.DOWN) == grouped
+    assert pallas_calls(jitted.lower(*arguments).as_text()) == 0

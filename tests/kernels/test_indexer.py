@@ -154,7 +154,7 @@ SCORES = {
 @pytest.mark.long
 def test_select(name, chunk, monkeypatch):
     """Of 77 scores, at once and in three chunks: the tie is kept over the chunks."""
-    monkeypatch.setattr(indexer, "CHUNK", chunk)
+    monkeypatch.setattr(indexer, "_chunk", lambda keys, topk: chunk)
     score = SCORES[name](np.random.default_rng(1), (8, 77)).astype(np.float32)
     visible = jnp.asarray([77, 76, 64, 42, 33, 11, 10, 4], jnp.int32)
     chosen = indexer.select(jnp.asarray(score), visible, topk=10, keys=77, interpret=True)
@@ -184,7 +184,8 @@ def test_the_reference_is_the_model(qat):
     @jax.jit
     def call(cache: CompressorCache) -> tuple[jax.Array, CompressorCache, dict[str, jax.Array]]:
         found: dict[str, jax.Array] = {}
-        chosen, _, cache = module(x_TD, low_TL, rows, cache, record=found.__setitem__)
+        cache = module.take_in(x_TD, rows, cache)
+        chosen, _ = module(module.queries(x_TD, low_TL, rows), rows, cache, record=found.__setitem__)
         return chosen, cache, found
 
     chosen, cache, found = call(cache)
@@ -209,7 +210,7 @@ def operands(rows: int, keys: int) -> tuple[jax.ShapeDtypeStruct, ...]:
 def test_v4_flash_lowers(keys, rows, qat):
     jitted = jax.jit(functools.partial(indexer.index, topk=512, qat=qat))
     text = lowered_for_cuda(jitted, *operands(rows, keys))
-    assert [kernel_calls(text, name) for name in indexer.NAMES] == [1, 1, int(keys > indexer.CHUNK), 1]
+    assert [kernel_calls(text, name) for name in indexer.NAMES] == [1, 1, int(keys > 2048), 1]
 
 
 @pytest.mark.parametrize("qat", [True, False])

@@ -1,0 +1,118 @@
+"""Attention of a prefill: the kernel against jnp, and as the model's own modules say."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cuda import kernel_calls, lowered_for_cuda
+
+from pallas_kernels.attention_prefill import NAME, attend_prefill, attend_prefill_reference
+from pallas_kernels.attention_split import Chosen, Leading
+
+# Weights and outputs are rounded to float16: half of a unit of 2⁻¹⁰ each.
+CLOSE = 2.0**-10
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call of `t` rows after `start`, over `leading` or `chosen` compressed rows."""
+
+    t: int = 5
+    start: int = 3
+    heads: int = 4
+    dim: int = 64
+    window: int = 40
+    leading: int = 0
+    chosen: int = 0
+
+    def operands(self) -> dict[str, Any]:
+        """Operands of the kernel."""
+        keys = jax.random.split(jax.random.key(self.t + self.start), 6)
+        stored = self.leading or 4 * self.chosen
+        normal = functools.partial(jax.random.normal, dtype=jnp.float16)
+        compressed: Leading | Chosen | None = None
+        rows = normal(keys[0], (1, stored, self.dim))
+        visible = jax.random.randint(keys[1], (self.t,), 0, (self.leading or self.chosen) + 1, jnp.int32).at[0].set(0)
+        if self.leading:
+            compressed = Leading(rows, visible)
+        if self.chosen:
+            index = jax.random.randint(keys[2], (self.t, self.chosen), 0, stored, jnp.int32)
+            compressed = Chosen(rows, jnp.where(jnp.arange(self.chosen) < visible[:, None], index, -1))
+        return {
+            "q": normal(keys[3], (self.t, self.heads, self.dim)) * 3,
+            "keys": normal(keys[4], (self.window + self.t, self.dim)),
+            "start": jnp.full(1, self.start, jnp.int32),
+            "sink": jax.random.normal(keys[5], (self.heads,), jnp.float32),
+            "compressed": compressed,
+            "visible": visible if self.chosen else None,
+        }
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Static arguments."""
+        return {"window": self.window, "scale": self.dim**-0.5}
+
+
+CASES = {
+    "window alone, from the first position": Case(start=0),
+    "the past is longer than the window": Case(start=100, heads=20),
+    "leading": Case(leading=70),
+    "chosen": Case(chosen=48, dim=256, window=128),
+}
+FLASH = {
+    "window": Case(t=4096, heads=64, dim=512, window=128),
+    "leading": Case(t=512, heads=64, dim=512, window=128, leading=1024),
+    "chosen": Case(t=4096, heads=64, dim=512, window=128, chosen=512),
+}
+
+
+def assert_close(out: jax.Array, wanted: jax.Array, what: str) -> None:
+    worst = np.max(np.abs(np.asarray(out, np.float32) - np.asarray(wanted)))
+    largest = np.max(np.abs(np.asarray(wanted)))
+    assert worst <= CLOSE * largest, f"{what}: {worst:.2e} of {largest:.2e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_like_jnp(name: str) -> None:
+    case = CASES[name]
+    operands = case.operands()
+    out = jax.jit(functools.partial(attend_prefill, **case.options, interpret=True))(**operands)
+    assert_close(out, attend_prefill_reference(**operands, **case.options), name)
+
+
+def test_rows_before_the_sequence_are_not_looked_at() -> None:
+    case = Case(start=3)
+    operands = case.operands()
+    run = jax.jit(functools.partial(attend_prefill, **case.options, interpret=True))
+    poisoned = operands | {"keys": operands["keys"].at[: case.window - case.start].set(jnp.nan)}
+    assert jnp.array_equal(run(**operands), run(**poisoned))
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_lowers_for_cuda_at_full_shape(name: str) -> None:
+    case = FLASH[name]
+    shapes = jax.eval_shape(case.operands)
+    text = lowered_for_cuda(jax.jit(functools.partial(attend_prefill, **case.options)), **shapes)
+    assert kernel_calls(text, NAME) == 1
+
+
+def test_wrong_shapes() -> None:
+    case = Case()
+    operands = case.operands()
+    with pytest.raises(ValueError, match="keys are float16"):
+        attend_prefill(**operands | {"keys": operands["keys"][1:]}, **case.options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FLASH)
+def test_compiled_like_jnp(name: str) -> None:
+    case = dataclasses.replace(FLASH[name], t=48)
+    operands = case.operands()
+    run = jax.jit(functools.partial(attend_prefill, **case.options))
+    assert_close(run(**operands), attend_prefill_reference(**operands, **case.options), name)

@@ -1,0 +1,85 @@
+"""Attention of a prefill by kernels: what the modules say, chosen when it should be, and in the lowered program."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cuda import executed_calls, lowered_for_cuda
+
+from ds4jax import cache as caches
+from ds4jax.bench import synthetic
+from ds4jax.bench.programs import randomised
+from ds4jax.cache import Rows
+from ds4jax.model import attention, many_rows
+from ds4jax.model.layers import rms_scale
+from pallas_kernels import attention_prefill, indexer
+from pallas_kernels.dispatch import OPT_OUT
+
+KINDS = dataclasses.replace(synthetic.SMALL_Q2, n_layers=3, n_hash_layers=1, compress_ratios=(0, 4, 128, 0))
+# Queries, rows and weights are rounded to float16, half a unit of 2⁻¹⁰ each; scores of size 3 carry that into the weights.
+CLOSE = 3 * 2.0**-10
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[attention.Attention]:
+    model = synthetic.synthetic(synthetic.checkpoint(KINDS, "small-q2"))
+    return [block.attn for block in model.layers]
+
+
+@pytest.mark.parametrize("start", [0, 300])
+@pytest.mark.parametrize("layer", [0, 1, 2], ids=["window", "ratio 4", "ratio 128"])
+def test_kernels_equal_the_modules(layers, layer, start):
+    """Nineteen live rows and padding; after 300 rows the indexer has to choose."""
+    attend, rows = layers[layer], Rows.following(jnp.int32(start), 24, 19)
+    held = randomised(caches.empty(KINDS, 512).layers[layer], "held")
+    random = functools.partial(jax.random.normal, dtype=jnp.float32)
+    key = jax.random.split(jax.random.key(layer), 4)
+    x_TD, q_low_TL, kv_TQ = (
+        random(k, (24, n)) for k, n in zip(key[:3], (KINDS.dim, KINDS.q_lora_rank, KINDS.head_dim), strict=True)
+    )
+    q_THQ = random(key[3], (24, KINDS.n_heads, KINDS.head_dim))
+    q_THQ *= rms_scale(q_THQ, 1e-6)
+
+    @jax.jit
+    def both() -> tuple[jax.Array, jax.Array]:
+        cache = attend._take_in(x_TD, kv_TQ, rows, held, attention.ignore)
+        index = attend.indexer.queries(x_TD, q_low_TL, rows) if cache.indexer is not None else None
+        segments = [attend._window(kv_TQ, rows, held.window, cache.window)]
+        segments += attend._compressed(index, rows, cache, attention.ignore)
+        sink, scale = attend.attn_sink.get_value().astype(jnp.float32), KINDS.head_dim**-0.5
+        wanted, _ = attention.attend(q_THQ, segments, sink, scale)
+        kernels = functools.partial(many_rows.attend, KINDS, attend.ratio, sink, kv_TQ, index, rows, held.window, cache)
+        return kernels(q_THQ, interpret=True), wanted
+
+    with jax.default_matmul_precision("highest"):
+        made, wanted = both()
+    np.testing.assert_allclose(made[:19], wanted[:19], rtol=0, atol=CLOSE * float(jnp.abs(wanted).max()))
+
+
+def test_many_rows_of_one_sequence_are_served(monkeypatch):
+    serves = functools.partial(many_rows.serves, weight=jax.ShapeDtypeStruct((64, 64), jnp.bfloat16))
+    rows = Rows.following(jnp.int32(0), 9, 9)
+    assert serves(KINDS, rows)
+    assert not many_rows.serves(KINDS, rows, jax.ShapeDtypeStruct((64, 64), jnp.float32))
+    assert not serves(KINDS, Rows.following(jnp.int32(0), 8, 8))
+    assert not serves(KINDS, dataclasses.replace(rows, strict=True))
+    assert not serves(KINDS, dataclasses.replace(rows, start=jnp.zeros(2, jnp.int32)))
+    assert not serves(dataclasses.replace(KINDS, head_dim=72), rows)
+    monkeypatch.setenv(OPT_OUT, "1")
+    assert not serves(KINDS, rows)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_in_the_lowered_prefill(layers, strict):
+    attend, rows = layers[1], Rows.following(jnp.int32(0), 32, 32, strict=strict)
+    cache = jax.eval_shape(lambda: caches.empty(KINDS, 512).layers[1])
+    text = lowered_for_cuda(
+        jax.jit(lambda x, cache: attend(x, rows, cache)), jax.ShapeDtypeStruct((32, KINDS.dim), jnp.float32), cache
+    )
+    assert executed_calls(text, attention_prefill.NAME) == (0 if strict else 1)
+    assert executed_calls(text, indexer.NAMES[-1]) == (0 if strict else 1)
