@@ -3,7 +3,8 @@
 The first launch writes the output back into the streams and projects them, a slice of columns a program; the sums over all
 columns are left to the second, whose programs each add the slices' parts up for themselves. Beside the projections these are the
 products of the streams with each other: they give the root mean square of any weighted sum of the streams, so that a program can
-norm its own columns of the sub-layer's input without having seen the others.
+norm its own columns of the sub-layer's input without having seen the others. How the sub-layer's output will be written back is
+worked out beside a launch of the sub-layer itself: the Sinkhorn rounds are a long chain of few numbers.
 
 Source: manifold-constrained hyper-connections as in the V4 report and the reference code's `hc_split_sinkhorn`.
 """
@@ -23,10 +24,10 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import activation_k
 from pallas_kernels.activation import Activation, quantize_blocks
 from pallas_kernels.activation_k import ORDERS, ActivationK
-from pallas_kernels.bundle import TRAFFIC
+from pallas_kernels.bundle import TRAFFIC, Part
 from pallas_kernels.formats import BLOCK, HALF, WORDS, Quantized
 
-MIX, ENTER = "hc_mix", "hc_enter"
+MIX, ENTER, SINKHORN = "hc_mix", "hc_enter", "hc_sinkhorn"
 STREAMS = 4
 # Columns of a program of each launch.
 SLICE, COLUMNS = 64, 256
@@ -45,15 +46,14 @@ class Entered:
 
     Attributes:
         h: float32 [M, N, D], the streams with the last output in them.
-        post, comb: float32 [M, N] and [M, source stream, target stream], with which this sub-layer's output will be written back.
+        parts: float32 [M, 48, slices], of which `mixing_part` makes how this sub-layer's output will be written back.
         x: float32 [M, D], its normed input.
         quantized: the same in int8 blocks of 32.
         quantized_k: the same in blocks of 256 in the order of an expert format, where one was asked for.
     """
 
     h: jax.Array
-    post: jax.Array
-    comb: jax.Array
+    parts: jax.Array
     x: jax.Array
     quantized: Activation
     quantized_k: ActivationK | None = None
@@ -173,17 +173,10 @@ class _Turn:
 
 def _enter_kernel(
     h_ref: Any, parts_ref: Any, scale_ref: Any, base_ref: Any, weight_ref: Any, *refs: Any,
-    iterations: int, eps: float, norm_eps: float, head: bool, format: type[Quantized] | None, interpret: bool,
+    eps: float, norm_eps: float, format: type[Quantized] | None, interpret: bool,
 ) -> None:  # fmt: skip
-    part, columns = pl.program_id(1), h_ref.shape[2] // COLUMNS
     turn = _Turn(pl.program_id(0), parts_ref, scale_ref, base_ref, h_ref.shape[2], norm_eps)
-    enter = functools.partial(_store_input, turn, h_ref, weight_ref, refs if head else refs[2:], eps, format, interpret)
-    if head:
-        enter(part)
-        return
-    # The Sinkhorn rounds take as long as everything else, and nobody waits for them here: a program of their own.
-    pl.when(part == columns)(functools.partial(_store_mixing, turn, refs[0], refs[1], iterations, eps))
-    pl.when(part < columns)(functools.partial(enter, part))
+    _store_input(turn, h_ref, weight_ref, refs, eps, format, interpret, pl.program_id(1))
 
 
 def _store_input(
@@ -278,24 +271,22 @@ def _mixed(
 
 
 def _entered(
-    new: jax.Array, parts: jax.Array, scale: jax.Array, base: jax.Array, weight: jax.Array, *, head: bool,
+    new: jax.Array, parts: jax.Array, scale: jax.Array, base: jax.Array, weight: jax.Array, *,
     format: type[Quantized] | None, interpret: bool, **numbers: Any,
 ) -> list[jax.Array]:  # fmt: skip
-    """Second launch: post and comb unless `head`, then x, its quants and scales, and those of the format if there is one."""
-    m, n, dim = new.shape
+    """Second launch: x, its quants and scales, and those of the format if there is one."""
+    m, _, dim = new.shape
     blocks = dim // BLOCK
-    mixing = () if head else (jax.ShapeDtypeStruct((m, n), jnp.float32), jax.ShapeDtypeStruct((m, n, n), jnp.float32))
     wanted = (
         jax.ShapeDtypeStruct((m, dim), jnp.float32),
         jax.ShapeDtypeStruct((m, 2, blocks, HALF), jnp.int32),
         jax.ShapeDtypeStruct((m, blocks), jnp.float32),
     )
     extra = () if format is None else tuple(activation_k.out_shapes(m, dim, ORDERS[format]))
-    kernel = functools.partial(_enter_kernel, head=head, format=format, interpret=interpret, **numbers)
     made: list[jax.Array] = pl.pallas_call(
-        kernel,
-        out_shape=(*mixing, *wanted, *extra),
-        grid=(m, dim // COLUMNS + (not head)),
+        functools.partial(_enter_kernel, format=format, interpret=interpret, **numbers),
+        out_shape=(*wanted, *extra),
+        grid=(m, dim // COLUMNS),
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name=ENTER,
@@ -303,10 +294,31 @@ def _entered(
     return made
 
 
+def mixing_part(entered: Entered, scale: jax.Array, base: jax.Array, *, iterations: int, eps: float, norm_eps: float) -> Part:
+    """How the output of a sub-layer will be written back to its streams, a program for each row.
+
+    Args:
+        entered: what `enter` made with the same scale, base, eps and norm_eps.
+        iterations: Sinkhorn rounds.
+
+    Returns:
+        A part whose results are post, float32 [M, 4], and comb, float32 [M, source stream, target stream].
+    """
+    m, n, dim = entered.h.shape
+
+    def body(program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        parts, scale, base = inputs
+        post, comb = outputs
+        _store_mixing(_Turn(program, parts, scale, base, dim, norm_eps), post, comb, iterations, eps)
+
+    shapes = (jax.ShapeDtypeStruct((m, n), jnp.float32), jax.ShapeDtypeStruct((m, n, n), jnp.float32))
+    return Part(SINKHORN, m, body, (entered.parts, scale, base), shapes)
+
+
 def enter(
     h: jax.Array, fn: jax.Array, scale: jax.Array, base: jax.Array, norm_weight: jax.Array, *,
     outputs: tuple[jax.Array, ...] = (), post: jax.Array | None = None, comb: jax.Array | None = None,
-    iterations: int, eps: float, norm_eps: float, format: type[Quantized] | None = None, interpret: bool = False,
+    eps: float, norm_eps: float, format: type[Quantized] | None = None, interpret: bool = False,
 ) -> Entered:  # fmt: skip
     """Write the last sub-layer's output back into the streams and prepare the next one's input: two launches.
 
@@ -315,18 +327,16 @@ def enter(
         fn: float [24, 4·D]; scale [3] and base [24] float32.
         norm_weight: [D], of the sub-layer's RMS norm.
         outputs: float32 [M, D] each, whose sum is written back with post [M, 4] and comb [M, 4, 4]; none leaves the streams.
-        iterations, eps: of the Sinkhorn rounds.
-        norm_eps: of both norms.
+        eps, norm_eps: of the gates, and of both norms.
         format: of expert weights that will be multiplied with x in blocks of 256; None where there are none.
 
     Raises:
         ValueError: shapes that do not fit.
     """
     new, parts = _mixed(h, fn, outputs, post, comb, interpret)
-    numbers = {"iterations": iterations, "eps": eps, "norm_eps": norm_eps}
-    made = _entered(new, parts, scale, base, norm_weight, head=False, format=format, interpret=interpret, **numbers)
-    post, comb, x, quants, scales, *extra = made
-    return Entered(new, post, comb, x, Activation(quants[:, None], scales[:, None]), ActivationK(*extra) if extra else None)
+    made = _entered(new, parts, scale, base, norm_weight, format=format, interpret=interpret, eps=eps, norm_eps=norm_eps)
+    x, quants, scales, *extra = made
+    return Entered(new, parts, x, Activation(quants[:, None], scales[:, None]), ActivationK(*extra) if extra else None)
 
 
 def leave(
@@ -340,8 +350,8 @@ def leave(
         the streams, the normed sum float32 [M, D], and the same in int8 blocks of 32.
     """
     new, parts = _mixed(h, fn, outputs, post, comb, interpret)
-    numbers = {"iterations": 0, "eps": eps, "norm_eps": norm_eps}
-    x, quants, scales = _entered(new, parts, scale, base, norm_weight, head=True, format=None, interpret=interpret, **numbers)
+    made = _entered(new, parts, scale, base, norm_weight, format=None, interpret=interpret, eps=eps, norm_eps=norm_eps)
+    x, quants, scales = made
     return new, x, Activation(quants[:, None], scales[:, None])
 
 

@@ -24,7 +24,7 @@ from ds4jax.model.rope import inverse_frequencies
 from pallas_kernels import activation, attention, compressor, expert_matmul, hyper_connections, indexer, latent, router, swiglu
 from pallas_kernels.activation import Activation
 from pallas_kernels.activation_k import ActivationK
-from pallas_kernels.bundle import launch
+from pallas_kernels.bundle import Part, launch
 from pallas_kernels.dispatch import OPT_OUT
 from pallas_kernels.float_matmul import float_matmul, float_part
 from pallas_kernels.formats import BLOCK, Q8_0, Quantized
@@ -49,6 +49,8 @@ COMPRESSED = (
 FLOATS = ("float16", "bfloat16", "float32")
 
 Weights = Mapping[str, Any]
+# Post [T, N] and comb [T, N, N].
+Mixing = list[jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -171,10 +173,10 @@ def _block(
 ) -> tuple[Streams, LayerCache]:
     """One layer. A jitted function, so that the many layers of a kind are traced and lowered once."""
     entered = _enter(config, weights, "attn", streams, interpret)
-    y, cache = _attention(config, weights, entered, steps, cache, ratio, interpret)
-    entered = _enter(config, weights, "ffn", Streams(entered.h, (y,), entered.post, entered.comb), interpret)
-    outputs = _experts(config, weights, entered, steps, interpret)
-    return Streams(entered.h, outputs, entered.post, entered.comb), cache
+    y, mixing, cache = _attention(config, weights, entered, steps, cache, ratio, interpret)
+    entered = _enter(config, weights, "ffn", Streams(entered.h, (y,), *mixing), interpret)
+    outputs, mixing = _experts(config, weights, entered, steps, interpret)
+    return Streams(entered.h, outputs, *mixing), cache
 
 
 def _enter(config: Config, weights: Weights, part: str, streams: Streams, interpret: bool) -> Entered:
@@ -183,8 +185,15 @@ def _enter(config: Config, weights: Weights, part: str, streams: Streams, interp
     format = experts if part == "ffn" and experts.BLOCK != BLOCK else None
     return hyper_connections.enter(
         streams.h, fn, scale, base, weights[f"{part}_norm"], outputs=streams.outputs, post=streams.post, comb=streams.comb,
-        iterations=config.hc_iters, eps=config.hc_eps, norm_eps=config.norm_eps, format=format, interpret=interpret,
+        eps=config.hc_eps, norm_eps=config.norm_eps, format=format, interpret=interpret,
     )  # fmt: skip
+
+
+def _mixing(config: Config, weights: Weights, part: str, entered: Entered) -> Part:
+    scale, base = (weights[f"hc_{part}_{name}"] for name in ("scale", "base"))
+    return hyper_connections.mixing_part(
+        entered, scale, base, iterations=config.hc_iters, eps=config.hc_eps, norm_eps=config.norm_eps
+    )
 
 
 def _q8(x: Activation, *weights: Q8_0, interpret: bool) -> list[jax.Array]:
@@ -193,12 +202,16 @@ def _q8(x: Activation, *weights: Q8_0, interpret: bool) -> list[jax.Array]:
 
 def _attention(
     config: Config, weights: Weights, entered: Entered, steps: Steps, cache: LayerCache, ratio: int, interpret: bool
-) -> tuple[jax.Array, LayerCache]:
-    parts = [quantized_part(entered.quantized, (weights["attn.wq_a"], weights["attn.wkv"]), interpret=interpret)]
+) -> tuple[jax.Array, Mixing, LayerCache]:
+    """The sub-layer's output, how it will be written back, and the cache with the rows in it."""
+    parts = [
+        _mixing(config, weights, "attn", entered),
+        quantized_part(entered.quantized, (weights["attn.wq_a"], weights["attn.wkv"]), interpret=interpret),
+    ]
     together = [weights[name] for name in COMPRESSED[:-1] if name in weights]
     if together:
         parts.append(float_part(entered.x, together, interpret=interpret))
-    (q_low, kv), *projections = launch(parts, warps=1, interpret=interpret)
+    mixing, (q_low, kv), *projections = launch(parts, warps=1, interpret=interpret)
     quantized, q_low, cache = _take_in(config, weights, q_low, kv, projections, steps, cache, ratio, interpret)
 
     parts = [quantized_part(quantized, (weights["attn.wq_b"],), interpret=interpret)]
@@ -223,7 +236,7 @@ def _attention(
     )  # fmt: skip
     [low] = quantized_products(out, (weights["attn.wo_a"],), groups=config.o_groups, interpret=interpret)
     [y] = _q8(activation.quantize(low, interpret=interpret), weights["attn.wo_b"], interpret=interpret)
-    return y, cache
+    return y, mixing, cache
 
 
 def _take_in(
@@ -259,8 +272,10 @@ def _take_in(
     return Activation(quants[:, None], scales[:, None]), q_low, LayerCache(window, *caches)
 
 
-def _experts(config: Config, weights: Weights, entered: Entered, steps: Steps, interpret: bool) -> tuple[jax.Array, ...]:
-    """Outputs of the routed experts and of the shared one, [T, D] each."""
+def _experts(
+    config: Config, weights: Weights, entered: Entered, steps: Steps, interpret: bool
+) -> tuple[tuple[jax.Array, ...], Mixing]:
+    """Outputs of the routed experts and of the shared one, [T, D] each, and how their sum will be written back."""
     [logits] = float_matmul(entered.x, [weights["ffn.gate"]], interpret=interpret)
     if "ffn.gate.tid2eid" in weights:
         how = {"ids": steps.ids, "table": weights["ffn.gate.tid2eid"]}
@@ -270,10 +285,11 @@ def _experts(config: Config, weights: Weights, entered: Entered, steps: Steps, i
     w1, w2, w3 = (weights[f"ffn.experts.{name}"] for name in ("w1", "w2", "w3"))
     x, limit = entered.quantized_k or entered.quantized, config.swiglu_limit
     parts = [
+        _mixing(config, weights, "ffn", entered),
         expert_matmul.gate_up_part(x, chosen, share, w1, w3, limit=limit, interpret=interpret),
         quantized_part(entered.quantized, (weights[SHARED[0]], weights[SHARED[2]]), interpret=interpret),
     ]
-    [hidden], (gate, up) = launch(parts, warps=1, interpret=interpret)
+    mixing, [hidden], (gate, up) = launch(parts, warps=1, interpret=interpret)
     quantized: Activation | ActivationK
     if type(w2).BLOCK == BLOCK:
         shared = swiglu.swiglu(gate, up, limit=limit, interpret=interpret)
@@ -285,7 +301,7 @@ def _experts(config: Config, weights: Weights, entered: Entered, steps: Steps, i
         quantized_part(shared, (weights[SHARED[1]],), interpret=interpret),
     ]
     [routed], [output] = launch(parts, warps=1, interpret=interpret)
-    return routed, output
+    return (routed, output), mixing
 
 
 def scores(config: Config, head: Any, rows: int, *, strict: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The hyper-connections' two launches: against the reference and the model, over the number of rows, and lowered for V4-Flash."""
+"""The hyper-connections' launches: against the reference and the model, over the number of rows, and lowered for V4-Flash."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ds4jax.model import hyper_connections as model
 from ds4jax.model.layers import rms_scale
 from pallas_kernels import activation, activation_k, hyper_reference
 from pallas_kernels import hyper_connections as hc
+from pallas_kernels.bundle import launch
 from pallas_kernels.formats import IQ2_XXS, Q4_K
 
 ROWS = 8
@@ -47,7 +48,10 @@ def call(h, ys, post, comb, parameters, format, interpret):
     options = {"outputs": ys, "post": post, "comb": comb, "interpret": interpret, **SETTINGS}
     if parameters[0].shape[0] == LEAVE:
         return dict(zip(("h", "x", "quantized"), hc.leave(h, *parameters, **options), strict=True))
-    return vars(hc.enter(h, *parameters, iterations=SINKHORN, format=format, **options))
+    made = hc.enter(h, *parameters, format=format, **options)
+    part = hc.mixing_part(made, *parameters[1:3], iterations=SINKHORN, **SETTINGS)
+    [(post, comb)] = launch([part], warps=1, interpret=interpret)
+    return {**vars(made), "post": post, "comb": comb}
 
 
 def kernels(
@@ -167,7 +171,7 @@ def test_streams_that_cancel_stay_finite():
 @pytest.mark.parametrize("change", [{"h": jnp.zeros((1, 4, 96))}, {"h": jnp.zeros((1, 2, 512))}, {"h": jnp.zeros((1, 4, 512))}])
 def test_shapes_that_do_not_fit_are_named(change):
     fn, scale, base, weight = case(256, ENTER, "float32")["parameters"]
-    arguments = {"iterations": SINKHORN, **SETTINGS, **change}
+    arguments = {**SETTINGS, **change}
     with pytest.raises(ValueError, match=r"h is .* and fn \[24, 1024\]"):
         hc.enter(fn=fn, scale=scale, base=base, norm_weight=weight, **arguments)
 
@@ -192,6 +196,7 @@ def test_lowers_for_v4_flash(kind, m, outputs, dtype, format):
     text = lowered_for_cuda(call, array(m, 4, d), (array(m, d),) * outputs, *mixing, parameters, format, interpret=False)
     assert kernel_calls(text, hc.MIX) == 1
     assert kernel_calls(text, hc.ENTER) == 1
+    assert kernel_calls(text, hc.SINKHORN) == int(kind == ENTER)
 
 
 @pytest.mark.gpu
