@@ -303,6 +303,7 @@ def _entered(
     return made
 
 
+@functools.partial(jax.jit, static_argnames=("iterations", "eps", "norm_eps", "format", "interpret"))
 def enter(
     h: jax.Array, fn: jax.Array, scale: jax.Array, base: jax.Array, norm_weight: jax.Array, *,
     outputs: tuple[jax.Array, ...] = (), post: jax.Array | None = None, comb: jax.Array | None = None,
@@ -329,6 +330,7 @@ def enter(
     return Entered(new, post, comb, x, Activation(quants[:, None], scales[:, None]), ActivationK(*extra) if extra else None)
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "norm_eps", "interpret"))
 def leave(
     h: jax.Array, fn: jax.Array, scale: jax.Array, base: jax.Array, norm_weight: jax.Array, *,
     outputs: tuple[jax.Array, ...] = (), post: jax.Array | None = None, comb: jax.Array | None = None,
