@@ -56,7 +56,8 @@ class _Work:
     @classmethod
     def of(cls, part: Part) -> _Work:
         """Options apart from the function, since two partial functions are never equal."""
-        body, options = part.body, {}
+        body: Any = part.body
+        options: dict[str, Any] = {}
         if isinstance(body, functools.partial):
             body, options = body.func, body.keywords
         return cls(part.programs, body, tuple(sorted(options.items())), len(part.inputs), part.outputs)
