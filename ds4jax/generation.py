@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +19,23 @@ from ds4jax.decode import DecodeState, Limits
 from ds4jax.depth import AUTO, Policy
 from ds4jax.drafter import Drafter, MTPDrafter
 from ds4jax.errors import InputError
+from ds4jax.prefill_plan import chunk_here
 from ds4jax.sampling import Sampling
+from ds4jax.startup import WAITED
 
 if TYPE_CHECKING:
     from ds4jax.language_model import LanguageModel
 
 STREAM_BUDGET = 8
+FIRST_BUDGET = 1
 NO_STOP = -1
 MOST_DRAFTS = 4
 
 Prompt = str | Sequence[int] | np.ndarray
 # Prompt ids int32 [T] and the capacity they need, to a state whose cache holds the first of them; None for an empty cache.
 Holder = Callable[[np.ndarray, int], DecodeState | None]
+# Called with the prompt's rows that are computed and those that have to be.
+Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Options:
         strict: float32 products without Pallas kernels.
         draft: drafts a step, at most the model's `max_draft`; "auto" takes the depth that pays best; None takes the most.
         drafter: who drafts; the model's MTP block by default.
+        chunk: tokens of the prompt that one call takes in at most; None plans it by the device's memory. Chunks of other sizes
+            may differ in the last bits of what they compute.
 
     Raises:
         InputError: a number outside its range; the message names it.
@@ -95,13 +102,21 @@ class Options:
     strict: bool = False
     draft: int | str | None = None
     drafter: Drafter | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InputError(f"max-new-tokens is {self.max_new_tokens}; it must be at least 1")
+        require_chunk(self.chunk)
         known = self.draft in (None, "auto") or (isinstance(self.draft, int) and 0 <= self.draft <= MOST_DRAFTS)
         if not known:
             raise InputError(f"draft is {self.draft!r}; it must be 0 to {MOST_DRAFTS} or auto")
+
+
+def require_chunk(chunk: int | None) -> None:
+    """Raises: InputError: no number of tokens for a call."""
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk is {chunk}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +130,11 @@ class _Told:
     steps: int
     tried: np.ndarray
     stood: np.ndarray
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _read(state: DecodeState) -> _Told:
@@ -140,13 +160,25 @@ class Generation:
         finish_reason: "stop" or "length" once it has ended, "interrupted" before.
     """
 
-    def __init__(self, model: LanguageModel, prompt: Prompt, options: Options, hold: Holder | None = None):
-        """Args: `hold` finds what an earlier continuation left of the prompt; it is asked once everything else is checked.
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: Prompt,
+        options: Options,
+        hold: Holder | None = None,
+        progress: Progress | None = None,
+    ):
+        """Take the prompt in.
+
+        Args:
+            hold: finds what an earlier continuation left of the prompt; it is asked once everything else is checked.
+            progress: called when the device has done a chunk of the prompt, with the rows done and those to do; for this the
+                host waits after each chunk, which it does not do otherwise.
 
         Raises:
             InputError: as for `LanguageModel.generate`.
         """
-        self._model, self._options = model, options
+        self._model, self._options, self._progress = model, options, progress
         self._check_draft()
         self._drafter = (options.drafter or MTPDrafter()) if model.max_draft else None
         self.prompt_ids = model.encode(prompt)
@@ -203,7 +235,8 @@ class Generation:
         missing = len(self.prompt_ids) - 1 - there
         if missing:
             self._compiling = model.ahead((self._capacity, self._options.strict, self._drafter), self._compile)
-        for offset, width, count in chunks(missing, missing):
+        chunk = self._options.chunk or chunk_here(model.config, self._capacity, nbytes((model.weights, state)))
+        for offset, width, count in chunks(missing, missing, chunk):
             start = there + offset
             cache, drafting = decode.prefill(
                 model.graph,
@@ -216,6 +249,9 @@ class Generation:
                 drafter=self._drafter,
                 strict=self._options.strict,
             )
+            if self._progress:
+                jax.block_until_ready(cache.length)
+                self._progress(offset + count, missing)
         return dataclasses.replace(state, cache=cache, drafting=drafting, last=jnp.int32(last))
 
     def _compile(self) -> None:
@@ -263,6 +299,7 @@ class Generation:
         if self._compiling is not None:
             # Two compile no faster than one. What went wrong there goes wrong again below.
             concurrent.futures.wait([self._compiling])
+            jax.monitoring.record_event_duration_secs(WAITED, time.perf_counter() - began)
         limits = Limits(jnp.int32(min(counted + budget, self._most)), jnp.int32(self._most), self._stop_ids)
         # Kept before it is read: a Ctrl-C while the device works must not lose the cache.
         self._state = decode.run(
@@ -281,8 +318,11 @@ class Generation:
         self._seconds += time.perf_counter() - began
 
     def __iter__(self) -> Iterator[list[int]]:
+        # A reader waits for the first token alone; the others come several at a time.
+        budget = FIRST_BUDGET
         while self.finish_reason == "interrupted":
-            new = self.advance(STREAM_BUDGET)
+            new = self.advance(budget)
+            budget = STREAM_BUDGET
             if new:
                 yield new
 

@@ -19,9 +19,10 @@ from ds4jax.buckets import capacity_for, chunks, padded
 from ds4jax.config import Config
 from ds4jax.drafter import Drafter
 from ds4jax.errors import InputError
-from ds4jax.generation import MOST_DRAFTS, Generation, Options, Prompt, Result
+from ds4jax.generation import MOST_DRAFTS, Generation, Options, Progress, Prompt, Result, nbytes, require_chunk
 from ds4jax.model.parameters import Value, build
 from ds4jax.model.transformer import Transformer
+from ds4jax.prefill_plan import chunk_here
 from ds4jax.scoring import extend
 from ds4jax.training.mtp import MTP_PARAMETERS
 from pallas_kernels.formats import Quantized
@@ -75,7 +76,14 @@ class LanguageModel:
         return jnp.asarray(self.logits(ids)["logits"])
 
     def logits(
-        self, ids: Sequence[int] | np.ndarray, *, decode_from: int | None = None, mtp: bool = False, strict: bool = False
+        self,
+        ids: Sequence[int] | np.ndarray,
+        *,
+        decode_from: int | None = None,
+        mtp: bool = False,
+        strict: bool = False,
+        chunk: int | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, np.ndarray]:
         """Score a sequence through prefill and cached decode.
 
@@ -84,13 +92,15 @@ class LanguageModel:
             decode_from: positions from this one on are computed one token at a time, as generation does.
             mtp: also score with the MTP block.
             strict: float32 products without Pallas kernels, also where decode would read Q8_0 weights in int8.
+            chunk: tokens that one call takes in at most; None plans it by the device's memory.
+            progress: called with the tokens scored and those of the sequence after each call.
 
         Returns:
             `ids` int32 [T], `logits` float32 [T, V], and with `mtp` `mtp_logits` [T-1, V]: row t uses the streams at t and the
             token at t+1, and predicts the token at t+2.
 
         Raises:
-            InputError: as for `model(ids)`, a `decode_from` outside the sequence, or no MTP block in the model.
+            InputError: as for `model(ids)`, a `decode_from` outside the sequence, a chunk below 1, or no MTP block in the model.
         """
         ids_T = self.checked(ids)
         total = len(ids_T)
@@ -98,11 +108,13 @@ class LanguageModel:
             raise InputError(f"decode-from is {decode_from}; the sequence has {total} tokens")
         if mtp and not self.config.n_mtp:
             raise InputError(f"{self.path or 'the model'}: mtp: {self.no_mtp}")
+        require_chunk(chunk)
         capacity = capacity_for(total, self.config.max_context)
         cache = caches.empty(self.config, capacity)
         mtp_cache = caches.empty_mtp(self.config, capacity) if mtp else None
+        most = chunk or chunk_here(self.config, capacity, nbytes((self.weights, cache, mtp_cache)), logits=True)
         logits, mtp_logits = [], []
-        for start, width, count in chunks(total, total if decode_from is None else decode_from):
+        for start, width, count in chunks(total, total if decode_from is None else decode_from, most):
             mtp_count = max(min(count, total - 1 - start), 0)
             cache, mtp_cache, chunk, mtp_chunk = extend(
                 self.graph,
@@ -119,6 +131,8 @@ class LanguageModel:
             logits.append(np.asarray(chunk)[:count])
             if mtp:
                 mtp_logits.append(np.asarray(mtp_chunk)[:mtp_count])
+            if progress:
+                progress(start + count, total)
         arrays = {"ids": ids_T, "logits": np.concatenate(logits)}
         return arrays | ({"mtp_logits": np.concatenate(mtp_logits)} if mtp else {})
 
@@ -126,7 +140,8 @@ class LanguageModel:
         """Continue a prompt, text or token ids, in one call of the compiled loop.
 
         Args:
-            options: fields of `ds4jax.generation.Options`, such as `max_new_tokens=64, draft=2, strict=True`.
+            options: fields of `ds4jax.generation.Options`, such as `max_new_tokens=64, draft=2, strict=True`, and `progress` as
+                for `stream`.
 
         Raises:
             InputError: a prompt that is empty, longer than the context or outside the vocabulary, a text without a tokenizer,
@@ -136,9 +151,13 @@ class LanguageModel:
         generation.advance(self.config.max_context)
         return generation.result()
 
-    def stream(self, prompt: Prompt, **options: Any) -> Generation:
-        """Like `generate`, a few tokens at a time: iterate over the result for lists of new ids, and stop whenever you like."""
-        return Generation(self, prompt, Options(**options))
+    def stream(self, prompt: Prompt, *, progress: Progress | None = None, **options: Any) -> Generation:
+        """Like `generate`, a few tokens at a time: iterate over the result for lists of new ids, and stop whenever you like.
+
+        Args:
+            progress: called after each chunk of the prompt with the rows that are done and those that there are to do.
+        """
+        return Generation(self, prompt, Options(**options), progress=progress)
 
     def check(self, prompt: Prompt | None = None, *, long: bool = False, strict: bool | None = None) -> Report:
         """Test that drafting changes nothing with these weights on this machine, and that the same call gives the same bits.

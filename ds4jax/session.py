@@ -21,7 +21,7 @@ from ds4jax.cache import CompressorCache, LayerCache
 from ds4jax.decode import DecodeState
 from ds4jax.depth import Acceptance
 from ds4jax.drafter import MTPDrafter
-from ds4jax.generation import Generation, Options, Prompt
+from ds4jax.generation import Generation, Options, Progress, Prompt
 
 if TYPE_CHECKING:
     from ds4jax.language_model import LanguageModel
@@ -69,7 +69,7 @@ class Session:
         self._mark: _Mark | None = None
         self.reused = 0
 
-    def stream(self, prompt: Prompt) -> Generation:
+    def stream(self, prompt: Prompt, *, progress: Progress | None = None) -> Generation:
         """Like `LanguageModel.stream`; the continuation before it can no longer be advanced.
 
         After a Ctrl-C that lost the cache the prompt is computed anew.
@@ -77,7 +77,7 @@ class Session:
         Raises:
             InputError: as for `LanguageModel.generate`; the cache stays as it was.
         """
-        generation = Generation(self._model, prompt, self._options, self._held)
+        generation = Generation(self._model, prompt, self._options, self._held, progress)
         self._latest, self._mark = generation, _Mark.of(generation.state)
         return generation
 

@@ -67,6 +67,7 @@ def _kernel(x_ref: Any, q_ref: Any, s_ref: Any, *, blocks: int, tile: int, inter
     plt.store(s_ref.at[row, pl.ds(first, tile)], scale, mask=real)
 
 
+@functools.partial(jax.jit, static_argnames=("groups", "interpret"))
 def quantize(x: jax.Array, groups: int = 1, *, interpret: bool = False) -> Activation:
     """Quantise rows float32 [M, C·K] with C groups: one launch."""
     m, width = x.shape

@@ -145,6 +145,7 @@ def out_shapes(rows: int, k: int, order: Order) -> list[jax.ShapeDtypeStruct]:
     ]
 
 
+@functools.partial(jax.jit, static_argnames=("format", "interpret"))
 def quantize_k(x: jax.Array, format: type[Quantized], *, interpret: bool = False) -> ActivationK:
     """Quantise rows float32 [M, K], K a multiple of 256, for products with weights of `format`: one launch."""
     order = ORDERS[format]

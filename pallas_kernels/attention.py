@@ -75,6 +75,7 @@ def _combine_kernel(*refs: Any, form: Form, groups: int) -> None:
     plt.store(scales_ref.at[m, group, pl.ds(first, blocks)], scales)
 
 
+@functools.partial(jax.jit, static_argnames=("window", "groups", "scale", "eps", "interpret"))
 def attend(
     q: jax.Array, sink: jax.Array, cos: jax.Array, sin: jax.Array, ring: jax.Array, position: jax.Array, end: jax.Array,
     compressed: Compressed | None = None, *, window: int, groups: int, scale: float, eps: float, interpret: bool = False,

@@ -153,6 +153,12 @@ def _down_body(
     plt.store(out_ref.at[token, jnp.where(real, column, n)], total, mask=real)
 
 
+@functools.cache
+def _format(format: type[Quantized], interpret: bool) -> Format:
+    """One object for each, by which launches of the same shapes are known to be the same."""
+    return OF[format](interpret)
+
+
 def _table() -> jax.Array:
     """The patterns of IQ2_XXS; the other formats do not read it."""
     return jnp.asarray(selectors())
@@ -174,7 +180,7 @@ def gate_up_part(
         a part of a launch of one-warp programs, with one result float32 [M·K, F].
     """
     (_, n, k), (tokens, active), planes = gate.shape, chosen.shape, jax.tree.leaves(gate)
-    rows, format = (tile or ExpertTile.of(tokens)).gate_up, OF[type(gate)](interpret)
+    rows, format = (tile or ExpertTile.of(tokens)).gate_up, _format(type(gate), interpret)
     numbers: dict[str, Any] = {"columns": k // format.width, "n": n, "active": active, "rows": rows, "planes": len(planes)}
     return Part(
         name=f"{GATE_UP}_{type(gate).__name__.lower()}_m{tokens}",
@@ -201,7 +207,7 @@ def down_part(
         a part of a launch of one-warp programs, with one result float32 [M, D].
     """
     (_, n, k), (tokens, active), planes = weight.shape, chosen.shape, jax.tree.leaves(weight)
-    rows, format = (tile or ExpertTile.of(tokens)).down, OF[type(weight)](interpret)
+    rows, format = (tile or ExpertTile.of(tokens)).down, _format(type(weight), interpret)
     numbers: dict[str, Any] = {"columns": k // format.width, "n": n, "active": active, "rows": rows, "planes": len(planes)}
     return Part(
         name=f"{DOWN}_{type(weight).__name__.lower()}_m{tokens}",

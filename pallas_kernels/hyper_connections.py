@@ -294,6 +294,14 @@ def _entered(
     return made
 
 
+def _mixing_body(
+    program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any], *, dim: int, iterations: int, eps: float, norm_eps: float
+) -> None:
+    parts, scale, base = inputs
+    post, comb = outputs
+    _store_mixing(_Turn(program, parts, scale, base, dim, norm_eps), post, comb, iterations, eps)
+
+
 def mixing_part(entered: Entered, scale: jax.Array, base: jax.Array, *, iterations: int, eps: float, norm_eps: float) -> Part:
     """How the output of a sub-layer will be written back to its streams, a program for each row.
 
@@ -305,16 +313,12 @@ def mixing_part(entered: Entered, scale: jax.Array, base: jax.Array, *, iteratio
         A part whose results are post, float32 [M, 4], and comb, float32 [M, source stream, target stream].
     """
     m, n, dim = entered.h.shape
-
-    def body(program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        parts, scale, base = inputs
-        post, comb = outputs
-        _store_mixing(_Turn(program, parts, scale, base, dim, norm_eps), post, comb, iterations, eps)
-
+    body = functools.partial(_mixing_body, dim=dim, iterations=iterations, eps=eps, norm_eps=norm_eps)
     shapes = (jax.ShapeDtypeStruct((m, n), jnp.float32), jax.ShapeDtypeStruct((m, n, n), jnp.float32))
     return Part(SINKHORN, m, body, (entered.parts, scale, base), shapes)
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "norm_eps", "format", "interpret"))
 def enter(
     h: jax.Array, fn: jax.Array, scale: jax.Array, base: jax.Array, norm_weight: jax.Array, *,
     outputs: tuple[jax.Array, ...] = (), post: jax.Array | None = None, comb: jax.Array | None = None,
@@ -339,6 +343,7 @@ def enter(
     return Entered(new, parts, x, Activation(quants[:, None], scales[:, None]), ActivationK(*extra) if extra else None)
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "norm_eps", "interpret"))
 def leave(
     h: jax.Array, fn: jax.Array, scale: jax.Array, base: jax.Array, norm_weight: jax.Array, *,
     outputs: tuple[jax.Array, ...] = (), post: jax.Array | None = None, comb: jax.Array | None = None,

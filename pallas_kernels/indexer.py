@@ -219,6 +219,7 @@ def _launch(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("topk", "qat", "interpret"))
 def finish_queries(
     q: jax.Array, cos: jax.Array, sin: jax.Array, visible: jax.Array, *, topk: int, qat: bool, interpret: bool = False
 ) -> jax.Array:
@@ -240,6 +241,7 @@ def finish_queries(
     return queries
 
 
+@functools.partial(jax.jit, static_argnames=("topk", "interpret"))
 def scores(
     queries: jax.Array, weights: jax.Array, keys: jax.Array, visible: jax.Array, *, topk: int, interpret: bool = False
 ) -> jax.Array:
@@ -267,6 +269,7 @@ def _warps(count: int) -> int:
     return min(max(pl.next_power_of_2(count) // SCORES_A_WARP, 4), 16)
 
 
+@functools.partial(jax.jit, static_argnames=("topk", "keys", "interpret"))
 def select(score: jax.Array, visible: jax.Array, *, topk: int, keys: int, interpret: bool = False) -> jax.Array:
     """The indices of the best `topk` of the first `visible` scores, all of them where there are fewer.
 

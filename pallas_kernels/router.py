@@ -50,6 +50,7 @@ def _kernel(logits_ref: Any, *refs: Any, experts: int, active: int, scale: float
     plt.store(share_ref.at[row, column], share, mask=real)
 
 
+@functools.partial(jax.jit, static_argnames=("active", "scale", "interpret"))
 def route(
     logits: jax.Array, *, active: int, scale: float, bias: jax.Array | None = None,
     ids: jax.Array | None = None, table: jax.Array | None = None, interpret: bool = False,

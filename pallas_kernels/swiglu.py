@@ -61,6 +61,7 @@ def _both_kernel(
         _swiglu(row - pairs, block * tile, gate_ref, up_ref, q_ref, s_ref, **sizes)
 
 
+@functools.partial(jax.jit, static_argnames=("format", "limit", "interpret"))
 def swiglu_beside(
     gate: jax.Array, up: jax.Array, hidden: jax.Array, format: type[Quantized], *, limit: float, interpret: bool = False
 ) -> tuple[Activation, ActivationK]:
@@ -85,6 +86,7 @@ def swiglu_beside(
     return Activation(quants[:, None], scales[:, None]), ActivationK(*extra)
 
 
+@functools.partial(jax.jit, static_argnames=("limit", "interpret"))
 def swiglu(gate: jax.Array, up: jax.Array, *, limit: float, interpret: bool = False) -> Activation:
     """silu(min(gate, limit)) · clip(up, ±limit) of float32 [M, F], in int8 blocks of 32; F a multiple of 32."""
     m, width = gate.shape

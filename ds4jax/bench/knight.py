@@ -83,7 +83,7 @@ def knight(model: LanguageModel, new_tokens: int, note: Callable[[str], None]) -
     opened = {depth: model.with_max_draft(depth) for depth in (DRAFT, 0)}
 
     def stream(way: Way) -> Generation:
-        wanted = {"max_new_tokens": new_tokens, "ignore_eos": True, "strict": way.strict, "draft": way.draft}
+        wanted: dict[str, Any] = {"max_new_tokens": new_tokens, "ignore_eos": True, "strict": way.strict, "draft": way.draft}
         return opened[way.max_draft].stream(PROMPT, **wanted)
 
     for way in WAYS:

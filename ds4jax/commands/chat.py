@@ -40,6 +40,7 @@ def add_parser(commands: Any) -> None:
     models.add_options(parser)
     models.add_strict(parser)
     models.add_draft(parser)
+    models.add_chunk(parser)
     add_conversation(parser)
     replies.add_sampling(parser, new_tokens=NEW_TOKENS)
     parser.add_argument("--stats", action="store_true", help="print counts and tokens/s of every reply to stderr")
@@ -126,8 +127,9 @@ def _answer(session: Session, tokenizer: Tokenizer, ids: list[int], options: arg
     reading = Reading(tokenizer, options.stop, chat=True, think=options.think)
     screen = replies.Screen()
     with replies.first_ctrl_c() as pressed:
-        with models.status("reading"):
-            generation = session.stream(ids)
+        with models.reading_bar("reading") as bar:
+            generation = session.stream(ids, progress=bar)
+        with models.status("finding the first tokens"):
             chunks = iter(generation)
             new = [] if pressed() else next(chunks, [])
         while new:

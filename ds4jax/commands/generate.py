@@ -8,7 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ds4jax import cli_options
+from ds4jax import cli_options, startup
 from ds4jax.commands import chat
 from ds4jax.commands import model as models
 from ds4jax.commands import reply as replies
@@ -39,6 +39,10 @@ has those of a stop text, text does not.
 With --logprobs N, logprobs holds for each token its id, text and logprob, and top, the N best alternatives. They are of the
 distribution at temperature 1 without filters, and are computed afterwards by scoring prompt and continuation once more.
 
+With --stats, stderr also says how long the first token took from the start of the process, in parts that add up: import, plan
+(headers, and the device's own start), load, compile (tracing, and reading what an earlier run compiled), prefill, decode (the
+first step) and other. With --json they are start, in seconds.
+
 Drafting changes the speed and never what is said: with temperature 0 the same tokens, above it the same distribution."""
 
 EXAMPLES = """\
@@ -48,7 +52,8 @@ examples:
   ds4jax generate "In the beginning" --draft auto --stats
   ds4jax generate - --stop "." --json --logprobs 5 < prompt.txt
   ds4jax generate "Why is the sky blue?" --model model.gguf --chat --think
-  ds4jax generate --ids prompt.npy --json --stats"""
+  ds4jax generate --ids prompt.npy --json --stats
+  ds4jax generate --prompt-file book.txt --model model.gguf --chunk 512"""
 
 
 def add_parser(commands: Any) -> None:
@@ -67,6 +72,7 @@ def add_parser(commands: Any) -> None:
     models.add_options(parser)
     models.add_strict(parser)
     models.add_draft(parser)
+    models.add_chunk(parser)
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn; print the model's reply")
     chat.add_conversation(parser)
     replies.add_sampling(parser, new_tokens=NEW_TOKENS)
@@ -87,20 +93,27 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     given = _given(options)
     model = models.open_model(options, max_draft=models.max_draft(options), prompt=None if options.chat else given)
+    startup.begin("other")
     if model.tokenizer is None and not (options.json and options.ids is not None and not options.stop):
         raise InputError(f"{model.path}: tokenizer: none in these files; give --ids, and --json to get token ids back")
     prompt = chat.opening(model.tokenizer, given, options) if options.chat and model.tokenizer else given
-    with models.status("reading the prompt"):
-        generation = model.stream(prompt, **replies.generation_options(options))
+    startup.begin("prefill")
+    with models.reading_bar("reading the prompt") as bar:
+        # With figures asked for, the device is waited for at the end of the prompt: what follows is decoding.
+        progress = bar or (_nothing if options.stats else None)
+        generation = model.stream(prompt, progress=progress, **replies.generation_options(options))
+    startup.begin("decode")
     reading = _reading(model.tokenizer, options)
-    interrupted = _stream(generation, reading, silent=options.json)
+    first_token: dict[str, float] = {}
+    interrupted = _stream(generation, reading, first_token, silent=options.json)
     result = generation.result()
     if reading and reading.stopped:
         result = dataclasses.replace(result, ids=tuple(reading.ids), text=reading.text, finish_reason="stop")
     if options.json:
-        print(json.dumps(_fields(model, result, reading, options), ensure_ascii=False))
+        start = {"start": {part: round(seconds, 4) for part, seconds in first_token.items()}} if options.stats else {}
+        print(json.dumps(_fields(model, result, reading, options) | start, ensure_ascii=False))
     if options.stats:
-        print(_stats(result), file=sys.stderr)
+        print(_stats(result, first_token), file=sys.stderr)
     return INTERRUPTED if interrupted else 0
 
 
@@ -156,24 +169,40 @@ def _logprob_fields(tokenizer: Tokenizer | None, scored: Scored) -> dict[str, An
     return entry(scored.id, scored.logprob) | {"top": [entry(*alternative) for alternative in scored.top]}
 
 
-def _stats(result: Result) -> str:
+def _nothing(done: int, total: int) -> None:
+    """A watcher of progress who only makes the host wait for it."""
+
+
+def _stats(result: Result, first_token: dict[str, float]) -> str:
     acceptance = ", ".join(f"{share:.2f}" for share in result.acceptance)
     return (
         f"{len(result.prompt_ids)} prompt tokens, {len(result.ids)} new tokens in {result.seconds:.2f} s, "
         f"{result.tokens_per_second:.1f} tokens/s while decoding, ended by: {result.finish_reason}\n"
         f"draft {result.draft}: {result.tokens_per_step:.2f} tokens a step of {result.ms_per_step:.2f} ms"
         + (f", accepted by depth: {acceptance}" if acceptance else "")
+        + (f"\nfirst token after {_parts(first_token)}" if first_token else "")
     )
 
 
-def _stream(generation: Generation, reading: Reading | None, *, silent: bool) -> bool:
-    """Run to the end or a stop text, printing text as it comes unless `silent`; True when Ctrl-C came first."""
+def _parts(first_token: dict[str, float]) -> str:
+    """Seconds from the process's start to the first token: the total and what it is the sum of."""
+    parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in first_token.items() if part != "total")
+    return f"{first_token['total']:.2f} s: {parts}"
+
+
+def _stream(generation: Generation, reading: Reading | None, first_token: dict[str, float], *, silent: bool) -> bool:
+    """Run to the end or a stop text, printing text as it comes unless `silent`; True when Ctrl-C came first.
+
+    Args:
+        first_token: filled with the seconds from the process's start to the first token, in parts.
+    """
     screen = None if silent else replies.Screen()
     interrupted = False
     chunks = iter(generation)
     try:
         with models.status("finding the first tokens"):
             ids = next(chunks, None)
+        first_token |= startup.current().seconds()
         while ids:
             pieces = list(reading.push(ids)) if reading else []
             if screen:

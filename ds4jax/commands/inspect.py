@@ -147,7 +147,8 @@ def planned(checkpoint: Checkpoint, context: int | None = None, device: str | No
     Returns:
         context, capacity (rows of the cache), classes (class → file, device, token: read by one decoded token), cache and
         cache_token, token (read in all), draft (read by one draft), working (left free for programs), needed (on the device in
-        all), and devices: name, memory, bandwidth (bytes/s), tokens_per_second (at most, without drafts), fits, largest_context.
+        all), and devices: name, memory, bandwidth (bytes/s), tokens_per_second (at most, without drafts), fits, largest_context,
+        chunk (tokens of a prompt in one call).
 
     Raises:
         InputError: a context that the model does not have.
@@ -173,6 +174,7 @@ def planned(checkpoint: Checkpoint, context: int | None = None, device: str | No
 
 def _on(made: Plan, checkpoint: Checkpoint, device: Device) -> dict[str, Any]:
     from ds4jax.loading import plan as plans
+    from ds4jax.prefill_plan import chunk_for
 
     bound = made.bound(device)
     return {
@@ -180,6 +182,7 @@ def _on(made: Plan, checkpoint: Checkpoint, device: Device) -> dict[str, Any]:
         "tokens_per_second": round(bound, 1) if bound is not None else None,
         "fits": made.needed <= device.memory,
         "largest_context": plans.largest_context(checkpoint, made.device, device.memory),
+        "chunk": chunk_for(checkpoint.config, made.capacity, device.memory - made.device - made.cache),
     }
 
 
@@ -319,7 +322,8 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
         most = device["largest_context"]
         fits = "fits" if device["fits"] else "does not fit"
         room = f"room for a context of {most:,}" if most else "no room for any context"
-        lines.append(f"  {device['name']}: {device['memory'] / 1e9:,.0f} GB: {fits}, {room}{rate}")
+        calls = f", prompts in calls of {device['chunk']:,}" if device["fits"] else ""
+        lines.append(f"  {device['name']}: {device['memory'] / 1e9:,.0f} GB: {fits}, {room}{rate}{calls}")
     return lines
 
 

@@ -21,7 +21,8 @@ Score a sequence and write a .npz file with `ids` int32 [T] and `logits` float32
 EXAMPLES = """\
 examples:
   ds4jax logits --prompt "In the beginning" --out logits.npz
-  ds4jax logits --model checkpoint/ --ids ids.npy --decode-from 37 --mtp --no-qat --out logits.npz"""
+  ds4jax logits --model checkpoint/ --ids ids.npy --decode-from 37 --mtp --no-qat --out logits.npz
+  ds4jax logits --ids ids.npy --strict --chunk 128 --out logits.npz"""
 
 
 def add_parser(commands: Any) -> None:
@@ -29,6 +30,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("logits", help="score a sequence into a .npz file", description=DESCRIPTION, epilog=EXAMPLES)
     models.add_options(parser)
     models.add_strict(parser)
+    models.add_chunk(parser)
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", type=cli_options.prompt, metavar="TEXT", help="the sequence as text")
     given.add_argument("--ids", type=cli_options.ids_file, metavar="FILE.npy", help="the sequence as token ids, integers [T]")
@@ -51,8 +53,9 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--decode-from is {options.decode_from}; the sequence has {total} tokens")
     model = models.open_model(options, prompt=options.prompt if options.ids is None else options.ids)
     ids = model.encode(options.prompt if options.ids is None else options.ids)
-    with models.status(f"scoring {len(ids)} tokens"):
-        arrays = model.logits(ids, decode_from=options.decode_from, mtp=options.mtp, strict=options.strict)
+    given = {"decode_from": options.decode_from, "mtp": options.mtp, "strict": options.strict, "chunk": options.chunk}
+    with models.reading_bar(f"scoring {len(ids)} tokens") as bar:
+        arrays = model.logits(ids, progress=bar, **given)
     _save(options.out, arrays)
     print(f"{options.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()), file=sys.stderr)
     return 0

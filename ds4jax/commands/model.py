@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from ds4jax import cli_options
+from ds4jax import cli_options, startup
 
 if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
     from ds4jax.generation import Prompt
     from ds4jax.language_model import LanguageModel
     from ds4jax.loading import Checkpoint
@@ -83,6 +85,16 @@ def max_draft(options: argparse.Namespace) -> int | None:
     return options.draft
 
 
+def add_chunk(parser: argparse.ArgumentParser) -> None:
+    """--chunk, for commands that take a prompt in."""
+    parser.add_argument(
+        "--chunk",
+        type=cli_options.token_count,
+        metavar="N",
+        help="tokens of the prompt that one call takes in at most (planned by the device's memory: 512 or 4096)",
+    )
+
+
 def add_strict(parser: argparse.ArgumentParser) -> None:
     """--strict, for commands that decode."""
     parser.add_argument(
@@ -102,15 +114,18 @@ def open_model(options: argparse.Namespace, *, max_draft: int | None = None, pro
     Raises:
         InputError: anything about the files that keeps them from being used, or a prompt that the model cannot take.
     """
+    startup.watch()
     with loading_bar("loading the model") as bar:
         from ds4jax import runtime
         from ds4jax.language_model import encoded, from_checkpoint
 
+        startup.begin("plan")
         checkpoint = open_checkpoint(options)
         if prompt is not None:
             encoded(prompt, checkpoint.config, checkpoint.tokenizer, checkpoint.path)
-        _say_plan(checkpoint, max_draft)
         runtime.configure()
+        _say_plan(checkpoint, max_draft)
+        startup.begin("load")
         return from_checkpoint(checkpoint, qat=options.qat, max_draft=max_draft, progress=bar)
 
 
@@ -130,9 +145,12 @@ def _say_plan(checkpoint: Checkpoint, max_draft: int | None) -> None:
     """One line on stderr about what a large model takes."""
     if sum(tensor.nbytes for tensor in checkpoint.tensors) <= LARGE or not sys.stderr:
         return
-    from ds4jax.loading.plan import plan
+    from ds4jax.loading.plan import plan, present_device
+    from ds4jax.prefill_plan import chunk_for
 
-    print(f"ds4jax: {checkpoint.path}: {plan(checkpoint, max_draft=max_draft).line()}", file=sys.stderr)
+    made, device = plan(checkpoint, max_draft=max_draft), present_device()
+    chunk = chunk_for(checkpoint.config, made.capacity, device.memory - made.device - made.cache if device else None)
+    print(f"ds4jax: {checkpoint.path}: {made.line()}; prompts in calls of {chunk:,} tokens", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -142,20 +160,50 @@ def loading_bar(message: str) -> Iterator[Callable[[int, int], None] | None]:
     Yields:
         What to call with both; None where nobody watches.
     """
-    if not (sys.stderr and sys.stderr.isatty()):
+    if not watched():
         yield None
         return
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    with _bar(message, DownloadColumn(), TransferSpeedColumn()) as show:
+        yield show
+
+
+@contextlib.contextmanager
+def reading_bar(message: str) -> Iterator[Callable[[int, int], None] | None]:
+    """`loading_bar` for the tokens of a prompt."""
+    if not watched():
+        yield None
+        return
+    from rich.progress import MofNCompleteColumn, ProgressColumn, Task
+    from rich.text import Text
+
+    class TokenSpeedColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:,.0f} tokens/s" if task.speed else "")
+
+    with _bar(message, MofNCompleteColumn(), TokenSpeedColumn()) as show:
+        yield show
+
+
+def watched() -> bool:
+    """Whether stderr is a terminal."""
+    return bool(sys.stderr and sys.stderr.isatty())
+
+
+@contextlib.contextmanager
+def _bar(message: str, *figures: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console, began = Console(stderr=True), time.monotonic()
-    columns = (TextColumn(message), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(message), BarColumn(), *figures, TimeRemainingColumn())
     waiting, bar = console.status(message), Progress(*columns, console=console, transient=True)
     task = bar.add_task(message, total=None)
 
     def show(done: int, total: int) -> None:
         if not bar.live.is_started:
-            if time.monotonic() - began < BAR_AFTER:
+            if time.monotonic() - began < BAR_AFTER or done == total:
                 return
             # A console shows one thing that moves at a time.
             waiting.stop()
@@ -173,7 +221,7 @@ def loading_bar(message: str) -> Iterator[Callable[[int, int], None] | None]:
 @contextlib.contextmanager
 def status(message: str) -> Iterator[None]:
     """Show on a terminal's stderr that something takes its time; say nothing where nobody watches."""
-    if not (sys.stderr and sys.stderr.isatty()):
+    if not watched():
         yield
         return
     from rich.console import Console

@@ -63,6 +63,7 @@ def generation_options(options: argparse.Namespace) -> dict[str, Any]:
         "ignore_eos": options.ignore_eos,
         "strict": options.strict,
         "draft": options.draft,
+        "chunk": options.chunk,
     }
 
 

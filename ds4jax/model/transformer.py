@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,20 @@ from ds4jax.model.block import Block
 from ds4jax.model.layers import Embedding, Linear, RMSNorm, Rngs, parameter
 from ds4jax.model.mtp import MTP
 from ds4jax.model.tape import Record, ignore, under
+from pallas_kernels.dispatch import OPT_OUT
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "opt_out"))
+def _block(
+    graph: nnx.GraphDef, weights: nnx.State, h_TND: jax.Array, ids_T: jax.Array, rows: Rows, cache: LayerCache,
+    *, opt_out: str | None,
+) -> tuple[jax.Array, LayerCache]:  # fmt: skip
+    """A block of which nothing is recorded. A jitted function, so that layers of a kind are traced and lowered once.
+
+    What the gate reads of the environment while it is traced, `opt_out`, is part of what makes a kind.
+    """
+    h_TND, cache = nnx.merge(graph, weights)(h_TND, ids_T, rows, cache)
+    return h_TND, cache
 
 
 class Transformer(nnx.Module):
@@ -61,7 +76,10 @@ class Transformer(nnx.Module):
             done = []
             for i, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
                 with jax.named_scope(f"{name.removesuffix('s')}{i}"):
-                    h_TND, cache = block(h_TND, ids_T, rows, cache, under(record, f"{name}.{i}"))
+                    if record is ignore:
+                        h_TND, cache = _block(*nnx.split(block), h_TND, ids_T, rows, cache, opt_out=os.environ.get(OPT_OUT))
+                    else:
+                        h_TND, cache = block(h_TND, ids_T, rows, cache, under(record, f"{name}.{i}"))
                 done.append(cache)
             return h_TND, tuple(done)
 

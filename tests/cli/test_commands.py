@@ -17,6 +17,7 @@ import ds4jax
 from ds4jax import cli
 from ds4jax.commands.eval import EXTRACT, HELDOUT
 from ds4jax.generation import Generation
+from ds4jax.startup import PARTS
 
 PROMPT = "In the beginning"
 COMMAND = [sys.executable, "-m", "ds4jax"]
@@ -50,6 +51,12 @@ def test_generate_streams_the_continuation_alone(capsys: pytest.CaptureFixture[s
     assert done.stdout.decode() == expected.text
     assert f"{len(expected.ids)} new tokens" in done.stderr.decode()
     assert "tokens/s" in done.stderr.decode()
+    told = done.stderr.decode().splitlines()[-1].removeprefix("first token after ")
+    total, parts = told.split(" s: ")
+    seconds = {name: float(number) for name, number in (part.split() for part in parts.split(", "))}
+    assert tuple(seconds) == PARTS
+    assert sum(seconds.values()) == pytest.approx(float(total), abs=0.05)
+    assert min(seconds[part] for part in ("import", "load", "compile", "decode")) > 0
     out, err = output(capsys, "generate", PROMPT, "--max-new-tokens", "24")
     assert (out, err) == (expected.text, "")
 
@@ -69,7 +76,9 @@ def test_generate_json(capsys: pytest.CaptureFixture[str], model: ds4jax.Languag
     assert told["tokens_per_second"] > 0
 
     np.save(tmp_path / "ids.npy", np.array(prompt_ids))
-    from_ids = json.loads(output(capsys, "generate", "--ids", tmp_path / "ids.npy", "--max-new-tokens", "24", "--json")[0])
+    line = ("generate", "--ids", tmp_path / "ids.npy", "--max-new-tokens", "24", "--json", "--stats", "--chunk", "4")
+    from_ids = json.loads(output(capsys, *line)[0])
+    assert tuple(from_ids.pop("start")) == (*PARTS, "total")
     for measured in ("tokens_per_second", "ms_per_step"):
         del told[measured], from_ids[measured]
     assert from_ids == told

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,14 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert alone["fits"]
     assert alone["largest_context"] == told["config"]["max_context"]
     text = output(capsys, "--context", "700", "--device", "h100")
-    for part in (*plans.CLASSES, "cache of 700", f"{plan['draft'] / 1e6:,.1f} more", "h100: 80 GB: fits", "tokens/s"):
+    for part in (
+        *plans.CLASSES,
+        "cache of 700",
+        f"{plan['draft'] / 1e6:,.1f} more",
+        "h100: 80 GB: fits",
+        "tokens/s",
+        "in calls of 4,096",
+    ):
         assert part in text
     assert "h200" not in text
 
@@ -240,7 +248,7 @@ def test_large_models_say_what_they_take(
     told = capsys.readouterr().err
     assert told.startswith(f"ds4jax: {path}: 0.0 GB of weights, ")
     assert told.count("\n") == 1
-    assert "read per decoded token" in told
+    assert told.endswith("read per decoded token; prompts in calls of 512 tokens\n")
 
 
 class Terminal(io.StringIO):
@@ -263,6 +271,21 @@ def test_bar(after: float, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = terminal.getvalue()
     assert "loading the model" in shown
     assert ("/4.0 GB" in shown) == (after == 0)
+
+
+def test_bar_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(models, "BAR_AFTER", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with models.reading_bar("reading the prompt") as show:
+        for done in (512, 1024, 1536):
+            show(done, 4096)
+            time.sleep(0.15)
+    shown = terminal.getvalue()
+    assert "1536/4096" in shown
+    assert "tokens/s" in shown
 
 
 def test_no_bar_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:

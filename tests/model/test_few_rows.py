@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda import executed_calls, lowered_for_cuda, pallas_calls
+from cuda import executed_calls, kernel_calls, lowered_for_cuda, pallas_calls
 from flax import nnx
 
 from ds4jax import cache as caches
@@ -203,6 +203,8 @@ def test_the_kernels_of_a_plain_step():
     text, config = step(0), synthetic.SMALL_Q2
     expected = expected_calls(config, config.n_layers, 1)
     assert {name: executed_calls(text, name) for name in expected} == expected
+    # Layers of all kinds share what looks alike: starting a program of many layers takes no longer than one of few.
+    assert kernel_calls(text, expert_matmul.DOWN) == kernel_calls(text, swiglu.NAME) == 1
 
 
 @pytest.mark.long
