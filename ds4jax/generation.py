@@ -290,9 +290,9 @@ class Generation:
 
     def unread(self, count: int) -> None:
         """Take the last `count` tokens back: the next ones are these again."""
-        kept = len(self.ids) - count
-        self.ids, self._ready = self.ids[:kept], self.ids[kept:] + self._ready
-        self.finish_reason = "interrupted"
+        if count:
+            self.ids, self._ready = self.ids[:-count], self.ids[-count:] + self._ready
+            self.finish_reason = "interrupted"
 
     def _run(self, budget: int) -> None:
         """Bring `_ready` up by `budget` tokens, or by what there is until the end."""

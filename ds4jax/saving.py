@@ -273,8 +273,8 @@ def _check_model(about: Header, model: LanguageModel, drafter: Drafter | None) -
     if about.max_draft != model.max_draft:
         advice = f"open the model with max_draft {about.max_draft}"
         raise InputError(f"{path}: max_draft: {about.max_draft}, and {model.max_draft} in {name}; {advice}")
-    most = model.config.max_context
-    for field, value, least, most in (("capacity", about.capacity, 1, most), ("length", about.length, 0, about.capacity)):
+    context = model.config.max_context
+    for field, value, least, most in (("capacity", about.capacity, 1, context), ("length", about.length, 0, about.capacity)):
         if not least <= value <= most:
             raise InputError(f"{path}: {field}: {value}, where {least} to {most} are possible; save the session again")
     if about.drafter != _class(drafter):

@@ -58,6 +58,7 @@ class Session:
     """One growing text, continued again and again with the same options.
 
     Attributes:
+        model: what it was made with.
         reused: rows of the latest prompt that were in the cache already.
     """
 
@@ -67,7 +68,7 @@ class Session:
         Raises:
             InputError: an option outside its range.
         """
-        self._model, self._options = model, Options(**options)
+        self.model, self._options = model, Options(**options)
         self._latest: Generation | Snapshot | None = None
         self._mark: Mark | None = None
         self.reused = 0
@@ -104,7 +105,7 @@ class Session:
         Raises:
             InputError: as for `LanguageModel.generate`; the cache stays as it was.
         """
-        generation = Generation(self._model, prompt, self._options, self._held)
+        generation = Generation(self.model, prompt, self._options, self._held)
         self._latest, self._mark = generation, Mark.of(generation.state)
         return generation
 
@@ -119,7 +120,7 @@ class Session:
             InputError: there is none, or its cache is gone.
         """
         latest, _ = self._there()
-        generation = Generation(self._model, latest.prompt_ids, self._options, self._paused, latest)
+        generation = Generation(self.model, latest.prompt_ids, self._options, self._paused, latest)
         self.reused = int(generation.state.cache.length[0])
         self._latest = generation
         return generation
@@ -136,7 +137,7 @@ class Session:
         latest, mark = self._there()
         state, rings, drafting = jax.tree.map(jnp.copy, (latest.state, mark.rings, mark.drafting))
         branch = Session.of(
-            self._model, self._options, dataclasses.replace(latest, state=state), Mark(mark.length, rings, drafting)
+            self.model, self._options, dataclasses.replace(latest, state=state), Mark(mark.length, rings, drafting)
         )
         branch.reused = self.reused
         return branch
@@ -154,7 +155,7 @@ class Session:
         from ds4jax.saving import save
 
         latest, mark = self._there()
-        save(Path(path), self._model, self._options, latest, mark)
+        save(Path(path), self.model, self._options, latest, mark)
 
     def _there(self) -> tuple[Snapshot, Mark]:
         latest, mark = self._latest, self._mark
@@ -184,7 +185,7 @@ class Session:
             fingerprints=jnp.zeros_like(state.fingerprints),
             count=jnp.int32(0),
             stopped=jnp.array(False),
-            acceptance=Acceptance.none(self._model.max_draft),
+            acceptance=Acceptance.none(self.model.max_draft),
         )
 
     def _reached(self, ids_T: np.ndarray) -> DecodeState | None:
@@ -210,7 +211,7 @@ class Session:
 
     def _grown(self, state: DecodeState, capacity: int) -> DecodeState:
         """A copy with room for more rows; both are there for a moment."""
-        model = self._model
+        model = self.model
         drafter = (self._options.drafter or MTPDrafter()) if model.max_draft else None
         larger = decode.start(model.config, capacity, 0, drafter=drafter, max_draft=model.max_draft)
         return jax.tree.map(_copied_into, larger, state)
