@@ -161,13 +161,13 @@ def test_tokens_taken_back_are_said_again(model: LanguageModel, tmp_path: Path) 
 
 @pytest.mark.long
 def test_a_continuation_outgrows_its_cache(model: LanguageModel, tmp_path: Path) -> None:
-    session = Session(model, **OPTIONS | {"max_new_tokens": 20})
-    session.stream(text(0, 490)).advance(20)
+    session, prompt = Session(model, **OPTIONS | {"max_new_tokens": 20}), [*text(0, 300), *text(11, 190)]
+    session.stream(prompt).advance(20)
     session.save(tmp_path / "saved")
     resumed = ds4jax.restore(tmp_path / "saved", model).resume()
     resumed.advance(20)
     assert len(resumed.state.tokens) == 1024
-    assert resumed.ids == list(model.generate(text(0, 490), **OPTIONS | {"max_new_tokens": 20 + 20}).ids)
+    assert resumed.ids == list(model.generate(prompt, **OPTIONS | {"max_new_tokens": 20 + 20}).ids)
 
 
 def test_an_empty_session_and_a_lost_one(model: LanguageModel, tmp_path: Path) -> None:
