@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ds4jax.generation import Generation, Result
     from ds4jax.language_model import LanguageModel, generate, load
     from ds4jax.sampling import Sampling
+    from ds4jax.saving import restore
     from ds4jax.session import Session
     from ds4jax.tokenizer import Tokenizer
     from ds4jax.trace import Trace
@@ -36,6 +37,7 @@ __all__ = [
     "generate",
     "load",
     "mtp_loss",
+    "restore",
 ]
 
 _HOME = {
@@ -49,6 +51,7 @@ _HOME = {
     "generate": "language_model",
     "load": "language_model",
     "mtp_loss": "training.mtp",
+    "restore": "saving",
 }
 
 

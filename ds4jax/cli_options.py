@@ -107,6 +107,13 @@ def model_path(word: str) -> Path:
     return Path(word)
 
 
+def session_file(word: str) -> Path:
+    """A file that is there; whether it holds a session is the reader's to judge."""
+    if not os.path.isfile(word):
+        raise argparse.ArgumentTypeError(f"{word}: no such file")
+    return Path(word)
+
+
 def ids_file(word: str) -> np.ndarray:
     """Token ids from a .npy file, int32 [T].
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,3 +27,23 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` left beside it; a living one's file stays."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.unfinished")
+    with contextlib.suppress(OSError):
+        for other in path.absolute().parent.iterdir():
+            found = pattern.fullmatch(other.name)
+            if found and (int(found[1]) == os.getpid() or not _lives(int(found[1]))):
+                other.unlink()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

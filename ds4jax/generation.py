@@ -151,12 +151,29 @@ def _read(state: DecodeState) -> _Told:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Where a continuation is.
+
+    Attributes:
+        prompt_ids: int32 [T].
+        state: the loop's; its tokens are those after the prompt.
+        given: how many of these tokens their reader has.
+        seconds: spent in the decode loop so far.
+    """
+
+    prompt_ids: np.ndarray
+    state: DecodeState
+    given: int
+    seconds: float
+
+
 class Generation:
     """One continuation in progress; iterating yields lists of new token ids until it ends.
 
     Attributes:
         prompt_ids: int32 [T].
-        ids: the new tokens so far, without the stop token.
+        ids: the tokens after the prompt so far, without the stop token.
         finish_reason: "stop" or "length" once it has ended, "interrupted" before.
     """
 
@@ -167,6 +184,7 @@ class Generation:
         options: Options,
         hold: Holder | None = None,
         progress: Progress | None = None,
+        resumed: Snapshot | None = None,
     ):
         """Take the prompt in.
 
@@ -174,6 +192,8 @@ class Generation:
             hold: finds what an earlier continuation left of the prompt; it is asked once everything else is checked.
             progress: called when the device has done a chunk of the prompt, with the rows done and those to do; for this the
                 host waits after each chunk, which it does not do otherwise.
+            resumed: a continuation of this prompt that goes on, by `max_new_tokens` from where its reader is; `hold` then
+                returns its state.
 
         Raises:
             InputError: as for `LanguageModel.generate`.
@@ -187,21 +207,22 @@ class Generation:
             raise InputError(
                 f"prompt has {len(self.prompt_ids)} tokens, all that the model's context of {model.config.max_context} holds"
             )
-        self._most = min(options.max_new_tokens, room)
+        given = resumed.given if resumed else 0
+        self._most = min(given + options.max_new_tokens, room)
         capacity = capacity_for(len(self.prompt_ids) + self._most, model.config.max_context)
         held = hold(self.prompt_ids, capacity) if hold else None
         self._capacity = len(held.tokens) if held else capacity
         self._policy = self._choose_policy()
         self._filters = options.sampling.arrays()
         self._stop_ids = jnp.array([NO_STOP if options.ignore_eos else model.config.eos_id], jnp.int32)
-        self.ids: list[int] = []
         self.finish_reason = "interrupted"
-        self._ready: list[int] = []
-        self._seconds = 0.0
+        self._seconds = resumed.seconds if resumed else 0.0
         self._compiling: concurrent.futures.Future | None = None
         self._began = time.perf_counter()
         self._state = self._prefill(held)
-        self._told = _read(self._state)
+        self._told = told = _read(self._state)
+        computed = told.tokens[: min(told.count - told.stopped, self._most)].tolist()
+        self.ids, self._ready = computed[:given], computed[given:]
 
     def _check_draft(self) -> None:
         model, draft = self._model, self._options.draft
@@ -226,6 +247,11 @@ class Generation:
         """Where the loop is; the next call of `advance` gives its buffers away."""
         return self._state
 
+    @property
+    def snapshot(self) -> Snapshot:
+        """Where the continuation is; the next call of `advance` gives its buffers away."""
+        return Snapshot(self.prompt_ids, self._state, len(self.ids), self._seconds)
+
     def _prefill(self, held: DecodeState | None) -> DecodeState:
         """Everything but the prompt's last token goes into the cache, as far as it is not there; that one is the first step's."""
         model, last = self._model, int(self.prompt_ids[-1])
@@ -233,6 +259,8 @@ class Generation:
         cache, drafting = state.cache, state.drafting
         there = int(cache.length[0])
         missing = len(self.prompt_ids) - 1 - there
+        if missing < 0:
+            return state
         if missing:
             self._compiling = model.ahead((self._capacity, self._options.strict, self._drafter), self._compile)
         chunk = self._options.chunk or chunk_here(model.config, self._capacity, nbytes((model.weights, state)))
@@ -283,17 +311,23 @@ class Generation:
         new, self._ready = self._ready[:budget], self._ready[budget:]
         self.ids += new
         if not self._ready:
-            if self._told.stopped:
+            if self._told.stopped and len(self.ids) == self._told.count - 1:
                 self.finish_reason = "stop"
-            elif self._told.count == self._most:
+            elif self._told.count >= self._most:
                 self.finish_reason = "length"
         return new
+
+    def unread(self, count: int) -> None:
+        """Take the last `count` tokens back: the next ones are these again."""
+        if count:
+            self.ids, self._ready = self.ids[:-count], self.ids[-count:] + self._ready
+            self.finish_reason = "interrupted"
 
     def _run(self, budget: int) -> None:
         """Bring `_ready` up by `budget` tokens, or by what there is until the end."""
         began = time.perf_counter()
         counted = self._told.count
-        if counted == self._most or self._told.stopped:
+        if counted >= self._most or self._told.stopped:
             return
         model, options = self._model, self._options
         if self._compiling is not None:

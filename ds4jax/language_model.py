@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ds4jax import cache as caches
+from ds4jax import fingerprint
 from ds4jax.buckets import capacity_for, chunks, padded
 from ds4jax.config import Config
 from ds4jax.drafter import Drafter
@@ -66,6 +68,11 @@ class LanguageModel:
         self.graph, self.weights = nnx.split(model)
         self._ahead: dict[Hashable, Future] = {}
         self._step_costs: dict[tuple[int, bool, Drafter | None], tuple[float, ...]] = {}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of the configuration and of every bit of the weights, 64 hexadecimal digits; computed once, on the device."""
+        return fingerprint.of_weights(self.config, self.weights)
 
     def __call__(self, ids: Sequence[int] | np.ndarray) -> Float[Array, "T V"]:
         """Logits float32 [T, V] at every position of a sequence.

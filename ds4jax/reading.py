@@ -54,6 +54,10 @@ class Reading:
             self.ids.append(i)
             yield from self._passed(self._reply.push([i]))
 
+    def skip(self, ids: Iterable[int]) -> None:
+        """Take tokens as read before: they are not part of this reading, but the character that they end in may be."""
+        self._reply.push(list(ids))
+
     def flush(self) -> Iterator[Piece]:
         """What was held back, at the end."""
         yield from self._passed(self._reply.flush())

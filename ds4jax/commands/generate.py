@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ds4jax import cli_options, startup
-from ds4jax.commands import chat
+from ds4jax.commands import chat, saved
 from ds4jax.commands import model as models
 from ds4jax.commands import reply as replies
 from ds4jax.errors import InputError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ds4jax.language_model import LanguageModel
     from ds4jax.logprobs import Scored
     from ds4jax.reading import Reading
+    from ds4jax.session import Session
     from ds4jax.tokenizer import Tokenizer
 
 INTERRUPTED = 130
@@ -43,6 +44,10 @@ With --stats, stderr also says how long the first token took from the start of t
 (headers, and the device's own start), load, compile (tracing, and reading what an earlier run compiled), prefill, decode (the
 first step) and other. With --json they are start, in seconds.
 
+--save FILE keeps text and cache, --restore FILE goes on with them: with a prompt, of which what the saved text begins with too is
+not computed again; without one from where the text ended, and then figures and --json tell of what was added. The same options as
+before, given again, lead to the text that a longer run would have given.
+
 Drafting changes the speed and never what is said: with temperature 0 the same tokens, above it the same distribution."""
 
 EXAMPLES = """\
@@ -53,13 +58,14 @@ examples:
   ds4jax generate - --stop "." --json --logprobs 5 < prompt.txt
   ds4jax generate "Why is the sky blue?" --model model.gguf --chat --think
   ds4jax generate --ids prompt.npy --json --stats
-  ds4jax generate --prompt-file book.txt --model model.gguf --chunk 512"""
+  ds4jax generate --prompt-file book.txt --model model.gguf --chunk 512
+  ds4jax generate "In the beginning" --save text.session && ds4jax generate --restore text.session"""
 
 
 def add_parser(commands: Any) -> None:
     """Declare the sub-command."""
     parser = commands.add_parser("generate", help="continue a prompt", description=DESCRIPTION, epilog=EXAMPLES)
-    given = parser.add_mutually_exclusive_group(required=True)
+    given = parser.add_mutually_exclusive_group()
     given.add_argument(
         "prompt",
         nargs="?",
@@ -81,6 +87,10 @@ def add_parser(commands: Any) -> None:
         "--logprobs", type=cli_options.alternatives, metavar="N", help="with --json: log-probabilities, and of the N best tokens"
     )
     parser.add_argument("--stats", action="store_true", help="print counts, tokens/s and acceptance to stderr at the end")
+    parser.add_argument(
+        "--restore", type=cli_options.session_file, metavar="FILE", help="go on with what --save kept; the prompt may be left out"
+    )
+    parser.add_argument("--save", type=cli_options.output_file, metavar="FILE", help="keep text and cache, to go on later")
     parser.set_defaults(run=run)
 
 
@@ -91,22 +101,18 @@ def run(options: argparse.Namespace) -> int:
         InputError: options that exclude each other, or the model or the prompt cannot be used.
     """
     _check(options)
-    given = _given(options)
-    model = models.open_model(options, max_draft=models.max_draft(options), prompt=None if options.chat else given)
-    startup.begin("other")
-    if model.tokenizer is None and not (options.json and options.ids is not None and not options.stop):
-        raise InputError(f"{model.path}: tokenizer: none in these files; give --ids, and --json to get token ids back")
-    prompt = chat.opening(model.tokenizer, given, options) if options.chat and model.tokenizer else given
-    startup.begin("prefill")
-    with models.reading_bar("reading the prompt") as bar:
-        # With figures asked for, the device is waited for at the end of the prompt: what follows is decoding.
-        progress = bar or (_nothing if options.stats else None)
-        generation = model.stream(prompt, progress=progress, **replies.generation_options(options))
+    model, session, generation = _begin(options)
     startup.begin("decode")
+    before = len(generation.ids)
     reading = _reading(model.tokenizer, options)
+    if reading:
+        reading.skip(generation.ids)
     first_token: dict[str, float] = {}
     interrupted = _stream(generation, reading, first_token, silent=options.json)
     result = generation.result()
+    if before:
+        prompt_ids, ids = result.prompt_ids + result.ids[:before], result.ids[before:]
+        result = dataclasses.replace(result, prompt_ids=prompt_ids, ids=ids, text=reading.text if reading else "")
     if reading and reading.stopped:
         result = dataclasses.replace(result, ids=tuple(reading.ids), text=reading.text, finish_reason="stop")
     if options.json:
@@ -114,10 +120,46 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(_fields(model, result, reading, options) | start, ensure_ascii=False))
     if options.stats:
         print(_stats(result, first_token), file=sys.stderr)
+    if options.save and session:
+        if reading:
+            # What was not shown is not lost: it comes first when the text goes on.
+            generation.unread(len(generation.ids) - before - len(reading.ids))
+        with models.status("saving"):
+            session.save(options.save)
     return INTERRUPTED if interrupted else 0
 
 
+def _begin(options: argparse.Namespace) -> tuple[LanguageModel, Session | None, Generation]:
+    """The model, the session where one is kept, and the continuation with its prompt read."""
+    given, session = _given(options), None
+    if options.restore:
+        session = saved.restored(options.restore, options)
+        model = session.model
+    else:
+        model = models.open_model(options, max_draft=models.max_draft(options), prompt=None if options.chat else given)
+    startup.begin("other")
+    if model.tokenizer is None and not (options.json and not isinstance(given, str) and not options.stop):
+        raise InputError(f"{model.path}: tokenizer: none in these files; give --ids, and --json to get token ids back")
+    prompt = chat.opening(model.tokenizer, given, options) if options.chat and model.tokenizer else given
+    startup.begin("prefill")
+    with models.reading_bar("reading the prompt") as bar:
+        # With figures asked for, the device is waited for at the end of the prompt: what follows is decoding.
+        progress = bar or (_nothing if options.stats else None)
+        if session and prompt is None:
+            return model, session, session.resume()
+        if not session and not options.save:
+            return model, None, model.stream(prompt, progress=progress, **replies.generation_options(options))
+        from ds4jax.session import Session
+
+        session = session or Session(model, **replies.generation_options(options))
+        return model, session, session.stream(prompt, progress=progress)
+
+
 def _check(options: argparse.Namespace) -> None:
+    if not options.restore and all(given is None for given in (options.prompt, options.prompt_file, options.ids)):
+        raise InputError("nothing to continue; give a PROMPT, --prompt-file, --ids or --restore")
+    if options.restore and options.chat:
+        raise InputError("--restore goes on with a text; a conversation goes on with `ds4jax chat --session`")
     if options.chat and options.ids is not None:
         raise InputError("--chat renders a text; give one, or a rendered conversation as --ids without --chat")
     if (options.think or options.system) and not options.chat:
