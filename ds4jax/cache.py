@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ds4jax.config import Config
+from ds4jax.row_store import Stored, empty_keys, empty_rows
 
 OVERLAP_RATIO = 4
 
@@ -58,12 +59,12 @@ class CompressorCache:
 
     Attributes:
         values, gates: float32 rings [B, ring, w or 2w] of the projections of the latest tokens, gates with their position bias.
-        rows: float32 [B, S, w], finished rows at index position // ratio.
+        rows: [B, S, w], finished rows at index position // ratio, float32 or narrow; `row_store` reads and writes them.
     """
 
     values: jax.Array
     gates: jax.Array
-    rows: jax.Array
+    rows: Stored
 
 
 @jax.tree_util.register_dataclass
@@ -90,19 +91,19 @@ class Cache:
     length: jax.Array
 
 
-def _compressor(config: Config, ratio: int, width: int, capacity: int, slack: int, ring: bool) -> CompressorCache:
+def _compressor(rows: Stored, ratio: int, slack: int, ring: bool) -> CompressorCache:
     overlap = 2 if ratio == OVERLAP_RATIO else 1
-    inputs = (1, (overlap * ratio + slack) if ring else 0, overlap * width)
-    rows = (1, -(-capacity // ratio) + slack, width)
-    return CompressorCache(jnp.zeros(inputs, jnp.float32), jnp.zeros(inputs, jnp.float32), jnp.zeros(rows, jnp.float32))
+    inputs = (1, (overlap * ratio + slack) if ring else 0, overlap * rows.shape[-1])
+    return CompressorCache(jnp.zeros(inputs, jnp.float32), jnp.zeros(inputs, jnp.float32), rows)
 
 
 def _layer(config: Config, ratio: int, capacity: int, slack: int, ring: bool) -> LayerCache:
     window = jnp.zeros((1, (config.window + slack) if ring else 0, config.head_dim), jnp.float32)
     if ratio == 0:
         return LayerCache(window)
-    rows = _compressor(config, ratio, config.head_dim, capacity, slack, ring)
-    keys = _compressor(config, ratio, config.index_dim, capacity, slack, ring) if ratio == OVERLAP_RATIO else None
+    count = -(-capacity // ratio) + slack
+    rows = _compressor(empty_rows(config, count), ratio, slack, ring)
+    keys = _compressor(empty_keys(config, count), ratio, slack, ring) if ratio == OVERLAP_RATIO else None
     return LayerCache(window, rows, keys)
 
 

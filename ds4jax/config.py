@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+CACHES = ("float32", "narrow")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -17,6 +19,8 @@ class Config:
         n_hash_layers: the first layers, which choose experts by token id from a table.
         n_mtp: 1 when the weights hold an MTP block, else 0.
         qat: simulate the FP8 rows and FP4 indexer keys that published weights were trained with.
+        cache: how compressed rows and indexer keys are kept: "float32", or "narrow" in the FP8 and FP4 that qat rounds them to,
+            which changes no bit of what the model says.
 
     Raises:
         ValueError: a field that no model can have; the message names it.
@@ -59,6 +63,7 @@ class Config:
     bos_id: int = 0
     eos_id: int = 1
     qat: bool = True
+    cache: str = "float32"
 
     def __post_init__(self) -> None:
         may_be_zero = {"n_hash_layers", "n_mtp", "bos_id", "eos_id", "qat"}
@@ -86,6 +91,23 @@ class Config:
             raise ValueError(f"index_dim is {self.index_dim}; the indexer's Hadamard transform needs a power of two")
         if self.n_hash_layers > self.n_layers:
             raise ValueError(f"n_hash_layers is {self.n_hash_layers}, more than n_layers ({self.n_layers})")
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        if self.cache not in CACHES:
+            raise ValueError(f"cache is {self.cache!r}; it must be one of {', '.join(CACHES)}")
+        if self.cache != "narrow":
+            return
+        if not self.qat:
+            raise ValueError(
+                "cache is narrow, but qat is off: FP8 and FP4 lose what is not rounded to them; turn qat on or use float32"
+            )
+        still = self.head_dim - self.rope_dim
+        if still % 64 or self.index_dim % 32:
+            raise ValueError(
+                f"cache is narrow, but head_dim - rope_dim ({still}) is no multiple of 64 or index_dim ({self.index_dim}) "
+                "none of 32, the blocks of FP8 and FP4; use float32"
+            )
 
     @property
     def layer_ratios(self) -> tuple[int, ...]:

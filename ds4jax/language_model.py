@@ -321,6 +321,7 @@ def load(
     mtp_file: str | Path | None = None,
     dense: str | None = None,
     qat: bool | None = None,
+    cache: str = "float32",
     max_draft: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
@@ -332,24 +333,41 @@ def load(
         dense: for a checkpoint directory: None multiplies everything out to float32, exactly; "q8_0", "bf16" or "f32" keeps FP4
             experts as MXFP4 and makes dense matrices that type.
         qat: overrides whether the FP8 and FP4 rounding of published weights is simulated.
+        cache: "narrow" keeps compressed rows and indexer keys in FP8 and FP4: the same bits as "float32" in less than a third of
+            the memory, for models with that rounding.
         max_draft: 0 to 4, the deepest draft of the decode loop; by default 2 where there is an MTP block and 0 elsewhere. Plain
             and speculative decode say the same within one such loop; a loop for 0 is the fastest without drafts.
         progress: called after each tensor with the bytes of the file that have been read and those of all tensors.
 
     Raises:
-        InputError: anything about the files that keeps them from being used, or weights that the device has no room for, in one
-            line and before any weight is read where the headers show it.
+        InputError: anything about the files that keeps them from being used, weights that the device has no room for, or a cache
+            that the model cannot have, in one line and before any weight is read where the headers show it.
     """
     from ds4jax.loading import open_checkpoint
 
     checkpoint = open_checkpoint(Path(path) if path is not None else SHIPPED, mtp_file, dense=dense)
-    return from_checkpoint(checkpoint, qat=qat, max_draft=max_draft, progress=progress)
+    return from_checkpoint(checkpoint, qat=qat, cache=cache, max_draft=max_draft, progress=progress)
+
+
+def configured(checkpoint: Checkpoint, *, qat: bool | None = None, cache: str = "float32") -> Checkpoint:
+    """An opened model with what its user decides; arguments as for `load`.
+
+    Raises:
+        InputError: a cache that the model cannot have.
+    """
+    config = checkpoint.config
+    try:
+        config = dataclasses.replace(config, qat=config.qat if qat is None else qat, cache=cache)
+    except ValueError as error:
+        raise InputError(f"{checkpoint.path}: {error}") from None
+    return dataclasses.replace(checkpoint, config=config)
 
 
 def from_checkpoint(
     checkpoint: Checkpoint,
     *,
     qat: bool | None = None,
+    cache: str = "float32",
     max_draft: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
@@ -358,10 +376,10 @@ def from_checkpoint(
     from ds4jax.loading.reading import read_ahead
 
     _require_depth(max_draft or 0)
+    checkpoint = configured(checkpoint, qat=qat, cache=cache)
     require_fit(checkpoint)
-    config = checkpoint.config if qat is None else dataclasses.replace(checkpoint.config, qat=qat)
     with read_ahead(tuple(tensor.start() for tensor in checkpoint.tensors)) as read:
-        model = build(config, _named(checkpoint, read, progress))
+        model = build(checkpoint.config, _named(checkpoint, read, progress))
     return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, no_mtp=checkpoint.no_mtp)
 
 

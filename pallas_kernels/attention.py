@@ -22,6 +22,7 @@ from pallas_kernels import reference, rotary
 from pallas_kernels.activation import Activation, quantize_blocks
 from pallas_kernels.attention_split import HEADS, Chosen, Compressed, Form, Leading, split_kernel, tile
 from pallas_kernels.formats import BLOCK, HALF, WORDS
+from pallas_kernels.narrow import NarrowRows, expanded
 
 SPLIT_NAME = "attend_split"
 COMBINE_NAME = "attend_combine"
@@ -103,6 +104,12 @@ def attend(
     m, (heads,), dim = q.shape[0], sink.shape, ring.shape[-1]
     if dim % BLOCK:
         raise ValueError(f"a head has {dim} columns; blocks have {BLOCK}")
+    if (
+        compressed is not None
+        and isinstance(compressed.rows, NarrowRows)
+        and compressed.rows.turning.shape[2] != 2 * cos.shape[1]
+    ):
+        raise ValueError(f"{2 * cos.shape[1]} columns turn; the narrow rows have {compressed.rows.turning.shape[2]} that do")
     sizes = {"heads": heads, "dim": dim, "rope": 2 * cos.shape[1], "window": window, "scale": scale, "eps": eps}
     form = Form.of(ring.shape[1], compressed, interpret=interpret, **sizes)
     extra = () if compressed is None else tuple(jax.tree.leaves(compressed))
@@ -156,11 +163,11 @@ def attend_reference(
     seen = (held >= 0)[None, :] & (age >= 0) & (age < window)
     rows = jnp.broadcast_to(ring, (m, *ring.shape[1:]))
     if isinstance(compressed, Leading):
-        more = jnp.broadcast_to(compressed.rows, (m, *compressed.rows.shape[1:]))
+        more = jnp.broadcast_to(expanded(compressed.rows), (m, *compressed.rows.shape[1:]))
         visible = jnp.arange(more.shape[1], dtype=jnp.int32)[None, :] < compressed.visible[:, None]
         rows, seen = jnp.concatenate([rows, more], axis=1), jnp.concatenate([seen, visible], axis=1)
     elif isinstance(compressed, Chosen):
-        more = compressed.rows[0, jnp.maximum(compressed.index, 0)]
+        more = expanded(compressed.rows)[0, jnp.maximum(compressed.index, 0)]
         rows, seen = jnp.concatenate([rows, more], axis=1), jnp.concatenate([seen, compressed.index >= 0], axis=1)
     rows = rows.astype(jnp.float32)
     score = jnp.einsum("mhq,msq->mhs", q_MHQ, rows, precision="highest", preferred_element_type=jnp.float32) * scale

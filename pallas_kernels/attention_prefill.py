@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attention_split import Chosen, Compressed, Leading, tile
+from pallas_kernels.narrow import expanded
 
 NAME = "attend_prefill"
 CHUNK = 128
@@ -152,11 +153,11 @@ def attend_prefill(
         raise ValueError(f"keys are {keys.dtype}{list(keys.shape)}; float16 [{window + t}, {dim}] are needed")
     extra: tuple[jax.Array, ...] = ()
     if isinstance(compressed, Leading):
-        extra = (compressed.rows[0], compressed.visible)
+        extra = (expanded(compressed.rows)[0], compressed.visible)
     elif isinstance(compressed, Chosen):
         if visible is None:
             raise ValueError("visible is missing; chosen rows need the number of each query's")
-        extra = (compressed.rows[0], compressed.index, visible)
+        extra = (expanded(compressed.rows)[0], compressed.index, visible)
     tile = tile or Tile()
     tile = dataclasses.replace(tile, heads=min(tile.heads, max(pl.next_power_of_2(heads), 16)))
     form = _Form(tile, heads, dim, window, scale)
@@ -181,10 +182,10 @@ def attend_prefill_reference(
     seen = (place > row) & (place <= row + window) & (place >= window - start)
     rows = jnp.broadcast_to(keys, (t, *keys.shape)).astype(jnp.float32)
     if isinstance(compressed, Leading):
-        more = jnp.broadcast_to(compressed.rows, (t, *compressed.rows.shape[1:]))
+        more = jnp.broadcast_to(expanded(compressed.rows), (t, *compressed.rows.shape[1:]))
         which = jnp.arange(more.shape[1], dtype=jnp.int32) < compressed.visible[:, None]
     elif isinstance(compressed, Chosen) and visible is not None:
-        more = compressed.rows[0, jnp.maximum(compressed.index, 0)]
+        more = expanded(compressed.rows)[0, jnp.maximum(compressed.index, 0)]
         which = jnp.arange(more.shape[1], dtype=jnp.int32) < visible[:, None]
     else:
         more, which = rows[:, :0], seen[:, :0]

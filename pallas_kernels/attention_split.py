@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import rotary
+from pallas_kernels.narrow import NarrowRows, Stored, fp8_values, scales
+from pallas_kernels.rounding import FP8_BLOCK
 
 # A tensor core's tile has 16 rows.
 HEADS = 16
@@ -39,7 +41,7 @@ class Leading:
         visible: int32 [M], how many.
     """
 
-    rows: jax.Array
+    rows: Stored
     visible: jax.Array
 
 
@@ -53,7 +55,7 @@ class Chosen:
         index: int32 [M, K], below 0 for none.
     """
 
-    rows: jax.Array
+    rows: Stored
     index: jax.Array
 
 
@@ -207,8 +209,9 @@ class Split:
             visible = row >= 0
         else:
             visible = (row >= 0) & (row < self.which[self.m])
-        # The compiler makes of the branches one load from a chosen address.
-        chunks = jax.lax.cond(of_ring, load_ring, functools.partial(self.load_rows, self.rows, row, visible))
+        # The compiler makes of the branches one load from a chosen address where both load float32.
+        load = self.load_narrow if isinstance(self.rows, NarrowRows) else functools.partial(self.load_rows, self.rows)
+        chunks = jax.lax.cond(of_ring, load_ring, functools.partial(load, row, visible))
         return jnp.where(of_ring, in_window, visible), chunks
 
     def in_window(self, slot: jax.Array) -> jax.Array:
@@ -228,6 +231,41 @@ class Split:
             chunks.append(_halves(x.astype(jnp.float32)) if self.in_two(i) else (x.astype(jnp.float16),))
         return chunks
 
+    def load_narrow(self, row: jax.Array, seen: jax.Array) -> Chunks:
+        """What `load_rows` makes of narrow compressed rows, with the bits of the float32 rows."""
+        chunks: Chunks = []
+        for i, column in enumerate(self.form.columns):
+            x = self.load_still(i, row, seen)
+            if self.form.turns(i):
+                place, turning = tile(row, jnp.maximum(column - self.form.still, 0)), column >= self.form.still
+                mask = jnp.broadcast_to(seen[:, None] & turning[None, :], place[0].shape)
+                turned = plt.load(self.rows.turning.at[jnp.zeros_like(place[0]), *place], mask=mask, other=0.0)
+                x = jnp.where(jnp.broadcast_to(turning[None, :], x.shape), turned, x)
+            chunks.append(_halves(x) if self.in_two(i) else (x.astype(jnp.float16),))
+        return chunks
+
+    def load_still(self, chunk: int, row: jax.Array, seen: jax.Array) -> jax.Array:
+        """A chunk of narrow rows float32, of which the columns that turn mean nothing."""
+        rows, column = self.rows, self.form.columns[chunk]
+        last = rows.exponents.shape[2] - 1
+        mask = seen[:, None] & (column < self.form.still)[None, :]
+        place = tile(row, column)
+        codes = plt.load(rows.codes.at[jnp.zeros_like(place[0]), *place], mask=mask, other=0)
+        first = chunk * self.form.chunk // FP8_BLOCK
+        blocks = range(first, ((chunk + 1) * self.form.chunk - 1) // FP8_BLOCK + 1)
+        # A chunk has columns of two blocks at most; the last may lie behind the columns that have a scale.
+        of_block = [
+            scales(
+                plt.load(rows.exponents.at[jnp.zeros_like(row), row, jnp.full_like(row, min(block, last))], mask=seen, other=0)
+            )
+            for block in blocks
+        ]
+        scale = jnp.broadcast_to(of_block[0][:, None], codes.shape)
+        for block, other in zip(blocks[1:], of_block[1:], strict=True):
+            later = jnp.broadcast_to((column >= block * FP8_BLOCK)[None, :], codes.shape)
+            scale = jnp.where(later, jnp.broadcast_to(other[:, None], codes.shape), scale)
+        return fp8_values(codes) * scale
+
     def no_rows(self) -> Chunks:
         """Zeros in the form of `load_rows`."""
         zeros = jnp.zeros((SPAN, self.form.chunk), jnp.float16)
@@ -235,7 +273,8 @@ class Split:
 
     def in_two(self, chunk: int) -> bool:
         """Whether a row's chunk is the sum of two float16 numbers."""
-        return self.form.turns(chunk) and any(rows is not None and rows.dtype == jnp.float32 for rows in (self.ring, self.rows))
+        rows = self.rows.turning if isinstance(self.rows, NarrowRows) else self.rows
+        return self.form.turns(chunk) and any(held is not None and held.dtype == jnp.float32 for held in (self.ring, rows))
 
     def nothing(self) -> Parts:
         """The parts of no rows."""
@@ -284,7 +323,8 @@ class Split:
 def split_kernel(*refs: Any, form: Form, compressed: bool) -> None:
     """The kernel's body; its operands are the fields of `Split` from q on, then the parts that it leaves."""
     q, cos, sin, position, end, ring, *extra, top_ref, total_ref, out_ref = refs
-    rows, which = extra if compressed else (None, None)
+    *leaves, which = extra if compressed else (None, None)
+    rows = leaves[0] if len(leaves) == 1 else NarrowRows(*leaves)
     m, tile, split = (pl.program_id(axis) for axis in range(3))
     program = Split(form, m, tile, split, q, cos, sin, position, end, ring, rows, which)
     turns = program.turns()

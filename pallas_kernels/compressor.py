@@ -24,6 +24,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import rounding
 from pallas_kernels.bundle import Part, launch
+from pallas_kernels.narrow import NarrowKeys, NarrowRows, Stored, fp4_codes, fp8_codes
 from pallas_kernels.rounding import FP4_BLOCK, FP8_BLOCK
 
 NAME = "compress"
@@ -91,7 +92,7 @@ def round_fp4(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """The launch's operands, in its order.
+    """The launch's operands that bodies read, in its order; the rows, which are only written, stand before `position`.
 
     Attributes:
         values, gates: [M, C·w], the projections of the call's rows.
@@ -99,7 +100,6 @@ class _Inputs:
         norm: [w].
         cos, sin: [M, R/2].
         ring_values, ring_gates: [ring, C·w].
-        rows: [S, w].
         position, live: [M].
         start: [1].
     """
@@ -112,7 +112,6 @@ class _Inputs:
     sin: Any
     ring_values: Any
     ring_gates: Any
-    rows: Any
     position: Any
     live: Any
     start: Any
@@ -212,9 +211,35 @@ class _Row:
         return jnp.where(channel < width - 2 * self.given.cos.shape[1], rounded, turned)
 
 
-def _body(program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any], *, ratio: int, eps: float, finish: Finish) -> None:
-    given = _Inputs(*inputs)
-    ring_values, ring_gates, rows = outputs
+def _store(rows: Any, block: jax.Array, entry: jax.Array) -> None:
+    """Store a finished row [w] in the form that the rows have."""
+    width = entry.shape[0]
+    if isinstance(rows, NarrowRows):
+        still, blocks = rows.codes.shape[1], width // FP8_BLOCK
+        codes, exponents = fp8_codes(entry.reshape(blocks, FP8_BLOCK))
+        channel = jax.lax.broadcasted_iota(jnp.int32, (width,), 0)
+        place = jax.lax.broadcasted_iota(jnp.int32, (blocks,), 0)
+        stays = channel < still
+        plt.store(rows.codes.at[block, channel], codes.reshape(width).astype(jnp.uint8), mask=stays)
+        plt.store(rows.exponents.at[block, place], exponents.astype(jnp.int8), mask=place < still // FP8_BLOCK)
+        # What does not turn points past the end, where interpret mode drops it.
+        plt.store(rows.turning.at[block, jnp.where(stays, width, channel - still)], entry, mask=jnp.logical_not(stays))
+    elif isinstance(rows, NarrowKeys):
+        codes, exponents = fp4_codes(entry.reshape(width // FP4_BLOCK, FP4_BLOCK))
+        halves = codes.reshape(2, width // 2)
+        second = jax.lax.broadcasted_iota(jnp.int32, halves.shape, 0)
+        rows.codes[block, :] = jnp.sum(halves << (4 * second), axis=0).astype(jnp.uint8)
+        rows.exponents[block, :] = exponents.astype(jnp.int8)
+    else:
+        rows[block, :] = entry
+
+
+def _body(
+    program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any], *, form: Any, ratio: int, eps: float, finish: Finish
+) -> None:
+    given = _Inputs(*inputs[:8], *inputs[-3:])
+    ring_values, ring_gates, *leaves = outputs
+    rows = jax.tree.unflatten(form, leaves)
     m, pools = program // 2, program % 2 == 1
     position, live = given.position[m], given.live[m] != 0
     row = _Row(given, m, position, ratio, eps, finish)
@@ -227,10 +252,12 @@ def _body(program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any], *, 
 
     @pl.when(live & pools & closes)
     def _() -> None:
-        rows[block, :] = row.entry()
+        _store(rows, block, row.entry())
 
 
-def _check(values: jax.Array, ape: jax.Array, norm_weight: jax.Array, cos: jax.Array, ring: int, finish: str) -> None:
+def _check(
+    values: jax.Array, ape: jax.Array, norm_weight: jax.Array, cos: jax.Array, ring: int, rows: Stored, finish: str
+) -> None:
     width, (ratio, channels) = norm_weight.shape[0], ape.shape
     overlap = 2 if ratio == OVERLAP_RATIO else 1
     span, m = overlap * ratio, values.shape[0]
@@ -245,6 +272,9 @@ def _check(values: jax.Array, ape: jax.Array, norm_weight: jax.Array, cos: jax.A
     still = width - 2 * cos.shape[1]
     if (finish == "fp8" and (still % FP8_BLOCK or width % FP8_BLOCK)) or (finish == "fp4" and width % FP4_BLOCK):
         raise ValueError(f"{width} channels with {still} that do not turn do not divide into the blocks of {finish}")
+    for form, needed in ((NarrowRows, "fp8"), (NarrowKeys, "fp4")):
+        if isinstance(rows, form) and finish != needed:
+            raise ValueError(f"finish is {finish!r}; {form.__name__} hold what {needed!r} leaves")
 
 
 def compress_part(
@@ -256,7 +286,7 @@ def compress_part(
     sin: jax.Array,
     ring_values: jax.Array,
     ring_gates: jax.Array,
-    rows: jax.Array,
+    rows: Stored,
     position: jax.Array,
     live: jax.Array,
     start: jax.Array,
@@ -265,17 +295,18 @@ def compress_part(
     eps: float,
     finish: Finish,
 ) -> Part:
-    """`compress` as a part of a launch; its results are the rings and rows without their first axis."""
+    """`compress` as a part of a launch; its results are the rings and the arrays of the rows, without their first axis."""
     m, ring = values.shape[0], ring_values.shape[1]
-    _check(values, ape, norm_weight, cos, ring, finish)
-    state = tuple(array[0] for array in (ring_values, ring_gates, rows))
+    _check(values, ape, norm_weight, cos, ring, rows, finish)
+    leaves, form = jax.tree.flatten(rows)
+    state = tuple(array[0] for array in (ring_values, ring_gates, *leaves))
     return Part(
         name=NAME,
         programs=2 * m,
-        body=functools.partial(_body, ratio=ratio, eps=eps, finish=finish),
+        body=functools.partial(_body, form=form, ratio=ratio, eps=eps, finish=finish),
         inputs=(values, gates, ape, norm_weight, cos, sin, *state, position, live, start),
-        outputs=tuple(jax.ShapeDtypeStruct(array.shape, jnp.float32) for array in state),
-        aliases={6: 0, 7: 1, 8: 2},
+        outputs=tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in state),
+        aliases={6 + i: i for i in range(len(state))},
     )
 
 
@@ -288,7 +319,7 @@ def compress(
     sin: jax.Array,
     ring_values: jax.Array,
     ring_gates: jax.Array,
-    rows: jax.Array,
+    rows: Stored,
     position: jax.Array,
     live: jax.Array,
     start: jax.Array,
@@ -297,7 +328,7 @@ def compress(
     eps: float,
     finish: Finish,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Stored]:
     """Take in the rows of one call of one sequence and write the rows of the blocks that they close: one launch, in place.
 
     Args:
@@ -306,7 +337,8 @@ def compress(
         norm_weight: float32 [w], w a power of two.
         cos, sin: float32 [M, R/2] of the angles at each row's position - (ratio - 1), the first token of the block it closes.
         ring_values, ring_gates: float32 [1, ring, C·w], the latest tokens at slot position mod ring, gates with their bias.
-        rows: float32 [1, S, w], finished rows at position // ratio; one past the end is dropped.
+        rows: [1, S, w], finished rows at position // ratio; one past the end is dropped. float32, or `NarrowRows` with "fp8" and
+            `NarrowKeys` with "fp4", which then hold the same values.
         position: int32 [M], `start` onwards; a row that is not live may repeat any.
         live: int32 [M], 1 or 0; a row with 0 leaves no trace.
         start: int32 [1], the first row's position.
@@ -324,8 +356,14 @@ def compress(
         values, gates, ape, norm_weight, cos, sin, ring_values, ring_gates, rows, position, live, start,
         ratio=ratio, eps=eps, finish=finish,
     )  # fmt: skip
-    [[new_values, new_gates, new_rows]] = launch([part], warps=WARPS, interpret=interpret)
-    return new_values[None], new_gates[None], new_rows[None]
+    [made] = launch([part], warps=WARPS, interpret=interpret)
+    return taken_in(made, rows)
+
+
+def taken_in(made: Sequence[jax.Array], rows: Stored) -> tuple[jax.Array, jax.Array, Stored]:
+    """Rings and rows from what `compress_part` returns, given the rows before."""
+    values, gates, *leaves = (array[None] for array in made)
+    return values, gates, jax.tree.unflatten(jax.tree.structure(rows), leaves)
 
 
 def reference_rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import narrow
 from pallas_kernels.compressor import angles, reference_fp4, reference_rotate, rotate, round_fp4
+from pallas_kernels.narrow import NarrowKeys, Stored
+from pallas_kernels.rounding import FP4_BLOCK
 
 NAMES = ("index_queries", "index_scores", "index_chunks", "index_select")
 HEADS_A_PROGRAM = 4
@@ -80,9 +83,35 @@ def _products(keys: jax.Array, queries: list[jax.Array]) -> jax.Array:
     return total
 
 
-def _scores(q: Any, weights: Any, keys: Any, visible: Any, out: Any, *, topk: int, programs: int) -> None:
+def _narrow_products(keys: NarrowKeys, first: jax.Array, count: jax.Array, queries: Sequence[jax.Array]) -> jax.Array:
+    """Dot products [tile, heads] of FP4 keys from `first` on, zeros from `count` on, with queries [heads, chunk] of each chunk.
+
+    A block's products are summed before its scale multiplies them. As long as a sum has no more digits than a float32, which
+    takes blocks of one key that are thousands of times as large as others, the result is that of float32 keys.
+    """
+    chunk, half = queries[0].shape[1], len(queries) // 2
+    row = first + jax.lax.broadcasted_iota(jnp.int32, (KEYS_A_TILE,), 0)
+    there = first + jax.lax.broadcasted_iota(jnp.int32, (KEYS_A_TILE, chunk), 0) < count
+    total = jnp.zeros((KEYS_A_TILE, queries[0].shape[0]), jnp.float32)
+    for i in range(half):
+        span = pl.ds(first, KEYS_A_TILE), pl.ds(i * chunk, chunk)
+        codes = plt.load(keys.codes.at[span], mask=there, other=0).astype(jnp.int32)
+        # The low halves are one half of the channels, the high halves the other.
+        for part, place in ((codes, i), (codes >> 4, half + i)):
+            block = jnp.full_like(row, place * chunk // FP4_BLOCK)
+            scale = narrow.scales(plt.load(keys.exponents.at[row, block], mask=row < count, other=0))
+            dims = (((1,), (1,)), ((), ()))
+            dot = jax.lax.dot_general(narrow.fp4_values(part), queries[place], dims, preferred_element_type=jnp.float32)
+            total += dot * jnp.broadcast_to(scale[:, None], dot.shape)
+    return total
+
+
+def _scores(q: Any, weights: Any, *refs: Any, topk: int, programs: int) -> None:
+    *leaves, visible, out = refs
+    keys = leaves[0] if len(leaves) == 1 else NarrowKeys(*leaves)
     m, first = pl.program_id(0), pl.program_id(1)
     parts, heads, dim = q.shape[1:]
+    chunk = min(FP4_BLOCK, dim // 2) if isinstance(keys, NarrowKeys) else dim
     count = jnp.minimum(visible[m], keys.shape[0])
     tiles = jnp.where(count > topk, (count + (KEYS_A_TILE - 1)) // KEYS_A_TILE, 0)
 
@@ -90,17 +119,21 @@ def _scores(q: Any, weights: Any, keys: Any, visible: Any, out: Any, *, topk: in
     def _() -> None:
         head = jax.lax.broadcasted_iota(jnp.int32, (max(heads, LEAST_HEADS),), 0)
         real = head < heads
-        real_queries = jnp.broadcast_to(real[:, None], (head.shape[0], dim))
+        real_queries = jnp.broadcast_to(real[:, None], (head.shape[0], chunk))
         # Heads that there are none of lie past the end, which a slice from a constant may not reach.
         span = pl.ds(_value(0), head.shape[0])
-        queries = [plt.load(q.at[m, _value(i), span, :], mask=real_queries, other=0.0) for i in range(parts)]
+        chunks = [(i, pl.ds(channel, chunk)) for i in range(parts) for channel in range(0, dim, chunk)]
+        queries = [plt.load(q.at[m, _value(i), span, channels], mask=real_queries, other=0.0) for i, channels in chunks]
         scale = jnp.float32(dim**-0.5 * heads**-0.5)
         weight = plt.load(weights.at[m, span], mask=real, other=0.0) * scale
 
         def tile(i: jax.Array, carry: jax.Array) -> jax.Array:
             span = pl.ds((first + i * programs) * KEYS_A_TILE, KEYS_A_TILE)
             there = (first + i * programs) * KEYS_A_TILE + jax.lax.broadcasted_iota(jnp.int32, (KEYS_A_TILE, dim), 0) < count
-            products = _products(plt.load(keys.at[span, :], mask=there, other=0.0), queries)
+            if isinstance(keys, NarrowKeys):
+                products = _narrow_products(keys, (first + i * programs) * KEYS_A_TILE, count, queries)
+            else:
+                products = _products(plt.load(keys.at[span, :], mask=there, other=0.0), queries)
             weight_of = jnp.broadcast_to(weight[None, :], products.shape)
             out[m, span] = jnp.sum(jnp.maximum(products, 0.0) * weight_of, axis=1)
             return carry
@@ -243,14 +276,14 @@ def finish_queries(
 
 @functools.partial(jax.jit, static_argnames=("topk", "interpret"))
 def scores(
-    queries: jax.Array, weights: jax.Array, keys: jax.Array, visible: jax.Array, *, topk: int, interpret: bool = False
+    queries: jax.Array, weights: jax.Array, keys: Stored, visible: jax.Array, *, topk: int, interpret: bool = False
 ) -> jax.Array:
     """Score keys against the queries: Σ over heads of weight · relu(query · key) / √(Di · Hi).
 
     Args:
         queries: what `finish_queries` returns.
         weights: float32 [M, Hi].
-        keys: float32 [S, Di].
+        keys: [S, Di], float32 or narrow; narrow ones need queries of one part.
         visible: int32 [M]; a row with no more than `topk` visible keys gets no scores.
 
     Returns:
@@ -261,7 +294,9 @@ def scores(
     programs = min(tiles, max(MOST_PROGRAMS * ROWS_APART // max(weights.shape[0], ROWS_APART), LEAST_PROGRAMS))
     shape = jax.ShapeDtypeStruct((weights.shape[0], tiles * KEYS_A_TILE), jnp.float32)
     kernel = functools.partial(_scores, topk=topk, programs=programs)
-    score: jax.Array = _launch(kernel, shape, programs, 4, NAMES[1], interpret)(queries, weights, keys, visible)
+    score: jax.Array = _launch(kernel, shape, programs, 4, NAMES[1], interpret)(
+        queries, weights, *jax.tree.leaves(keys), visible
+    )  # fmt: skip
     return score
 
 
@@ -304,7 +339,7 @@ def index(
     weights: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    keys: jax.Array,
+    keys: Stored,
     visible: jax.Array,
     *,
     topk: int,
@@ -317,7 +352,7 @@ def index(
         q: float32 [M, Hi·Di], raw index queries.
         weights: float32 [M, Hi], raw weights of the heads.
         cos, sin: float32 [M, R/2] at each row's position.
-        keys: float32 [1, S, Di], finished keys.
+        keys: [1, S, Di], finished keys, float32 or with `qat` narrow.
         visible: int32 [M], how many of them each row may see.
         topk: the most that a row attends to.
         qat: queries are transformed by Hadamard's matrix and rounded to FP4, as the keys then are.
@@ -334,15 +369,16 @@ def index(
         raise ValueError(f"q is {list(q.shape)}; {heads} heads of keys of {dim} values need [{m}, {heads * dim}]")
     if heads & (heads - 1) or dim & (dim - 1) or dim < 32:
         raise ValueError(f"{heads} heads of {dim} values; both must be powers of two, the values at least 32")
+    if isinstance(keys, NarrowKeys) and not qat:
+        raise ValueError("the keys are narrow, but qat is off: they were rounded, the queries would not be")
     queries = finish_queries(q.reshape(m, heads, dim), cos, sin, visible, topk=topk, qat=qat, interpret=interpret)
-    score = scores(queries, weights, keys[0], visible, topk=topk, interpret=interpret)
+    score = scores(queries, weights, jax.tree.map(lambda array: array[0], keys), visible, topk=topk, interpret=interpret)
     return select(score, visible, topk=topk, keys=count, interpret=interpret)
 
 
-def reference_scores(
-    q: jax.Array, weights: jax.Array, cos: jax.Array, sin: jax.Array, keys: jax.Array, *, qat: bool
-) -> jax.Array:
+def reference_scores(q: jax.Array, weights: jax.Array, cos: jax.Array, sin: jax.Array, keys: Stored, *, qat: bool) -> jax.Array:
     """Scores float32 [M, S] in plain jnp; arguments as for `index`."""
+    keys = narrow.expanded(keys)
     m, heads = weights.shape
     x = reference_rotate(q.reshape(m, heads, keys.shape[2]), cos[:, None], sin[:, None])
     x = reference_fp4(x) if qat else x

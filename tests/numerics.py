@@ -36,7 +36,7 @@ def component(prefix: str) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def golden_config(qat: bool = False) -> Config:
+def golden_config(qat: bool = False, cache: str = "float32") -> Config:
     """Shape of golden model a, from its own config.json."""
     raw = json.loads((GOLDEN / "config.json").read_text())
     renamed = {
@@ -55,7 +55,7 @@ def golden_config(qat: bool = False) -> Config:
     assert raw.pop("score_func") == "sqrtsoftplus"
     fields = {renamed.get(key, key): value for key, value in raw.items()}
     fields["compress_ratios"] = tuple(fields["compress_ratios"])
-    return Config(**fields, qat=qat, max_context=1024)
+    return Config(**fields, qat=qat, cache=cache, max_context=1024)
 
 
 def golden_tensors(config: Config) -> Iterator[tuple[str, jax.Array]]:
@@ -70,16 +70,16 @@ def golden_tensors(config: Config) -> Iterator[tuple[str, jax.Array]]:
 
 
 @functools.cache
-def golden_transformer(qat: bool = False) -> Transformer:
+def golden_transformer(qat: bool = False, cache: str = "float32") -> Transformer:
     """Golden model a as a module, with or without simulated rounding."""
-    config = golden_config(qat)
+    config = golden_config(qat, cache)
     return build(config, golden_tensors(config))
 
 
 @functools.cache
-def golden_model(qat: bool = False) -> LanguageModel:
+def golden_model(qat: bool = False, cache: str = "float32") -> LanguageModel:
     """Golden model a, ready to run."""
-    return LanguageModel(golden_transformer(qat), None)
+    return LanguageModel(golden_transformer(qat, cache), None)
 
 
 def assert_component(actual: jax.Array | np.ndarray, expected: np.ndarray) -> None:

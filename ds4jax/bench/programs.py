@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import zlib
 from collections.abc import Sequence
@@ -20,7 +21,9 @@ from ds4jax.bench.synthetic import spread_numbers
 from ds4jax.config import Config
 from ds4jax.decode import DecodeState, Limits
 from ds4jax.depth import Policy
+from ds4jax.model import fake_quant
 from ds4jax.sampling import Sampling
+from pallas_kernels.narrow import NarrowKeys, NarrowRows, Stored, narrow_keys, narrow_rows
 
 NO_STOP = -1
 FIRST_TOKEN = 1
@@ -46,15 +49,31 @@ class Program:
 
 
 def randomised(tree: Any, name: str) -> Any:
-    """Every float32 array of a tree replaced by random numbers of spread 1, each in a buffer of its own; the rest as it is."""
+    """Every float32 array of a tree replaced by random numbers of spread 1, each in a buffer of its own; the rest as it is.
 
-    def one(path: tuple, leaf: jax.Array) -> jax.Array:
-        if leaf.dtype != jnp.float32:
-            return leaf
+    Narrow rows and keys are replaced by the codes of such numbers.
+    """
+
+    def one(path: tuple, leaf: Stored) -> Stored:
         seed = jnp.uint32(zlib.crc32((name + jax.tree_util.keystr(path)).encode()))
-        return spread_numbers(leaf.shape, leaf.dtype, 1.0, seed)
+        if isinstance(leaf, NarrowRows):
+            return _random_rows(leaf.shape, leaf.turning.shape[-1], seed)
+        if isinstance(leaf, NarrowKeys):
+            return _random_keys(leaf.shape, seed)
+        return leaf if leaf.dtype != jnp.float32 else spread_numbers(leaf.shape, leaf.dtype, 1.0, seed)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda node: isinstance(node, NarrowRows | NarrowKeys))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _random_rows(shape: tuple[int, ...], rope: int, seed: jax.Array) -> NarrowRows:
+    still, turning = jnp.split(spread_numbers(shape, jnp.dtype("float32"), 1.0, seed), [shape[-1] - rope], axis=-1)
+    return narrow_rows(jnp.concatenate([fake_quant.fp8(still), turning], axis=-1), rope)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _random_keys(shape: tuple[int, ...], seed: jax.Array) -> NarrowKeys:
+    return narrow_keys(fake_quant.fp4(spread_numbers(shape, jnp.dtype("float32"), 1.0, seed)))
 
 
 def filled(config: Config, program: Program, context: int, capacity: int) -> DecodeState:

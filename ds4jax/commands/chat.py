@@ -37,7 +37,8 @@ examples:
   ds4jax chat --model model.gguf
   ds4jax chat --model model.gguf --think --system "Answer in French." --temperature 0.6 --top-p 0.95
   ds4jax chat --model model.gguf --session talk.session    # and the same again to go on
-  printf 'Hello\\nAnd now?\\n' | ds4jax chat --max-new-tokens 20"""
+  printf 'Hello\\nAnd now?\\n' | ds4jax chat --max-new-tokens 20
+  ds4jax chat --model model.gguf --cache narrow"""
 
 
 def add_parser(commands: Any) -> None:

@@ -37,6 +37,7 @@ examples:
   ds4jax inspect
   ds4jax inspect model.gguf --json
   ds4jax inspect model.gguf --context 131072 --device h200
+  ds4jax inspect model.gguf --context 1048576 --cache narrow
   ds4jax inspect model.gguf --mtp-file mtp.gguf --check
   ds4jax inspect model.gguf --dispatch"""
 
@@ -55,6 +56,7 @@ def add_parser(commands: Any) -> None:
     )
     models.add_mtp_file(parser)
     models.add_dense(parser)
+    models.add_rounding(parser)
     parser.add_argument(
         "--context", type=cli_options.token_count, metavar="N", help="tokens to plan for (32768, or all that the model takes)"
     )
@@ -145,9 +147,10 @@ def planned(checkpoint: Checkpoint, context: int | None = None, device: str | No
         device: a name of `DEVICES`; None takes the device that is here, where it tells its memory, and all of `DEVICES`.
 
     Returns:
-        context, capacity (rows of the cache), classes (class → file, device, token: read by one decoded token), cache and
-        cache_token, token (read in all), draft (read by one draft), working (left free for programs), needed (on the device in
-        all), and devices: name, memory, bandwidth (bytes/s), tokens_per_second (at most, without drafts), fits, largest_context,
+        context, capacity (rows of the cache), cache_values and cache_bytes (that a token of context adds to it), classes (class →
+        file, device, token: read by one decoded token), cache and cache_token, token (read in all), draft (read by one draft),
+        working (left free for programs), needed (on the device in all), and devices: name, memory, bandwidth (bytes/s),
+        tokens_per_second (at most, without drafts), fits, largest_context,
         chunk (tokens of a prompt in one call).
 
     Raises:
@@ -161,6 +164,8 @@ def planned(checkpoint: Checkpoint, context: int | None = None, device: str | No
     return {
         "context": made.context,
         "capacity": made.capacity,
+        "cache_values": made.context_values,
+        "cache_bytes": made.context_bytes,
         "classes": {name: dataclasses.asdict(part) for name, part in made.parts.items()},
         "cache": made.cache,
         "cache_token": made.cache_token,
@@ -315,6 +320,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
     rows["working memory"] = (0, plan["working"], 0)
     rows["all"] = (rows["weights"][0], plan["needed"], plan["token"])
     lines += [f"  {name:<24} {_mb(sizes[0]):>12} {_mb(sizes[1]):>12} {_mb(sizes[2]):>14}" for name, sizes in rows.items()]
+    lines.append(f"  a token of context adds {plan['cache_values']:,g} values to the cache, {plan['cache_bytes']:,.0f} bytes")
     if plan["draft"]:
         lines.append(f"  a draft of the MTP block reads {_mb(plan['draft'])} more")
     for device in plan["devices"]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ds4jax import cli_options, startup
+from ds4jax.config import CACHES
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -26,17 +27,13 @@ BAR_AFTER = 2.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --mtp-file, --dense and --qat."""
+    """--model, --mtp-file, --dense, --qat and --cache."""
     parser.add_argument(
         "--model", type=cli_options.model_path, metavar="PATH", help="a GGUF file or a checkpoint directory (the tiny model)"
     )
     add_mtp_file(parser)
     add_dense(parser)
-    parser.add_argument(
-        "--qat",
-        action=argparse.BooleanOptionalAction,
-        help="simulate the FP8 and FP4 rounding that published weights were trained with (as the model's files say)",
-    )
+    add_rounding(parser)
 
 
 def add_mtp_file(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +52,22 @@ def add_dense(parser: argparse.ArgumentParser) -> None:
         "--dense",
         choices=("q8_0", "bf16", "f32"),
         help="of a checkpoint directory: keep FP4 experts as MXFP4 and make dense matrices this type (all float32, exactly)",
+    )
+
+
+def add_rounding(parser: argparse.ArgumentParser) -> None:
+    """--qat and --cache."""
+    parser.add_argument(
+        "--qat",
+        action=argparse.BooleanOptionalAction,
+        help="simulate the FP8 and FP4 rounding that published weights were trained with (as the model's files say)",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=CACHES,
+        default=CACHES[0],
+        help="how the cache keeps compressed rows and indexer keys: narrow takes less than a third and changes no bit, for "
+        "models with that rounding (float32)",
     )
 
 
@@ -126,19 +139,20 @@ def open_model(options: argparse.Namespace, *, max_draft: int | None = None, pro
         runtime.configure()
         _say_plan(checkpoint, max_draft)
         startup.begin("load")
-        return from_checkpoint(checkpoint, qat=options.qat, max_draft=max_draft, progress=bar)
+        return from_checkpoint(checkpoint, qat=options.qat, cache=options.cache, max_draft=max_draft, progress=bar)
 
 
 def open_checkpoint(options: argparse.Namespace) -> Checkpoint:
     """Read the headers of the model that the options name, by default the tiny one.
 
     Raises:
-        InputError: the files are not a model that can be loaded.
+        InputError: the files are not a model that can be loaded, or not with such a cache.
     """
-    from ds4jax.language_model import SHIPPED
+    from ds4jax.language_model import SHIPPED, configured
     from ds4jax.loading import open_checkpoint
 
-    return open_checkpoint(options.model or SHIPPED, options.mtp_file, dense=options.dense)
+    checkpoint = open_checkpoint(options.model or SHIPPED, options.mtp_file, dense=options.dense)
+    return configured(checkpoint, qat=options.qat, cache=options.cache)
 
 
 def _say_plan(checkpoint: Checkpoint, max_draft: int | None) -> None:

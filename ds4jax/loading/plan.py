@@ -16,6 +16,7 @@ from ds4jax.errors import InputError
 from ds4jax.language_model import DEFAULT_DRAFTS
 from ds4jax.loading.checkpoint import Checkpoint, Tensor
 from ds4jax.loading.gguf_names import DENSE, slots
+from ds4jax.row_store import Stored
 
 GB = 1e9
 # Left free beside weights and cache for what a program computes with: the logits of a prefill of 512 rows are 0.3 GB, the rest is
@@ -65,6 +66,7 @@ class Plan:
         capacity: rows that it is made with.
         cache: its bytes.
         cache_token: bytes of it that the context's last token reads.
+        context_values, context_bytes: values that a token of context adds to the cache, and bytes; windows do not grow.
     """
 
     parts: dict[str, Part]
@@ -73,6 +75,8 @@ class Plan:
     capacity: int
     cache: int
     cache_token: int
+    context_values: float
+    context_bytes: float
 
     @property
     def file(self) -> int:
@@ -102,7 +106,8 @@ class Plan:
         """The plan in a line, for a person."""
         return (
             f"{self.file / GB:.1f} GB of weights, {self.device / GB:.1f} GB on the device; "
-            f"{self.cache / GB:.2f} GB of cache for {self.context:,} tokens; {self.token / GB:.2f} GB read per decoded token"
+            f"{self.cache / GB:.2f} GB of cache for {self.context:,} tokens, "
+            f"{self.context_bytes:,.0f} bytes each; {self.token / GB:.2f} GB read per decoded token"
         )
 
 
@@ -136,6 +141,8 @@ def plan(checkpoint: Checkpoint, context: int | None = None, *, max_draft: int |
         capacity=capacity_for(context, config.max_context),
         cache=cache_bytes(config, context, max_draft=max_draft),
         cache_token=cache_read(config, context),
+        context_values=cache_growth(config)[0],
+        context_bytes=cache_growth(config)[1],
     )
 
 
@@ -196,9 +203,24 @@ def cache_read(config: Config, context: int) -> int:
     return total
 
 
-def _rows(array: jax.Array | jax.ShapeDtypeStruct, count: int) -> int:
-    """Bytes of so many rows of [B, S, W]."""
-    return count * array.shape[-1] * array.dtype.itemsize
+def cache_growth(config: Config) -> tuple[float, float]:
+    """Values and bytes that a token of context adds to the layers' caches, on average over a block.
+
+    A block of the layer's ratio adds a row of Q values, and a key where there is an indexer: 3,440 values a token for V4-Flash.
+    """
+    cache, _ = _cache(config, 1, 0)
+    values = nbytes = 0.0
+    for layer, ratio in zip(cache.layers, config.layer_ratios, strict=True):
+        for part in (layer.compressor, layer.indexer):
+            if part is not None:
+                values += part.rows.shape[-1] / ratio
+                nbytes += _rows(part.rows, 1) / ratio
+    return values, nbytes
+
+
+def _rows(rows: Stored | jax.ShapeDtypeStruct, count: int) -> int:
+    """Bytes of so many rows of [B, S, w], however they are kept."""
+    return sum(count * array.shape[-1] * array.dtype.itemsize for array in jax.tree.leaves(rows))
 
 
 def largest_context(checkpoint: Checkpoint, weights: int, memory: int, *, max_draft: int | None = None) -> int:

@@ -22,6 +22,7 @@ from ds4jax.model.layers import GroupedLinear, Linear, RMSNorm, Rngs, parameter,
 from ds4jax.model.many_rows import Queries
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import Record, ignore, under
+from ds4jax.row_store import expanded, taken
 
 # Above this many rows a masked product over all compressed rows is cheaper than gathering each query's own.
 GATHER_ROWS = 8
@@ -151,13 +152,13 @@ class Attention(nnx.Module):
         """Compressed rows and which of them each query sees, as far as the layer has any."""
         if cache.compressor is None:
             return []
-        rows_SQ = cache.compressor.rows.reshape(-1, self.config.head_dim)
+        rows_SQ = expanded(cache.compressor.rows).reshape(-1, self.config.head_dim)
         if cache.indexer is None or index is None:
             return [(rows_SQ, visible_blocks(cache.compressor.rows.shape[1], self.ratio, rows))]
         index_TK, visible_TK = self.indexer(index, rows, cache.indexer, under(record, "indexer"))
         record("indexer.selected", jnp.where(visible_TK, index_TK, -1))
         if index_TK.shape[0] <= GATHER_ROWS:
-            return [(rows_SQ[index_TK], visible_TK)]
+            return [(taken(cache.compressor.rows, index_TK), visible_TK)]
         query = jnp.arange(index_TK.shape[0], dtype=jnp.int32)[:, None]
         chosen = jnp.zeros((index_TK.shape[0], rows_SQ.shape[0]), bool).at[query, index_TK].max(visible_TK)
         return [(rows_SQ, chosen)]

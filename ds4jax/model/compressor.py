@@ -16,6 +16,7 @@ from ds4jax.config import Config
 from ds4jax.model.layers import Linear, RMSNorm, Rngs, parameter, together
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import Record, ignore
+from ds4jax.row_store import put
 
 Finish = Callable[[jax.Array], jax.Array]
 
@@ -55,7 +56,7 @@ class Compressor(nnx.Module):
         return CompressorCache(
             write_ring(cache.values, values, rows),
             write_ring(cache.gates, gates, rows),
-            cache.rows.at[sequence, block].set(entries, mode="drop"),
+            put(cache.rows, sequence, block, entries),
         )
 
     def _pool(self, values: jax.Array, gates: jax.Array, closing: jax.Array, rows: Rows, cache: CompressorCache) -> jax.Array:

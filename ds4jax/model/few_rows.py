@@ -268,7 +268,7 @@ def _take_in(
         )  # fmt: skip
         parts.append(part)
     (quants, scales, q_low, window), *made = launch(parts, warps=latent.WARPS, interpret=interpret)
-    caches = [CompressorCache(*(array[None] for array in arrays)) for arrays in made]
+    caches = [CompressorCache(*compressor.taken_in(arrays, held.rows)) for arrays, (_, held, _) in zip(made, kinds, strict=True)]
     return Activation(quants[:, None], scales[:, None]), q_low, LayerCache(window, *caches)
 
 

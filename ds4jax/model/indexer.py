@@ -19,6 +19,7 @@ from ds4jax.model.layers import Linear, Rngs
 from ds4jax.model.many_rows import Queries
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import Record, ignore, under
+from ds4jax.row_store import expanded
 
 
 def finish_keys(config: Config, x: jax.Array) -> jax.Array:
@@ -68,7 +69,7 @@ class Indexer(nnx.Module):
         q_THI = queries.q.reshape(-1, config.index_heads, config.index_dim)
         q_THI = finish_keys(config, rotate(q_THI, rows.position, inverse_frequencies(config, compressed=True)))
         weights_TH = queries.weights * (config.index_dim**-0.5 * config.index_heads**-0.5)
-        keys_SI = cache.rows.reshape(-1, config.index_dim)
+        keys_SI = expanded(cache.rows).reshape(-1, config.index_dim)
         products = jnp.einsum("thi,si->ths", q_THI, keys_SI, preferred_element_type=jnp.float32)
         score_TS = jnp.einsum("ths,th->ts", jax.nn.relu(products), weights_TH, preferred_element_type=jnp.float32)
         score_TS = jnp.where(visible_blocks(cache.rows.shape[1], self.ratio, rows), score_TS, -jnp.inf)

@@ -15,6 +15,7 @@ from ds4jax.cache import CompressorCache, LayerCache, Rows
 from ds4jax.config import Config
 from ds4jax.model import few_rows
 from ds4jax.model.rope import inverse_frequencies
+from ds4jax.row_store import expanded
 from pallas_kernels import indexer
 from pallas_kernels.attention_prefill import attend_prefill
 from pallas_kernels.attention_split import Chosen, Compressed, Leading
@@ -75,7 +76,7 @@ def attend(
     compressed, visible = None, None
     if cache.compressor is not None:
         visible = (rows.position + 1) // ratio
-        compressed_rows = cache.compressor.rows.astype(jnp.float16)
+        compressed_rows = expanded(cache.compressor.rows).astype(jnp.float16)
         compressed = _seen(config, compressed_rows, index, cache.indexer, rows, visible, interpret)
     out_THQ = attend_prefill(
         q_THQ.astype(jnp.float16), keys, rows.start, sink_H.astype(jnp.float32), compressed, visible,

@@ -103,7 +103,7 @@ class Recipe:
             raise InputError(f"--config-json: not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise InputError("--config-json: not a JSON object; give fields of Config by name")
-        known = {field.name for field in dataclasses.fields(Config)} - {"vocab_size"}
+        known = {field.name for field in dataclasses.fields(Config)} - {"vocab_size", "cache"}
         for name in fields:
             if name not in known:
                 raise InputError(f"--config-json: {name} is no field of Config that can be set here")

@@ -61,7 +61,7 @@ def parts(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def options(model: Path, mtp: Path | None = None) -> argparse.Namespace:
-    return argparse.Namespace(model=model, mtp_file=mtp, dense=None, qat=None)
+    return argparse.Namespace(model=model, mtp_file=mtp, dense=None, qat=None, cache="float32")
 
 
 def test_devices_are_those_of_the_plan() -> None:
@@ -94,6 +94,20 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert part in text
     assert "h200" not in text
+
+
+def test_plan_of_a_narrow_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    """The tiny model's channels do not divide into blocks of FP8; a model of the hub's form does."""
+    assert "cache is narrow, but qat is off" in refused(capsys, "--cache", "narrow")
+    assert "--cache: invalid choice: 'wide'" in refused(capsys, "--cache", "wide")
+    wide, narrow = (json.loads(output(capsys, HUB, "--json", "--cache", kind))["plan"] for kind in ("float32", "narrow"))
+    assert narrow["cache_values"] == wide["cache_values"]
+    assert wide["cache_bytes"] == 4 * wide["cache_values"]
+    assert narrow["cache"] < wide["cache"]
+    assert narrow["cache_token"] < wide["cache_token"]
+    text = output(capsys, HUB, "--cache", "narrow")
+    said = f"adds {narrow['cache_values']:,g} values to the cache, {narrow['cache_bytes']:,.0f} bytes\n"
+    assert said in text
 
 
 def test_plan_refuses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from ds4jax.model.layers import rms_scale
 from ds4jax.model.rope import inverse_frequencies, rotate
 from pallas_kernels import activation, rounding
 from pallas_kernels.attention import COMBINE_NAME, SPLIT_NAME, Chosen, Leading, attend, attend_reference
+from pallas_kernels.narrow import narrow_rows
 
 EPS = 1e-6
 # Of a row's largest output; what is seen in interpret mode is a fifth.
@@ -213,6 +214,41 @@ def check_rows(case: Case, counts: tuple[int, ...], *, interpret: bool) -> None:
                 )
 
 
+def with_narrow_rows(case: Case, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same operands, compressed rows narrow."""
+    *others, compressed = args
+    return *others, dataclasses.replace(compressed, rows=narrow_rows(compressed.rows, case.rope))
+
+
+def check_narrow(case: Case, *, interpret: bool) -> None:
+    args = case.operands(as_trained)
+    wide, narrow = (case.call(*given, interpret=interpret) for given in (args, with_narrow_rows(case, args)))
+    for name, array, expected in zip(("output", "quants", "scales"), jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(array).view(np.int32), np.asarray(expected).view(np.int32), err_msg=f"{name}, {case}"
+        )
+
+
+# Blocks of 64 columns in chunks of 32 and of 128, the last of which ends in columns that turn.
+NARROW = {
+    "golden model": CASES["golden model"],
+    "leading rows": Case((98, 99, 100), 101, leading=(33, 0, 70), stored=70, dim=128, rope=64, heads=2),
+    "chosen rows": Case((98, 99, 100), 101, chosen=40, stored=90, dim=256, rope=64, heads=2),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_narrow_rows_give_the_same_bits(name):
+    check_narrow(NARROW[name], interpret=True)
+
+
+def test_narrow_rows_have_the_columns_that_turn():
+    case = NARROW["leading rows"]
+    q, sink, cos, sin, *args = with_narrow_rows(case, case.operands(as_trained))
+    with pytest.raises(ValueError, match="32 columns turn; the narrow rows have 64"):
+        case.call(q, sink, cos[:, :16], sin[:, :16], *args)
+
+
 EIGHT = Case((95, 96, 97, 98, 99, 100, 101, 101), 102, leading=(33, 0, 70, 1, 2, 64, 65, 65), stored=70, dim=32, rope=16)
 EIGHT_CHOSEN = dataclasses.replace(EIGHT, leading=(), chosen=40)
 EARLY = dataclasses.replace(EIGHT, position=(26, 27, 28, 29, 30, 31, 32, 32), end=33, leading=())
@@ -236,6 +272,14 @@ def test_lowers_for_cuda(name, m):
     assert kernel_calls(text, COMBINE_NAME) == 1
 
 
+@pytest.mark.parametrize("name", ["chosen", "leading", "long"])
+def test_narrow_rows_lower_for_cuda(name):
+    case = FLASH_CASES[name]
+    args = jax.eval_shape(lambda: with_narrow_rows(case, case.operands(as_trained)))
+    text = lowered_for_cuda(jax.jit(functools.partial(attend, groups=8, **case.options)), *args)
+    assert kernel_calls(text, SPLIT_NAME) == 1
+
+
 @BOTH
 def test_small_models_lower_for_cuda(name):
     case = CASES[name]
@@ -247,6 +291,12 @@ def test_a_head_of_odd_length_is_refused():
     case = Case((3,), 4, dim=48)
     with pytest.raises(ValueError, match="48 columns"):
         case.call(*case.operands())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*NARROW, "flash chosen", "flash leading", "flash long"])
+def test_narrow_rows_give_the_same_bits_on_a_gpu(name):
+    check_narrow(NARROW[name] if name in NARROW else of(name), interpret=False)
 
 
 @pytest.mark.gpu

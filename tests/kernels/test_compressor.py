@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,11 @@ from ds4jax.model.indexer import finish_keys
 from ds4jax.model.parameters import OneKey
 from ds4jax.model.rope import inverse_frequencies
 from pallas_kernels import compressor
+from pallas_kernels.narrow import Stored, expanded, narrow_keys, narrow_rows
 
 EPS = 1e-6
 ROPE = 64
-State = tuple[jax.Array, jax.Array, jax.Array]
+State = tuple[jax.Array, jax.Array, Stored]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Case:
     tokens: int
     most: int = 8
     rope: int = ROPE
+    narrow: bool = False
 
     @property
     def overlap(self) -> int:
@@ -64,7 +67,13 @@ class Case:
     def state(self) -> State:
         """An empty cache, full of what must not be read."""
         ring = jnp.full((1, self.overlap * self.ratio + self.most, self.overlap * self.width), jnp.nan, jnp.float32)
-        return ring, ring, jnp.full((1, self.tokens // self.ratio + 2, self.width), jnp.nan, jnp.float32)
+        return ring, ring, self.kept(jnp.full((1, self.tokens // self.ratio + 2, self.width), jnp.nan, jnp.float32))
+
+    def kept(self, rows: jax.Array) -> Stored:
+        """Rows in the form that the cache has."""
+        if not self.narrow:
+            return rows
+        return narrow_rows(rows, self.rope) if self.finish == "fp8" else narrow_keys(rows)
 
     def call(self, state: State, start: int, rows: int, live: int, *, interpret: bool = True) -> State:
         """The rows from `start` on, the last of `rows` - `live` of them clones."""
@@ -132,6 +141,20 @@ def test_a_row_has_the_bits_of_the_row_alone(case):
             assert_bits_equal(array, alone)
 
 
+@pytest.mark.parametrize("case", SMALL[:2], ids=lambda case: case.finish)
+def test_narrow_rows_hold_the_same_values(case):
+    """Codes and exponents as the modules write them, and nothing written behind the last block."""
+    case = dataclasses.replace(case, tokens=13)
+    wide, narrow = case.run(5, 3), dataclasses.replace(case, narrow=True).run(5, 3)
+    for array, expected in zip(narrow[:2], wide[:2], strict=True):
+        assert_bits_equal(array, expected)
+    expected = dataclasses.replace(case, narrow=True).kept(wide[2])
+    for array, leaf in zip(jax.tree.leaves(narrow[2]), jax.tree.leaves(expected), strict=True):
+        assert_bits_equal(array, leaf)
+    count = case.tokens // case.ratio
+    assert_bits_equal(expanded(narrow[2])[0, :count], np.asarray(wide[2])[0, :count])
+
+
 @pytest.mark.parametrize("ratio", [4, 16])
 @pytest.mark.parametrize("qat", [False, True])
 def test_the_reference_is_the_model(ratio, qat):
@@ -167,15 +190,15 @@ def test_the_reference_rounds_as_the_model():
     assert (case.expected[:, :still] != rows[:, :still]).any()
 
 
-def operands(rows: int, case: Case) -> tuple[jax.ShapeDtypeStruct, ...]:
+def operands(rows: int, case: Case) -> tuple[Any, ...]:
     """Shapes of a call's operands."""
     channels, ring = case.overlap * case.width, case.overlap * case.ratio + 8
     floats = [(rows, channels)] * 2 + [(case.ratio, channels), (case.width,)] + [(rows, case.rope // 2)] * 2
-    floats += [(1, ring, channels)] * 2 + [(1, case.tokens // case.ratio + 8, case.width)]
+    floats += [(1, ring, channels)] * 2
+    kept = jax.eval_shape(lambda: case.kept(jnp.zeros((1, case.tokens // case.ratio + 8, case.width), jnp.float32)))
     integers = [(rows,), (rows,), (1,)]
-    return tuple(
-        jax.ShapeDtypeStruct(shape, dtype) for shapes, dtype in ((floats, jnp.float32), (integers, jnp.int32)) for shape in shapes
-    )
+    wide = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in floats]
+    return *wide, kept, *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in integers)
 
 
 FLASH = [
@@ -183,11 +206,17 @@ FLASH = [
     Case(4, 128, "fp4", 2112),
     Case(4, 512, "none", 1 << 20),
     Case(128, 512, "fp8", 2112),
+    Case(4, 512, "fp8", 1 << 20, narrow=True),
+    Case(4, 128, "fp4", 1 << 20, narrow=True),
 ]
 
 
+def named(case: Case) -> str:
+    return f"{case.ratio}-{case.width}-{case.finish}{'-narrow' if case.narrow else ''}"
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8])
-@pytest.mark.parametrize("case", FLASH, ids=lambda case: f"{case.ratio}-{case.width}-{case.finish}")
+@pytest.mark.parametrize("case", FLASH, ids=named)
 def test_v4_flash_lowers(case, rows):
     jitted = jax.jit(functools.partial(compressor.compress, ratio=case.ratio, eps=EPS, finish=case.finish))
     assert kernel_calls(lowered_for_cuda(jitted, *operands(rows, case)), compressor.NAME) == 1
@@ -207,11 +236,25 @@ def test_operands_that_do_not_fit():
         call(SMALL[0], 10)
     with pytest.raises(ValueError, match="blocks of fp8"):
         call(dataclasses.replace(SMALL[0], rope=32))
+    with pytest.raises(ValueError, match="NarrowKeys hold what 'fp4' leaves"):
+        call(dataclasses.replace(SMALL[2], narrow=True))
     with pytest.raises(ValueError, match="multiple of 8"):
         call(Case(12, 64, "none", 24))
 
 
 ON_GPU = [Case(4, 512, "fp8", 45), Case(4, 128, "fp4", 45), Case(4, 512, "none", 45), Case(128, 512, "none", 389)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ON_GPU[:2], ids=lambda case: case.finish)
+def test_narrow_rows_hold_the_same_values_on_the_gpu(case):
+    wide = case.run(3, 3, interpret=False)
+    for rows in (1, 3, 8):
+        narrow = dataclasses.replace(case, narrow=True).run(rows, rows, interpret=False)
+        expected = dataclasses.replace(case, narrow=True).kept(wide[2])
+        for array, leaf in zip(jax.tree.leaves(narrow[2]), jax.tree.leaves(expected), strict=True):
+            same = np.asarray(array).view(np.uint8) == np.asarray(leaf).view(np.uint8)
+            assert same.all(), f"{case}, {rows} rows a call: {array.dtype} {array.shape} at {np.argwhere(~same)[:4].tolist()}"
 
 
 @pytest.mark.gpu

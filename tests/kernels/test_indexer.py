@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from ds4jax.model.indexer import Indexer
 from ds4jax.model.parameters import OneKey
 from ds4jax.model.rope import inverse_frequencies
 from pallas_kernels import compressor, indexer
+from pallas_kernels.narrow import Stored, narrow_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,18 +105,20 @@ def test_each_row_has_the_bits_of_the_row_alone(qat):
             assert_bits_equal(array[m : m + 1], row)
 
 
-def _score(case: Case, visible: list[int], *, first: int = 0, interpret: bool = True) -> list[jax.Array]:
-    """Finished queries as bits, and scores with 0 where there are none."""
+def _score(
+    case: Case, visible: list[int], *, first: int = 0, keys: Stored | None = None, interpret: bool = True
+) -> list[jax.Array]:
+    """Finished queries as bits, and scores with 0 where there are none, of the case's keys or others."""
     q, *rows = (array[first : first + len(visible)] for array in case.inputs[:4])
-    count = jnp.asarray(visible, jnp.int32)
+    q, keys = q.reshape(len(visible), case.heads, case.dim), case.inputs[4] if keys is None else keys
     options = {"topk": case.topk, "qat": case.qat, "interpret": interpret}
-    return _queries_and_scores(q.reshape(len(visible), case.heads, case.dim), *rows, case.inputs[4], count, **options)
+    return _queries_and_scores(q, *rows, keys, jnp.asarray(visible, jnp.int32), **options)
 
 
 @functools.partial(jax.jit, static_argnames=("topk", "qat", "interpret"))
 def _queries_and_scores(q, weights, cos, sin, keys, visible, *, topk, qat, interpret):
     queries = indexer.finish_queries(q, cos, sin, visible, topk=topk, qat=qat, interpret=interpret)
-    score = indexer.scores(queries, weights, keys[0], visible, topk=topk, interpret=interpret)
+    score = indexer.scores(queries, weights, jax.tree.map(lambda array: array[0], keys), visible, topk=topk, interpret=interpret)
     some = (visible > topk)[:, None]
     bits = jnp.where(some[..., None, None], jax.lax.bitcast_convert_type(queries, jnp.uint16), jnp.uint16(0))
     block = jnp.arange(score.shape[1], dtype=jnp.int32)
@@ -127,6 +131,21 @@ def test_scores(qat):
     _, score = _score(case, [100] * 8)
     expected = _reference_scores(*case.inputs, qat=qat)
     np.testing.assert_allclose(score[:, :100], expected, rtol=0, atol=1e-6)
+
+
+def check_narrow(case: Case, *, interpret: bool) -> None:
+    """Scores of narrow keys have the bits of the float32 keys' scores, NaN included."""
+    keys = case.inputs[4].at[0, 3].set(jnp.nan)
+    both = (_score(case, [case.keys] * case.rows, keys=some, interpret=interpret)[1] for some in (keys, narrow_keys(keys)))
+    wide, narrow = (np.asarray(score)[:, : case.keys] for score in both)
+    assert np.isnan(wide[:, 3]).all()
+    same = (wide.view(np.int32) == narrow.view(np.int32)) | (np.isnan(wide) & np.isnan(narrow))
+    assert same.all(), f"{case}: scores of rows and keys {np.argwhere(~same)[:5].tolist()}"
+
+
+@pytest.mark.parametrize("case", [Case(100, 16, True), Case(70, 12, True, dim=32, rows=2)], ids=["64 values", "32 values"])
+def test_narrow_keys_have_the_same_scores(case):
+    check_narrow(case, interpret=True)
 
 
 def test_finished_queries():
@@ -198,6 +217,11 @@ def test_the_reference_is_the_model(qat):
     np.testing.assert_array_equal(np.sort(chosen), indexer.reference_select(score, visible, topk=6))
 
 
+def with_narrow_keys(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Shapes of the same operands, keys narrow."""
+    return *given[:4], jax.eval_shape(narrow_keys, given[4]), given[5]
+
+
 def operands(rows: int, keys: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes of V4-Flash's operands."""
     shapes = (rows, 64 * 128), (rows, 64), (rows, 32), (rows, 32), (1, keys, 128)
@@ -211,6 +235,15 @@ def test_v4_flash_lowers(keys, rows, qat):
     jitted = jax.jit(functools.partial(indexer.index, topk=512, qat=qat))
     text = lowered_for_cuda(jitted, *operands(rows, keys))
     assert [kernel_calls(text, name) for name in indexer.NAMES] == [1, 1, int(keys > 2048), 1]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_narrow_keys_lower(rows):
+    given = with_narrow_keys(operands(rows, 262144 + 8))
+    text = lowered_for_cuda(jax.jit(functools.partial(indexer.index, topk=512, qat=True)), *given)
+    assert [kernel_calls(text, name) for name in indexer.NAMES] == [1, 1, 1, 1]
+    with pytest.raises(ValueError, match="the keys are narrow, but qat is off"):
+        jax.eval_shape(functools.partial(indexer.index, topk=512, qat=False), *given)
 
 
 @pytest.mark.parametrize("qat", [True, False])
@@ -268,6 +301,12 @@ def test_on_the_gpu(keys, qat):
         )
     for m in range(8):
         assert_bits_equal(np.asarray(shown)[m : m + 1], alone[m])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [600, 20_000])
+def test_narrow_keys_have_the_same_scores_on_the_gpu(keys):
+    check_narrow(Case(keys, 512, True, heads=64, dim=128, rope=64), interpret=False)
 
 
 @pytest.mark.gpu

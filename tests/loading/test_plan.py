@@ -67,6 +67,21 @@ def test_cache_of_the_published_shape(context: int, gib: float) -> None:
     assert plans.cache_bytes(FLASH, context) / 2**30 == pytest.approx(gib, rel=0.04)
 
 
+def test_bytes_that_a_token_of_context_adds() -> None:
+    """FP8 rows of 448 codes, 7 scales and 64 channels that turn, FP4 keys of 128 codes in 64 bytes and 4 scales."""
+    values = 21 * (128 + 32) + 20 * 4
+    assert values == 3440
+    assert plans.cache_growth(FLASH) == (values, 4 * values)
+    narrow = dataclasses.replace(FLASH, cache="narrow")
+    row, key = 448 + 7 + 4 * 64, 64 + 4
+    assert plans.cache_growth(narrow) == (values, 21 * (row + key) / 4 + 20 * row / 128)
+    plan = plans.plan(q2_checkpoint(narrow), 1048576)
+    assert plan.context_bytes < 0.31 * 4 * values
+    assert plan.cache == pytest.approx(1048576 * plan.context_bytes, rel=0.02)
+    keys, coarse, chosen, windows = (21 * 262144 * key, 20 * 8192 * row, 21 * 512 * row, 4 * 43 * 128 * 512)
+    assert plan.cache_token == keys + coarse + chosen + windows
+
+
 @pytest.mark.parametrize("context", [100, 32768, 1048576])
 def test_cache_rows_of_a_token(context: int) -> None:
     keys, coarse = 21 * (context // 4) * 128, 20 * (context // 128) * 512

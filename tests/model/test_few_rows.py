@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from cuda import executed_calls, kernel_calls, lowered_for_cuda, pallas_calls
 from flax import nnx
+from numerics import assert_bits_equal
 
 from ds4jax import cache as caches
 from ds4jax import decode
@@ -31,6 +32,7 @@ from ds4jax.sampling import Sampling
 from pallas_kernels import attention, compressor, expert_matmul, float_matmul, hyper_connections, indexer, latent, router, swiglu
 from pallas_kernels.dispatch import OPT_OUT
 from pallas_kernels.formats import Q8_0
+from pallas_kernels.narrow import NarrowKeys, NarrowRows, expanded
 from pallas_kernels.q8_matmul import NAME as SHARE_WARP
 
 # One layer of each kind; the first chooses its experts by token.
@@ -71,6 +73,35 @@ def test_kernels_equal_the_modules(part):
     assert jax.tree.structure(made) == jax.tree.structure(expected_caches)
     for (path, array), want in zip(jax.tree_util.tree_leaves_with_path(made), jax.tree.leaves(expected_caches), strict=True):
         assert_close(array, want, f"cache {jax.tree_util.keystr(path)}")
+
+
+def widened(tree: Any) -> Any:
+    """Narrow rows and keys as float32."""
+    return jax.tree.map(lambda leaf: jax.jit(expanded)(leaf) if is_narrow(leaf) else leaf, tree, is_leaf=is_narrow)
+
+
+def is_narrow(node: Any) -> bool:
+    return isinstance(node, NarrowRows | NarrowKeys)
+
+
+@pytest.mark.long
+def test_kernels_of_a_narrow_cache_have_the_same_bits():
+    """A layer with compressed rows and an indexer that closes a block of each; the caches agree too, array by array."""
+    config = dataclasses.replace(KINDS, cache="narrow", n_layers=1, n_hash_layers=0, compress_ratios=(4, 0))
+    rows, ids = Rows.following(jnp.int32(255), 2, 2), jnp.array([3, 77], jnp.int32)
+    held = randomised(caches.empty(config, 512, slack=2).layers, "narrow")
+    h_TND = synthetic.spread_numbers((2, config.hc_mult, config.dim), jnp.dtype("float32"), 1.0, jnp.uint32(5))
+    found = []
+    for kind, cache in (("narrow", held), ("float32", widened(held))):
+        config = dataclasses.replace(config, cache=kind)
+        model = synthetic.synthetic(synthetic.checkpoint(config, "small-q2"))
+        assert few_rows.serves(config, list(model.layers), rows, few_rows.room(config, cache))
+        found.append(few_rows.layers(config, list(model.layers), h_TND, ids, rows, cache, interpret=True))
+    (streams, made), (expected, expected_caches) = found
+    assert sum(map(is_narrow, jax.tree.leaves(made, is_leaf=is_narrow))) == 2
+    assert_bits_equal(streams, expected)
+    for array, want in zip(jax.tree.leaves(widened(made)), jax.tree.leaves(expected_caches), strict=True):
+        assert_bits_equal(array, want)
 
 
 @functools.cache
@@ -161,10 +192,10 @@ def build_with(config: Config, name: str, value: Any) -> Transformer:
     return build(config, ((one.name, value if one.name == name else jax.eval_shape(one.read)) for one in tensors))
 
 
-def step(max_draft: int, *, strict: bool = False) -> str:
+def step(max_draft: int, *, strict: bool = False, cache: str = "float32") -> str:
     """The compiled loop's program for CUDA, of a small model with the published file's types."""
-    config, drafter = synthetic.SMALL_Q2, MTPDrafter() if max_draft else None
-    graph, weights = nnx.split(abstract())
+    config, drafter = dataclasses.replace(synthetic.SMALL_Q2, cache=cache), MTPDrafter() if max_draft else None
+    graph, weights = nnx.split(abstract(config))
     state = jax.eval_shape(lambda: decode.start(config, 512, 0, drafter=drafter, max_draft=max_draft))
     limits = Limits(jnp.int32(1), jnp.int32(1), jnp.zeros(1, jnp.int32))
     policy = Policy(jnp.int32(0), jnp.ones(1 + max_draft, jnp.float32))
@@ -199,8 +230,9 @@ def expected_calls(config: Config, blocks: int, heads: int) -> dict[str, int]:
     }
 
 
-def test_the_kernels_of_a_plain_step():
-    text, config = step(0), synthetic.SMALL_Q2
+@pytest.mark.parametrize("cache", ["float32", "narrow"])
+def test_the_kernels_of_a_plain_step(cache):
+    text, config = step(0, cache=cache), synthetic.SMALL_Q2
     expected = expected_calls(config, config.n_layers, 1)
     assert {name: executed_calls(text, name) for name in expected} == expected
     # Layers of all kinds share what looks alike: starting a program of many layers takes no longer than one of few.

@@ -74,10 +74,10 @@ def test_many_rows_of_one_sequence_are_served(monkeypatch):
     assert not serves(KINDS, rows)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_in_the_lowered_prefill(layers, strict):
+@pytest.mark.parametrize(("strict", "kind"), [(False, "float32"), (True, "float32"), (False, "narrow")])
+def test_in_the_lowered_prefill(layers, strict, kind):
     attend, rows = layers[1], Rows.following(jnp.int32(0), 32, 32, strict=strict)
-    cache = jax.eval_shape(lambda: caches.empty(KINDS, 512).layers[1])
+    cache = jax.eval_shape(lambda: caches.empty(dataclasses.replace(KINDS, cache=kind), 512).layers[1])
     text = lowered_for_cuda(
         jax.jit(lambda x, cache: attend(x, rows, cache)), jax.ShapeDtypeStruct((32, KINDS.dim), jnp.float32), cache
     )
