@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,12 +25,14 @@ import safetensors
 from numerics import arrays, assert_bits_equal, golden_model
 
 import ds4jax
-from ds4jax import fingerprint, session_file
+from ds4jax import decode, fingerprint, session_file
+from ds4jax.drafter import MTPDrafter
 from ds4jax.errors import InputError
-from ds4jax.generation import Generation
+from ds4jax.generation import Generation, Options, Snapshot
 from ds4jax.language_model import LanguageModel
 from ds4jax.sampling import Sampling
-from ds4jax.session import Session
+from ds4jax.saving import save
+from ds4jax.session import Mark, Session
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {"strict": True, "ignore_eos": True, "max_new_tokens": 40}
@@ -196,6 +199,25 @@ def test_the_file_is_safetensors_and_holds_what_is_filled(model: LanguageModel, 
     # One row for every four positions, and the slack of a step.
     assert rows.shape[1] == -(-length // 4) + 3
     assert whole.stat().st_size < 400_000
+
+
+def test_a_narrow_cache_comes_back(tmp_path: Path) -> None:
+    model, path, random = golden_model(True, "narrow"), tmp_path / "saved", np.random.default_rng(0)
+    state = decode.start(model.config, 512, 7, drafter=MTPDrafter(), max_draft=2)
+    cache = jax.tree.map(
+        lambda leaf: jnp.asarray(np.frombuffer(random.bytes(leaf.nbytes), leaf.dtype).reshape(leaf.shape)), state.cache
+    )
+    state = dataclasses.replace(state, cache=dataclasses.replace(cache, length=jnp.full(1, 90, jnp.int32)))
+    save(path, model, Options(), Snapshot(np.arange(91, dtype=np.int32), state, 0, 0.0), Mark.of(state))
+    found = ds4jax.restore(path, model).resume().state
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(found.cache)} == {"float32", "int32", "int8", "uint8"}
+    layers = zip(found.cache.layers, state.cache.layers, model.config.layer_ratios, strict=True)
+    for actual, expected, ratio in layers:
+        for part in ("compressor", "indexer") if ratio else ():
+            rows = [jax.tree.leaves(getattr(layer, part)) for layer in (actual, expected)]
+            for left, right in zip(*rows, strict=True):
+                assert left.shape == right.shape
+                assert_bits_equal(left[:, : 90 // ratio], right[:, : 90 // ratio])
 
 
 def test_every_type_comes_back(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ds4jax.commands import model as models
 from ds4jax.commands import reply as replies
+from ds4jax.config import CACHES
 from ds4jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def restored(path: Path, options: argparse.Namespace) -> Session:
             raise InputError(f"{path}: model: {about.model} is not there any more; give --model")
     if options.qat is None:
         options.qat = bool(about.config.get("qat"))
+    if options.cache == CACHES[0]:
+        options.cache = str(about.config.get("cache"))
     depth = models.max_draft(options)
     model = models.open_model(options, max_draft=about.max_draft if depth is None else depth)
     chosen = replies.generation_options(options)
