@@ -204,9 +204,11 @@ def test_the_file_is_safetensors_and_holds_what_is_filled(model: LanguageModel, 
 def test_a_narrow_cache_comes_back(tmp_path: Path) -> None:
     model, path, random = golden_model(True, "narrow"), tmp_path / "saved", np.random.default_rng(0)
     state = decode.start(model.config, 512, 7, drafter=MTPDrafter(), max_draft=2)
-    cache = jax.tree.map(
-        lambda leaf: jnp.asarray(np.frombuffer(random.bytes(leaf.nbytes), leaf.dtype).reshape(leaf.shape)), state.cache
-    )
+
+    def filled(leaf: jax.Array) -> jax.Array:
+        return jnp.asarray(np.frombuffer(random.bytes(leaf.nbytes), leaf.dtype).reshape(leaf.shape))
+
+    cache = jax.tree.map(filled, state.cache)
     state = dataclasses.replace(state, cache=dataclasses.replace(cache, length=jnp.full(1, 90, jnp.int32)))
     save(path, model, Options(), Snapshot(np.arange(91, dtype=np.int32), state, 0, 0.0), Mark.of(state))
     found = ds4jax.restore(path, model).resume().state
@@ -341,6 +343,12 @@ def flipped(place: int) -> Callable[[bytes], bytes]:
     return lambda data: data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
+def padded(data: bytes) -> bytes:
+    """Spaces after the header's JSON, which change nothing of what it says."""
+    length = int.from_bytes(data[:8], "little")
+    return (length + 8).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 8 + data[8 + length :]
+
+
 def without(name: str) -> Callable[[bytes], bytes]:
     """The last tensor goes, bytes and all."""
 
@@ -381,7 +389,7 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "data altered": (flipped(-9000), "digest: its bytes are not those that were saved"),
     "last byte altered": (flipped(-2), "digest: its bytes are not those that were saved"),
     "header altered": (lambda data: data.replace(b'"given": "7"', b'"given": "6"'), "digest: "),
-    "padding altered": (lambda data: data.replace(b"}  ", b"}\n ", 1) if b"}  " in data else flipped(-1)(data), "digest: "),
+    "header padded": (padded, "digest: "),
     "newer version": (field("version", "2"), "version: 2; this ds4jax reads 1; use a newer ds4jax"),
     "no version": (field("version", "new"), "header: not that of a saved session"),
     "other weights": (field("fingerprint", "0" * 63 + "1"), "fingerprint: not that of the model, whose weights differ"),
