@@ -171,6 +171,17 @@ def long_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     return long.good(content)
 
 
+def start_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
+    """The first token of a process with the whole of V4-Flash, cold and warm; writes `<slug>-start.json` and prints it."""
+    from ds4jax.bench import report, start
+
+    measured = start.measure(start.Options(), note)
+    content = {**environment.describe(), **measured}
+    report.write(out / f"{slug}-start.json", content)
+    start.show(content)
+    return True
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What the suite runs at once.
@@ -190,6 +201,7 @@ PARTS = {
     "load": Part(load_part, ("-n", "0", "tests/loading/test_memory.py")),
     "prefill": Part(prefill_part, ("-n", "4", "tests/kernels/test_attention_prefill.py", "tests/kernels/test_grouped_matmul.py")),
     "long": Part(long_part, ("-n", "4", "tests/kernels/test_indexer.py", "tests/kernels/test_narrow.py")),
+    "start": Part(start_part, ("-n", "0", "tests/kernels/test_gpu.py", "-k", "golden_activation")),
     "lossless": Part(None, ("-n", "5", "tests/test_lossless.py", "tests/test_tiny_model.py")),
 }
 

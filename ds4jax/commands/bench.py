@@ -92,6 +92,15 @@ examples:
   ds4jax bench load
   ds4jax bench load --bytes 4e8 --json load.json"""
 
+START = """\
+Start a process three times, the first with nothing compiled, and print when its first token came, in parts: import, load (here,
+making random weights on the device), compile (tracing, and reading what an earlier process compiled), prefill, decode."""
+
+START_EXAMPLES = """\
+examples:
+  ds4jax bench start --synthetic flash-q2
+  ds4jax bench start --synthetic small-q2 --prompt 32 --json start.json"""
+
 file_size = cli_options.number(lambda value: 1 <= value <= 1e12, "it must be 1 to 1e12 bytes")
 
 
@@ -138,6 +147,13 @@ def add_parser(commands: Any) -> None:
     kernels.set_defaults(run=run_kernels)
     _add_decode(targets)
     _add_prefill(targets)
+    start = targets.add_parser("start", help="a process's first token", description=START, epilog=START_EXAMPLES)
+    start.add_argument("--synthetic", choices=LAYOUTS, required=True, help="which model's shapes to make")
+    start.add_argument("--layers", type=cli_options.token_count, metavar="N", help="the first N layers alone: a slice")
+    start.add_argument("--prompt", type=cli_options.token_count, default=512, metavar="N", help="tokens of the prompt (512)")
+    start.add_argument("--max-draft", type=cli_options.draft_count, default=0, metavar="D", help="deepest draft of the loop (0)")
+    start.add_argument("--json", type=cli_options.output_file, metavar="FILE", help="write everything to this file")
+    start.set_defaults(run=run_start)
     knight = targets.add_parser(
         "knight", help="drafting, strict and plain, on one prompt", description=KNIGHT, epilog=KNIGHT_EXAMPLES
     )
@@ -319,6 +335,24 @@ def run_knight(options: argparse.Namespace) -> int:
     else:
         bench.show(where, rows)
     return 0 if bench.equal(rows) else 1
+
+
+def run_start(options: argparse.Namespace) -> int:
+    """Carry `bench start` out; returns 0.
+
+    Raises:
+        InputError: a process ended without a token.
+    """
+    from ds4jax.bench import environment, report
+    from ds4jax.bench import start as bench
+
+    # Asked for at the end: a process that has asked holds the device's memory.
+    measured = bench.measure(bench.Options(options.synthetic, options.layers, options.prompt, options.max_draft), _notes())
+    content = {**environment.describe(), **measured}
+    bench.show(content)
+    if options.json:
+        report.write(options.json, content)
+    return 0
 
 
 def run_load(options: argparse.Namespace) -> int:
