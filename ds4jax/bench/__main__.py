@@ -182,6 +182,10 @@ def start_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     return True
 
 
+# Kernels' tests that other parts run.
+ELSEWHERE = tuple(f"tests/kernels/test_{name}.py" for name in ("gpu", "attention_prefill", "grouped_matmul", "indexer", "narrow"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What the suite runs at once.
@@ -197,7 +201,7 @@ class Part:
 
 PARTS = {
     "kernels": Part(kernels_part, ("-n", "4", "tests/kernels/test_gpu.py")),
-    "decode": Part(decode_part, ("-n", "8", "tests/kernels", "--deselect=tests/kernels/test_gpu.py")),
+    "decode": Part(decode_part, ("-n", "4", "tests/kernels", *(f"--deselect={file}" for file in ELSEWHERE))),
     "load": Part(load_part, ("-n", "0", "tests/loading/test_memory.py")),
     "prefill": Part(prefill_part, ("-n", "4", "tests/kernels/test_attention_prefill.py", "tests/kernels/test_grouped_matmul.py")),
     "long": Part(long_part, ("-n", "4", "tests/kernels/test_indexer.py", "tests/kernels/test_narrow.py")),
