@@ -333,8 +333,8 @@ def load(
         dense: for a checkpoint directory: None multiplies everything out to float32, exactly; "q8_0", "bf16" or "f32" keeps FP4
             experts as MXFP4 and makes dense matrices that type.
         qat: overrides whether the FP8 and FP4 rounding of published weights is simulated.
-        cache: "narrow" keeps compressed rows and indexer keys in FP8 and FP4: the same bits as "float32" in less than a third of
-            the memory, for models with that rounding.
+        cache: "narrow" keeps compressed rows and indexer keys in FP8 and FP4: the same values as "float32" in less than a third
+            of the memory, for models with that rounding.
         max_draft: 0 to 4, the deepest draft of the decode loop; by default 2 where there is an MTP block and 0 elsewhere. Plain
             and speculative decode say the same within one such loop; a loop for 0 is the fastest without drafts.
         progress: called after each tensor with the bytes of the file that have been read and those of all tensors.
