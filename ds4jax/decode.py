@@ -212,7 +212,24 @@ def run(
 
 
 @precise
-def compile_run(
+def lower_prefill(
+    graph: nnx.GraphDef,
+    weights: nnx.State,
+    state: DecodeState,
+    width: int,
+    *,
+    drafter: Drafter | None,
+    strict: bool,
+) -> jax.stages.Lowered:
+    """`prefill` for calls of `width` rows into such a state, lowered; of weights and state the shapes are enough."""
+    ids_T = jax.ShapeDtypeStruct((width,), jnp.int32)
+    arguments = (graph, weights, state.cache, state.drafting, ids_T, ids_T, jnp.int32(0))
+    lowered: jax.stages.Lowered = prefill.__wrapped__.lower(*arguments, drafter=drafter, strict=strict)  # type: ignore[attr-defined]
+    return lowered
+
+
+@precise
+def lower_run(
     graph: nnx.GraphDef,
     weights: nnx.State,
     state: DecodeState,
@@ -223,7 +240,10 @@ def compile_run(
     drafter: Drafter | None,
     max_draft: int,
     strict: bool,
-) -> None:
-    """Compile `run` for such arguments, of which the shapes are enough; the next call of it finds the program."""
+) -> jax.stages.Lowered:
+    """`run` for such arguments, of which the shapes are enough, lowered; once it is compiled the next call finds it."""
     options = {"drafter": drafter, "max_draft": max_draft, "strict": strict}
-    run.__wrapped__.lower(graph, weights, state, limits, filters, policy, **options).compile()  # type: ignore[attr-defined]
+    lowered: jax.stages.Lowered = run.__wrapped__.lower(  # type: ignore[attr-defined]
+        graph, weights, state, limits, filters, policy, **options
+    )
+    return lowered

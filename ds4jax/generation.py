@@ -133,8 +133,8 @@ class _Told:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Bytes of all arrays of a tree, or of what stands for them."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _read(state: DecodeState) -> _Told:
@@ -286,7 +286,7 @@ class Generation:
         """Compile the loop; nothing of its size is made."""
         model, drafter, deepest = self._model, self._drafter, self._model.max_draft
         start = functools.partial(decode.start, model.config, self._capacity, 0, drafter=drafter, max_draft=deepest)
-        decode.compile_run(
+        lowered = decode.lower_run(
             model.graph,
             model.weights,
             jax.eval_shape(start),
@@ -297,6 +297,7 @@ class Generation:
             max_draft=deepest,
             strict=self._options.strict,
         )
+        lowered.compile()
 
     def advance(self, budget: int) -> list[int]:
         """Generate at most `budget` more tokens and return them; an empty list means that the continuation has ended.
