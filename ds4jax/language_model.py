@@ -383,20 +383,6 @@ def from_checkpoint(
     return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, no_mtp=checkpoint.no_mtp)
 
 
-def without_weights(
-    checkpoint: Checkpoint, *, qat: bool | None = None, cache: str = "float32", max_draft: int | None = None
-) -> LanguageModel:
-    """An opened model with `jax.ShapeDtypeStruct` for weights: its programs can be compiled, and nothing is read or allocated.
-
-    Raises:
-        InputError: `max_draft` is outside 0 to 4, or a cache that the model cannot have.
-    """
-    _require_depth(max_draft or 0)
-    checkpoint = configured(checkpoint, qat=qat, cache=cache)
-    model = build(checkpoint.config, ((tensor.name, tensor.abstract) for tensor in checkpoint.tensors))
-    return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, no_mtp=checkpoint.no_mtp)
-
-
 def _named(
     checkpoint: Checkpoint, read: Iterator[Value], progress: Callable[[int, int], None] | None
 ) -> Iterator[tuple[str, Value]]:

@@ -20,7 +20,9 @@ from ds4jax.depth import Policy
 from ds4jax.drafter import MTPDrafter
 from ds4jax.errors import InputError
 from ds4jax.generation import nbytes
-from ds4jax.language_model import LanguageModel
+from ds4jax.language_model import LanguageModel, configured
+from ds4jax.loading import Checkpoint
+from ds4jax.model.parameters import build
 from ds4jax.prefill_plan import chunk_here
 from ds4jax.sampling import Sampling
 
@@ -52,11 +54,24 @@ class Warm:
     kept: bool
 
 
+def without_weights(
+    checkpoint: Checkpoint, *, qat: bool | None = None, cache: str = "float32", max_draft: int | None = None
+) -> LanguageModel:
+    """An opened model with `jax.ShapeDtypeStruct` for weights: its programs can be compiled, and nothing is read or allocated.
+
+    Raises:
+        InputError: `max_draft` is outside 0 to 4, or a cache that the model cannot have.
+    """
+    checkpoint = configured(checkpoint, qat=qat, cache=cache)
+    model = build(checkpoint.config, ((tensor.name, tensor.abstract) for tensor in checkpoint.tensors))
+    return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, no_mtp=checkpoint.no_mtp)
+
+
 def programs(model: LanguageModel, context: int, *, strict: bool, chunk: int | None = None) -> list[Program]:
     """What `generate` and `chat` run for texts of up to `context` tokens: for each size of cache every prefill call and the loop.
 
     Args:
-        model: as `ds4jax.language_model.without_weights` makes it; its own MTP block drafts.
+        model: as `without_weights` makes it; its own MTP block drafts.
         chunk: as for `generate`.
 
     Raises:

@@ -15,9 +15,9 @@ from numerics import GOLDEN
 
 from ds4jax import cli
 from ds4jax.buckets import capacities
-from ds4jax.language_model import SHIPPED, without_weights
+from ds4jax.language_model import SHIPPED
 from ds4jax.loading import open_checkpoint
-from ds4jax.warmup import programs
+from ds4jax.warmup import programs, without_weights
 
 HUB = GOLDEN / "hub"
 LARGE = ("jit_prefill-", "jit_run-")
