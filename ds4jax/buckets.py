@@ -21,6 +21,12 @@ def capacity_for(rows: int, max_context: int) -> int:
     return min(max(LEAST_CAPACITY, 1 << (rows - 1).bit_length()), max(max_context, rows))
 
 
+def capacities(context: int, max_context: int) -> list[int]:
+    """Every size of cache that texts of up to `context` tokens get, ascending."""
+    rows = [context, *(LEAST_CAPACITY << i for i in range(context.bit_length()))]
+    return sorted({capacity_for(min(count, context), max_context) for count in rows})
+
+
 def widths(chunk: int) -> tuple[int, ...]:
     """Rows that a prefill call may have when at most `chunk` of them are real, ascending.
 

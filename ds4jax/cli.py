@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ds4jax.commands import bench, chat, check, convert, generate, inspect, logits, vectors
+from ds4jax.commands import bench, chat, check, convert, generate, inspect, logits, vectors, warmup
 from ds4jax.commands import eval as evaluation
 from ds4jax.commands.version import Version
 from ds4jax.errors import InputError
@@ -51,7 +51,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action=Version, help="print versions, the device and the kernel path in use there")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (generate, chat, logits, inspect, convert, evaluation, vectors, check, bench):
+    for module in (generate, chat, logits, inspect, convert, evaluation, vectors, check, warmup, bench):
         module.add_parser(commands)
     return parser
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from typing import Any
 
 import jax
@@ -25,6 +26,10 @@ from ds4jax.drafter import Drafter, Drafts
 from ds4jax.model.transformer import Transformer
 from ds4jax.precision import precise
 from ds4jax.sampling import Filters
+
+# Functions that programs share are traced once, by whichever needs one first; two at a time may each trace it and then use one
+# of both, now this and now that, and the same program is another in every process.
+_LOWERING = threading.Lock()
 
 
 @jax.tree_util.register_dataclass
@@ -212,7 +217,27 @@ def run(
 
 
 @precise
-def compile_run(
+def lower_prefill(
+    graph: nnx.GraphDef,
+    weights: nnx.State,
+    state: DecodeState,
+    width: int,
+    *,
+    drafter: Drafter | None,
+    strict: bool,
+) -> jax.stages.Lowered:
+    """`prefill` for calls of `width` rows into such a state, lowered; of weights and state the shapes are enough."""
+    ids_T = jax.ShapeDtypeStruct((width,), jnp.int32)
+    arguments = (graph, weights, state.cache, state.drafting, ids_T, ids_T, jnp.int32(0))
+    with _LOWERING:
+        lowered: jax.stages.Lowered = prefill.__wrapped__.lower(  # type: ignore[attr-defined]
+            *arguments, drafter=drafter, strict=strict
+        )
+    return lowered
+
+
+@precise
+def lower_run(
     graph: nnx.GraphDef,
     weights: nnx.State,
     state: DecodeState,
@@ -223,7 +248,11 @@ def compile_run(
     drafter: Drafter | None,
     max_draft: int,
     strict: bool,
-) -> None:
-    """Compile `run` for such arguments, of which the shapes are enough; the next call of it finds the program."""
+) -> jax.stages.Lowered:
+    """`run` for such arguments, of which the shapes are enough, lowered; once it is compiled the next call finds it."""
     options = {"drafter": drafter, "max_draft": max_draft, "strict": strict}
-    run.__wrapped__.lower(graph, weights, state, limits, filters, policy, **options).compile()  # type: ignore[attr-defined]
+    with _LOWERING:
+        lowered: jax.stages.Lowered = run.__wrapped__.lower(  # type: ignore[attr-defined]
+            graph, weights, state, limits, filters, policy, **options
+        )
+    return lowered

@@ -6,7 +6,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -133,8 +133,15 @@ class _Told:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Bytes of all arrays of a tree, or of what stands for them."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _wait(compiling: Sequence[concurrent.futures.Future]) -> None:
+    """Two compile no faster than one. What went wrong there goes wrong again when the program is called."""
+    began = time.perf_counter()
+    concurrent.futures.wait(compiling)
+    jax.monitoring.record_event_duration_secs(WAITED, time.perf_counter() - began)
 
 
 def _read(state: DecodeState) -> _Told:
@@ -261,10 +268,10 @@ class Generation:
         missing = len(self.prompt_ids) - 1 - there
         if missing < 0:
             return state
-        if missing:
-            self._compiling = model.ahead((self._capacity, self._options.strict, self._drafter), self._compile)
         chunk = self._options.chunk or chunk_here(model.config, self._capacity, nbytes((model.weights, state)))
-        for offset, width, count in chunks(missing, missing, chunk):
+        calls = list(chunks(missing, missing, chunk))
+        self._compile_all(state, (width for _, width, _ in calls))
+        for offset, width, count in calls:
             start = there + offset
             cache, drafting = decode.prefill(
                 model.graph,
@@ -282,11 +289,26 @@ class Generation:
                 self._progress(offset + count, missing)
         return dataclasses.replace(state, cache=cache, drafting=drafting, last=jnp.int32(last))
 
+    def _compile_all(self, state: DecodeState, widths: Iterable[int]) -> None:
+        """Compile the prompt's programs, and begin to compile the loop beside them.
+
+        Python runs one thread at a time: the prompt's programs are lowered first, since they are needed first.
+        """
+        model, key = self._model, (self._capacity, self._options.strict, self._drafter)
+        prompt = [model.ahead((*key, width), functools.partial(self._compile_prefill, state, width)) for width in set(widths)]
+        if prompt:
+            self._compiling = model.ahead(key, self._compile)
+        _wait(prompt)
+
+    def _compile_prefill(self, state: DecodeState, width: int) -> None:
+        model, options = self._model, self._options
+        decode.lower_prefill(model.graph, model.weights, state, width, drafter=self._drafter, strict=options.strict).compile()
+
     def _compile(self) -> None:
         """Compile the loop; nothing of its size is made."""
         model, drafter, deepest = self._model, self._drafter, self._model.max_draft
         start = functools.partial(decode.start, model.config, self._capacity, 0, drafter=drafter, max_draft=deepest)
-        decode.compile_run(
+        decode.lower_run(
             model.graph,
             model.weights,
             jax.eval_shape(start),
@@ -296,7 +318,7 @@ class Generation:
             drafter=drafter,
             max_draft=deepest,
             strict=self._options.strict,
-        )
+        ).compile()
 
     def advance(self, budget: int) -> list[int]:
         """Generate at most `budget` more tokens and return them; an empty list means that the continuation has ended.
@@ -331,9 +353,7 @@ class Generation:
             return
         model, options = self._model, self._options
         if self._compiling is not None:
-            # Two compile no faster than one. What went wrong there goes wrong again below.
-            concurrent.futures.wait([self._compiling])
-            jax.monitoring.record_event_duration_secs(WAITED, time.perf_counter() - began)
+            _wait([self._compiling])
         limits = Limits(jnp.int32(min(counted + budget, self._most)), jnp.int32(self._most), self._stop_ids)
         # Kept before it is read: a Ctrl-C while the device works must not lose the cache.
         self._state = decode.run(

@@ -233,6 +233,29 @@ def _bar(message: str, *figures: ProgressColumn) -> Iterator[Callable[[int, int]
 
 
 @contextlib.contextmanager
+def counting_status(message: str, total: int) -> Iterator[Callable[[str], None]]:
+    """`status` for so many pieces of work, one after the other.
+
+    Yields:
+        What to call with the name of the next.
+    """
+    if not watched():
+        yield lambda name: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(message) as shown:
+        begun = 0
+
+        def show(name: str) -> None:
+            nonlocal begun
+            begun += 1
+            shown.update(f"{message} {begun} of {total}: {name}")
+
+        yield show
+
+
+@contextlib.contextmanager
 def status(message: str) -> Iterator[None]:
     """Show on a terminal's stderr that something takes its time; say nothing where nobody watches."""
     if not watched():

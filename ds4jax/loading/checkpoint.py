@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from ds4jax.config import Config
 from ds4jax.loading.reading import Reading
-from pallas_kernels.formats import Quantized
+from pallas_kernels.formats import FORMATS, Quantized
 
 if TYPE_CHECKING:
     from ds4jax.tokenizer import Tokenizer
+
+
+_PLAIN = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16, "I32": jnp.int32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,15 @@ class Tensor:
     def read(self) -> jax.Array | Quantized:
         """Read it now, in this thread; the device may still be at work on the value that is returned."""
         return self.start().value()
+
+    @property
+    def abstract(self) -> Any:
+        """What `read` returns with `jax.ShapeDtypeStruct` in place of arrays; nothing is read."""
+        if self.form not in FORMATS:
+            return jax.ShapeDtypeStruct(self.shape, _PLAIN[self.form])
+        format, (*lead, columns) = FORMATS[self.form], self.shape
+        stored = jax.ShapeDtypeStruct((*lead, columns // format.BLOCK, format.BLOCK_BYTES), jnp.uint8)
+        return jax.eval_shape(format.split, stored)
 
 
 @dataclasses.dataclass(frozen=True)

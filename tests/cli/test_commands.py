@@ -97,7 +97,8 @@ def test_ctrl_c_ends_with_the_text_so_far() -> None:
         rest, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert len((begun + rest).decode()) >= 8
-    assert re.fullmatch(r"\d+ prompt tokens, \d+ new tokens .* ended by: interrupted\ndraft 2: .* a step .*\n", err.decode())
+    told = r"\d+ prompt tokens, \d+ new tokens .* ended by: interrupted\ndraft 2: .* a step .*\nfirst token after .*\n"
+    assert re.fullmatch(told, err.decode())
 
 
 def test_ctrl_c_leaves_a_whole_object(

@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from cuda import kernel_calls, lowered_for_cuda
 
 from ds4jax import runtime
+from pallas_kernels.activation import quantize
 
 
 def test_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,3 +59,17 @@ def test_memory_is_claimed_unless_the_user_says_how_much(monkeypatch: pytest.Mon
         runtime.configure()
         assert {other: os.environ[other] for other in names if other in os.environ} == {name: "0.5"}
         monkeypatch.delenv(name)
+
+
+def test_a_kernel_does_not_tell_who_called_it() -> None:
+    """Its code is part of the key under which its program is kept, and the first caller may be anybody."""
+    x = jax.ShapeDtypeStruct((1, 256), jnp.float32)
+
+    def one() -> str:
+        return lowered_for_cuda(jax.jit(lambda x: quantize.__wrapped__(x)), x)
+
+    def another() -> str:
+        return lowered_for_cuda(jax.jit(lambda x: quantize.__wrapped__(x)), x)
+
+    assert one() == another()
+    assert kernel_calls(one(), "q8_activation") == 1
