@@ -224,11 +224,12 @@ def test_inspect_dispatch(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(output(capsys, "inspect", "--dispatch", "--json")[0])["dispatch"]
     paths = {row["product"]: row for row in rows}
     assert paths["attn.wq_b"]["decode"] == {"cuda": "pallas", "default": "xla", "reason": "Q8_0, at most 32 rows"}
-    assert paths["attn.wq_b"]["prefill"]["cuda"] == paths["attn.wq_b"]["strict"]["cuda"] == "dot"
+    assert paths["attn.wq_b"]["prefill"]["cuda"] == "bfloat16"
+    assert paths["attn.wq_b"]["prefill"]["default"] == paths["attn.wq_b"]["strict"]["cuda"] == "dot"
     assert paths["attn.compressor.wkv"]["decode"]["reason"] == "float weights"
     assert paths["head"]["count"] == 1
     text = output(capsys, "inspect", "--dispatch")[0]
-    assert "decode: pallas / xla (Q8_0, at most 32 rows); prefill: dot" in text
+    assert "decode: pallas / xla (Q8_0, at most 32 rows); prefill: bfloat16 / dot" in text
 
 
 @pytest.mark.parametrize(
