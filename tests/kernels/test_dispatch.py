@@ -229,6 +229,16 @@ def test_many_rows_take_the_tensor_cores_with_narrow_weights_only(strict):
         assert dots(call.lower(x, quantised).as_text()) == {("f32", "HIGHEST")}, "a CPU keeps float32"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_product_of_sums_of_two_bfloat16_on_a_gpu(dtype):
+    """Of each operand sixteen digits are kept, and of their product what two small parts make is left out."""
+    w, x = jax.random.normal(jax.random.key(1), (256, 1024)).astype(dtype), jax.random.normal(jax.random.key(0), (512, 1024))
+    found = jax.jit(functools.partial(ops.matmul, strict=False))(x, w)
+    wide, x = np.asarray(w, np.float64), np.asarray(x, np.float64)
+    assert (abs(found - x @ wide.T) <= 4 * 2.0**-17 * (abs(x) @ abs(wide).T)).all()
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_a_product_in_bfloat16(monkeypatch, groups):
     monkeypatch.setattr(ops, "MOST_TILE_VALUES", 64 * 12)

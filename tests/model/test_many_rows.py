@@ -35,6 +35,17 @@ def layers() -> list[attention.Attention]:
 @pytest.mark.parametrize("layer", [0, 1, 2], ids=["window", "ratio 4", "ratio 128"])
 def test_kernels_equal_the_modules(layers, layer, start):
     """Nineteen live rows and padding; after 300 rows the indexer has to choose."""
+    check(layers, layer, start, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("start", [0, 300])
+@pytest.mark.parametrize("layer", [0, 1, 2], ids=["window", "ratio 4", "ratio 128"])
+def test_kernels_equal_the_modules_on_a_gpu(layers, layer, start):
+    check(layers, layer, start, interpret=False)
+
+
+def check(layers: list[attention.Attention], layer: int, start: int, *, interpret: bool) -> None:
     attend, rows = layers[layer], Rows.following(jnp.int32(start), 24, 19)
     held = randomised(caches.empty(KINDS, 512).layers[layer], "held")
     random = functools.partial(jax.random.normal, dtype=jnp.float32)
@@ -54,7 +65,7 @@ def test_kernels_equal_the_modules(layers, layer, start):
         sink, scale = attend.attn_sink.get_value().astype(jnp.float32), KINDS.head_dim**-0.5
         wanted, _ = attention.attend(q_THQ, segments, sink, scale)
         kernels = functools.partial(many_rows.attend, KINDS, attend.ratio, sink, kv_TQ, index, rows, held.window, cache)
-        return kernels(q_THQ, interpret=True), wanted
+        return kernels(q_THQ, interpret=interpret), wanted
 
     with jax.default_matmul_precision("highest"):
         made, wanted = both()
