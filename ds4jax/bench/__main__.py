@@ -182,12 +182,15 @@ def start_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     return True
 
 
-PREFILL = tuple(f"tests/{name}.py" for name in ("kernels/test_attention_prefill", "kernels/test_grouped_matmul",
-                                                "kernels/test_dispatch", "model/test_many_rows"))  # fmt: skip
-# Kernels' tests that other parts run.
-ELSEWHERE = tuple(
-    f"tests/kernels/test_{name}.py" for name in ("gpu", "attention_prefill", "grouped_matmul", "dispatch", "indexer", "narrow")
+PREFILL = (
+    "tests/kernels/test_attention_prefill.py",
+    "tests/kernels/test_grouped_matmul.py",
+    "tests/kernels/test_dispatch.py",
+    "tests/model/test_many_rows.py",
 )
+LONG = ("tests/kernels/test_indexer.py", "tests/kernels/test_narrow.py")
+# Kernels' tests that other parts run.
+ELSEWHERE = ("tests/kernels/test_gpu.py", *PREFILL, *LONG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +211,7 @@ PARTS = {
     "decode": Part(decode_part, ("-n", "4", "tests/kernels", *(f"--deselect={file}" for file in ELSEWHERE))),
     "load": Part(load_part, ("-n", "0", "tests/loading/test_memory.py")),
     "prefill": Part(prefill_part, ("-n", "4", *PREFILL)),
-    "long": Part(long_part, ("-n", "4", "tests/kernels/test_indexer.py", "tests/kernels/test_narrow.py")),
+    "long": Part(long_part, ("-n", "4", *LONG)),
     "start": Part(start_part, ("-n", "0", "tests/kernels/test_gpu.py", "-k", "golden_activation")),
     "lossless": Part(None, ("-n", "5", "tests/test_lossless.py", "tests/test_tiny_model.py")),
 }
