@@ -25,7 +25,8 @@ def call_bytes(config: Config, rows: int, capacity: int, *, logits: bool = False
         logits: whether the logits of all rows are wanted.
 
     The sum of what its parts have at their largest: four copies of the streams, queries in float32 and bfloat16 and the output,
-    each row's chosen experts with inputs, hidden values and outputs, one slice of expanded weights, and scores.
+    each row's chosen experts with inputs, hidden values and outputs, one slice of expanded weights, scores, and a layer's
+    compressed rows in float16.
     """
     streams = 4 * config.hc_mult * config.dim * 4
     queries = config.n_heads * config.head_dim * (4 + 2 + 4)
@@ -34,7 +35,9 @@ def call_bytes(config: Config, rows: int, capacity: int, *, logits: bool = False
     expanded = max(2 * min(stack, EXPERT_VALUES), 4 * DENSE_VALUES)
     keys = capacity // OVERLAP_RATIO * 4 if OVERLAP_RATIO in config.layer_ratios else 0
     scores = min(rows * keys, max(SCORE_BYTES, keys))
-    return rows * (streams + queries + experts + (config.vocab_size * 4 if logits else 0)) + expanded + scores
+    # A layer's compressed rows as the tensor cores want them.
+    compressed = capacity // OVERLAP_RATIO * config.head_dim * 2 if keys else 0
+    return rows * (streams + queries + experts + (config.vocab_size * 4 if logits else 0)) + expanded + scores + compressed
 
 
 def chunk_for(config: Config, capacity: int, free: int | None, *, logits: bool = False) -> int:
