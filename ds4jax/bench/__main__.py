@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     whole = commands.add_parser("suite", help="tests, bits and benchmarks of one part", description=DESCRIPTION)
     whole.add_argument("--part", choices=tuple(PARTS), required=True, help="which part")
-    whole.add_argument("--out", type=folder, required=True, metavar="DIR", help="where the results go")
+    whole.add_argument("--out", type=folder, default="runs/bench", metavar="DIR", help="where the results go (%(default)s)")
     options = parser.parse_args(argv)
     try:
         return suite(options.part, options.out.resolve())

@@ -17,6 +17,7 @@ from ds4jax.errors import InputError
 from ds4jax.loading.checkpoint import Checkpoint, Tensor
 from ds4jax.loading.gguf_header import TENSOR_TYPES
 from ds4jax.loading.gguf_names import DENSE, EXPERTS, TABLE, VECTOR, Slot, slots
+from ds4jax.loading.plan import require_fit
 from ds4jax.loading.reading import Reading
 from ds4jax.model.block import initial_base
 from ds4jax.model.parameters import Value, build
@@ -105,7 +106,12 @@ def checkpoint(config: Config, layout: str) -> Checkpoint:
 
 
 def synthetic(checkpoint: Checkpoint) -> Transformer:
-    """Make the model on the default device, tensor by tensor; none is in memory twice."""
+    """Make the model on the default device, tensor by tensor; none is in memory twice.
+
+    Raises:
+        InputError: it has no room for the weights.
+    """
+    require_fit(checkpoint)
     return build(checkpoint.config, ((tensor.name, tensor.read()) for tensor in checkpoint.tensors))
 
 

@@ -17,6 +17,7 @@ from ds4jax.bench import decode, decode_report, environment, profile, synthetic,
 from ds4jax.commands import bench as command
 from ds4jax.config import Config
 from ds4jax.errors import InputError
+from ds4jax.loading import plan as plans
 from ds4jax.loading.gguf_names import slots
 from ds4jax.loading.plan import plan
 from pallas_kernels import bundle
@@ -194,6 +195,17 @@ def test_bad_options(capsys: pytest.CaptureFixture[str], arguments: list[str], s
     out, err = capsys.readouterr()
     assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
     assert says in err
+
+
+def test_no_room_for_the_weights(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "free_bytes", lambda: 8_000_000_000)
+    monkeypatch.setattr(synthetic, "value", lambda *_: pytest.fail("a tensor was made"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "decode", "--synthetic", "flash-q2"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+    assert "flash-q2: memory: loading needs 94." in err
+    assert "8.00 GB are free" in err
 
 
 def test_the_command_knows_the_layouts() -> None:
