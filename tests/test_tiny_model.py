@@ -38,7 +38,7 @@ def whole() -> dict[str, np.ndarray]:
     return model().logits(ids(), mtp=True, strict=True)
 
 
-@pytest.mark.parametrize("n", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.long) for n in BOUNDARIES])
+@pytest.mark.parametrize("n", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in BOUNDARIES])
 def test_prefill_then_decode(n):
     split = model().logits(ids()[: n + STEPS], decode_from=n, mtp=True, strict=True)
     assert_close(split["logits"], whole()["logits"][: n + STEPS])

@@ -67,7 +67,7 @@ def compared(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) ->
     return code, json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("mode", [[], pytest.param(["--strict"], marks=pytest.mark.long)])
+@pytest.mark.parametrize("mode", [[], pytest.param(["--strict"], marks=pytest.mark.slow)])
 @pytest.mark.long
 def test_own_fixtures_agree(capsys: pytest.CaptureFixture[str], folder: Path, mode: list[str]) -> None:
     code, told = compared(capsys, folder, *mode)

@@ -67,7 +67,7 @@ def test_stored_values_are_the_given_ones(options: dict, tmp_path: Path) -> None
         assert np.abs(found - expected).max() <= bound * np.abs(expected).max(), tensor.name
 
 
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.long
 def test_halves_compute_as_the_float32_values_that_they_are(strict: bool, tmp_path: Path) -> None:
     path = tmp_path / "small.gguf"

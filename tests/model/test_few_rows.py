@@ -84,7 +84,7 @@ def is_narrow(node: Any) -> bool:
     return isinstance(node, NarrowRows | NarrowKeys)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_kernels_of_a_narrow_cache_have_the_same_bits():
     """A layer with compressed rows and an indexer that closes a block of each; the caches agree too, array by array."""
     config = dataclasses.replace(KINDS, cache="narrow", n_layers=1, n_hash_layers=0, compress_ratios=(4, 0))
