@@ -71,6 +71,7 @@ def test_padding_is_never_written(width, known):
             assert_bits_equal(new.compressor.rows[0, untouched], old.compressor.rows[0, untouched])
 
 
+@pytest.mark.long
 def test_a_full_context_drops_what_does_not_fit():
     """Past the capacity only the spare row may change: a clamped write would overwrite the last good one."""
     ids, capacity = arrays("golden")["ids"], 64

@@ -148,7 +148,8 @@ def test_auto_says_what_plain_decode_says_at_measured_costs(strict):
     np.testing.assert_array_equal(result.fingerprints, plain(strict).fingerprints)
 
 
-@pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
     "costs", [(1.0, 1.0, 1.0), (1.0, 9.0, 9.0), (1.0, 1.3, 1.75), (1.0, 9.0, 1.1)], ids=["deep", "never", "mixed", "not one"]
 )

@@ -78,6 +78,7 @@ def test_a_stream_left_early_keeps_what_it_said():
     assert len(result.fingerprints) == len(first)
 
 
+@pytest.mark.long
 def test_the_context_ends_the_text():
     model = golden_model()
     ids = np.resize(arrays("golden")["ids"], model.config.max_context - 5)

@@ -159,6 +159,7 @@ def test_three_tokens_follow_the_chain(depth, most, sampling):
     assert (stood[:, :depth].sum(axis=0) < 0.9 * tried[:, :depth].sum(axis=0)).all(), "some drafts must fail"
 
 
+@pytest.mark.long
 def test_many_steps_at_changing_depths_follow_the_chain():
     sampling = SAMPLINGS[0]
     tokens, count, stood, tried = loop()(*asked(sampling, AUTO, goal=LONG))

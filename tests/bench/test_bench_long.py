@@ -23,6 +23,7 @@ def test_prefill(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert "a SLICE of 2 of 6 layers" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.long
 def test_decode_over_contexts_and_caches(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     content = long.bench(long.Options("small-q2", 3, ("float32", "narrow"), (64, 600), 4), lambda message: None)
     assert [(row["cache"], row["context"]) for row in content["rows"]] == [

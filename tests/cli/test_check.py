@@ -198,6 +198,7 @@ def test_drafts_that_stand_without_being_right_are_found(
     assert lines[-1] == "2 of 4 comparisons differ"
 
 
+@pytest.mark.long
 def test_a_call_that_does_not_repeat_is_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, small: Path, prompt_file: Path, short: None
 ) -> None:

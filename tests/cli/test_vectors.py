@@ -86,6 +86,7 @@ def test_own_fixtures_agree(capsys: pytest.CaptureFixture[str], folder: Path, mo
     assert lines[-1] == "3 of 3 agree"
 
 
+@pytest.mark.long
 def test_another_token_selected(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     def change(lines: list[str]) -> None:
         step = next(i for i, line in enumerate(lines) if line.startswith("step 1 "))

@@ -237,7 +237,9 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize(
+    "name", ["leading rows", *(pytest.param(name, marks=pytest.mark.long) for name in NARROW if name != "leading rows")]
+)
 def test_narrow_rows_give_the_same_bits(name):
     check_narrow(NARROW[name], interpret=True)
 

@@ -142,6 +142,7 @@ def test_a_row_has_the_bits_of_the_row_alone(case):
 
 
 @pytest.mark.parametrize("case", SMALL[:2], ids=lambda case: case.finish)
+@pytest.mark.long
 def test_narrow_rows_hold_the_same_values(case):
     """Codes and exponents as the modules write them, and nothing written behind the last block."""
     case = dataclasses.replace(case, tokens=13)

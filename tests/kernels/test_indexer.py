@@ -80,6 +80,7 @@ def test_choice(case, visible):
     np.testing.assert_array_equal(case.call(visible), case.expected(visible))
 
 
+@pytest.mark.long
 def test_equal_keys_keep_the_lower_index():
     """Among copies of one key beside a better and a worse one."""
     case = Case(60, 8, True, rows=1)

@@ -52,6 +52,7 @@ def test_logits_with_simulated_rounding(decode_from):
     assert_close(rounded["mtp_logits"], golden["qat_mtp_logits"], 1e-3)
 
 
+@pytest.mark.long
 def test_simulated_rounding_on_the_long_sequence():
     golden = arrays("golden")
     rows = golden["prefill_qat_positions"]

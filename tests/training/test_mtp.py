@@ -60,6 +60,7 @@ def test_only_the_block_has_a_gradient(model: Transformer, window: jax.Array) ->
     assert trained > 20
 
 
+@pytest.mark.long
 def test_with_a_teacher_that_is_known(model: Transformer, window: jax.Array) -> None:
     known = jax.jit(teacher)(model, window)
     assert known.h_TND.shape[0] == known.logits_TV.shape[0] == DRAWN - 1

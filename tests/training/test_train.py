@@ -66,6 +66,7 @@ def test_exported_file_is_the_model_that_was_measured(trained: Path, text: str) 
     assert np.all(table[:, 0] != table[:, 1])
 
 
+@pytest.mark.long
 def test_exported_file_says_how_it_was_made(trained: Path) -> None:
     from ds4jax.loading import open_checkpoint
 
@@ -79,6 +80,7 @@ def test_exported_file_says_how_it_was_made(trained: Path) -> None:
     assert 0 < said["ds4jax.validation_bits_per_byte"] < 8
 
 
+@pytest.mark.long
 def test_export_from_weights_alone_gives_the_same_file(trained: Path, tmp_path: Path) -> None:
     for path in (trained / "run").glob("weights-*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -86,6 +88,7 @@ def test_export_from_weights_alone_gives_the_same_file(trained: Path, tmp_path: 
     assert (tmp_path / "again.gguf").read_bytes() == (trained / "model.gguf").read_bytes()
 
 
+@pytest.mark.long
 def test_size_is_foretold(trained: Path) -> None:
     from ds4jax.training.export import file_size
 
@@ -135,6 +138,7 @@ def test_request_to_terminate_saves_and_ends(micro_options: list[str], tmp_path:
     assert 1 <= checkpoint.load_run(folder).step < 50
 
 
+@pytest.mark.long
 def test_average_follows_the_weights_and_routers_are_steered(trained: Path, text_file: Path) -> None:
     loaded = checkpoint.load_run(trained / "run")
     recipe, network = loaded.recipe, Network.of(loaded.recipe.model_config())
