@@ -7,8 +7,9 @@ row.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +78,17 @@ def decoded(model: LanguageModel) -> list[tuple[Cache, np.ndarray, np.ndarray]]:
     return found
 
 
-def replace(monkeypatch: pytest.MonkeyPatch, product: Product) -> None:
-    """Put another product in place of every one that rounds its activations."""
+@pytest.fixture
+def replace() -> Iterator[Callable[[Product], None]]:
+    """A function that puts another product in place of every one that rounds its activations."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield functools.partial(_replace, monkeypatch)
+    jax.clear_caches()
+
+
+def _replace(monkeypatch: pytest.MonkeyPatch, product: Product) -> None:
+    # Blocks that have been traced keep the products that they were traced with.
+    jax.clear_caches()
 
     def dense(x_MCK: jax.Array, weights: tuple[Q8_0, ...]) -> tuple[jax.Array, ...]:
         groups, k = x_MCK.shape[1:]
@@ -109,7 +119,7 @@ def rounded(x: np.ndarray, format: type[Quantized]) -> np.ndarray:
 
 
 @pytest.mark.long
-def test_every_step_is_its_arithmetic_in_float64(model, decoded, monkeypatch) -> None:
+def test_every_step_is_its_arithmetic_in_float64(model, decoded, replace) -> None:
     """Weights multiplied out, integers of activations in float64: what differs is the order of float32 sums.
 
     An activation that lies at the edge of two integers may fall on either side then, which shows at once: some rows may be off by
@@ -126,7 +136,7 @@ def test_every_step_is_its_arithmetic_in_float64(model, decoded, monkeypatch) ->
         shape = (*np.broadcast_shapes(x.shape[:-1], w.shape[:-2]), w.shape[-2])
         return jax.pure_callback(on_host, jax.ShapeDtypeStruct(shape, jnp.float32), x, w)
 
-    replace(monkeypatch, exact)
+    replace(exact)
     run = step(model)
     off = np.array([np.abs(run(cache, token)[1] - logits).max() for cache, token, logits in decoded])
     # Every quantised matrix of the file, once a step.
@@ -137,7 +147,7 @@ def test_every_step_is_its_arithmetic_in_float64(model, decoded, monkeypatch) ->
 
 
 @pytest.mark.long
-def test_rounding_costs_what_noise_of_a_step_costs(model, decoded, monkeypatch) -> None:
+def test_rounding_costs_what_noise_of_a_step_costs(model, decoded, replace) -> None:
     """Against the strict step from the same cache: as far off as when activations are moved at random within half a step.
 
     In the median over the rows, since few go to other experts or other compressed rows, and are off by much more.
@@ -154,7 +164,7 @@ def test_rounding_costs_what_noise_of_a_step_costs(model, decoded, monkeypatch) 
 
     exactly = step(model)
     strict = np.array([exactly(cache, token, strict=True)[1] for cache, token, _ in decoded])
-    replace(monkeypatch, moved)
+    replace(moved)
     run = step(model)
     noisy = np.array([run(cache, token)[1] for cache, token, _ in decoded])
     assert seen.keys() == {"Q8_0", "IQ2_XXS", "Q2_K", "Q4_K"}
