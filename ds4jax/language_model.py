@@ -349,15 +349,15 @@ def load(
     return from_checkpoint(checkpoint, qat=qat, cache=cache, max_draft=max_draft, progress=progress)
 
 
-def configured(checkpoint: Checkpoint, *, qat: bool | None = None, cache: str = "float32") -> Checkpoint:
-    """An opened model with what its user decides; arguments as for `load`.
+def configured(checkpoint: Checkpoint, *, qat: bool | None = None, cache: str | None = None) -> Checkpoint:
+    """An opened model with what its user decides, None for what is decided; arguments as for `load`.
 
     Raises:
         InputError: a cache that the model cannot have.
     """
     config = checkpoint.config
     try:
-        config = dataclasses.replace(config, qat=config.qat if qat is None else qat, cache=cache)
+        config = dataclasses.replace(config, qat=config.qat if qat is None else qat, cache=cache or config.cache)
     except ValueError as error:
         raise InputError(f"{checkpoint.path}: {error}") from None
     return dataclasses.replace(checkpoint, config=config)
@@ -367,7 +367,7 @@ def from_checkpoint(
     checkpoint: Checkpoint,
     *,
     qat: bool | None = None,
-    cache: str = "float32",
+    cache: str | None = None,
     max_draft: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:

@@ -7,14 +7,12 @@ import jax
 from ds4jax.buckets import BUCKETS, PREFILL
 from ds4jax.cache import OVERLAP_RATIO
 from ds4jax.config import Config
+from ds4jax.model.many_rows import SCORE_BYTES
+from pallas_kernels.grouped_matmul import MOST_VALUES
+from pallas_kernels.ops import MOST_TILE_VALUES
 
 # What a call may take beside weights and cache, however much there is.
 MOST_BYTES = 8_000_000_000
-# Weights multiplied out at a time: of experts in bfloat16, and of a dense matrix in float32.
-EXPERT_VALUES = 1 << 28
-DENSE_VALUES = 1 << 25
-# The scores of the rows that choose at once; a single row's are never cut.
-SCORE_BYTES = 1 << 28
 
 
 def call_bytes(config: Config, rows: int, capacity: int, *, logits: bool = False) -> int:
@@ -32,8 +30,10 @@ def call_bytes(config: Config, rows: int, capacity: int, *, logits: bool = False
     queries = config.n_heads * config.head_dim * (4 + 2 + 4)
     experts = config.n_active * (2 * config.dim + 2 * 2 * config.moe_dim + 4 * config.dim)
     stack = config.n_experts * config.moe_dim * config.dim
-    expanded = max(2 * min(stack, EXPERT_VALUES), 4 * DENSE_VALUES)
+    # Of experts in bfloat16, of a dense matrix in float32.
+    expanded = max(2 * min(stack, MOST_VALUES), 4 * MOST_TILE_VALUES)
     keys = capacity // OVERLAP_RATIO * 4 if OVERLAP_RATIO in config.layer_ratios else 0
+    # A single row's are never cut.
     scores = min(rows * keys, max(SCORE_BYTES, keys))
     # A layer's compressed rows as the tensor cores want them.
     compressed = capacity // OVERLAP_RATIO * config.head_dim * 2 if keys else 0

@@ -268,9 +268,7 @@ def _check_model(about: Header, model: LanguageModel, drafter: Drafter | None) -
     for field in sorted(config.keys() | about.config.keys()):
         ours, theirs = config.get(field), about.config.get(field)
         if ours != theirs:
-            raise InputError(
-                f"{path}: config: {field} is {theirs}, and {ours} in {name}; restore with the model it was saved with"
-            )
+            raise InputError(f"{path}: config: {field} is {theirs}, and {ours} in {name}; {_OTHER}")
     if about.max_draft != model.max_draft:
         advice = f"open the model with max_draft {about.max_draft}"
         raise InputError(f"{path}: max_draft: {about.max_draft}, and {model.max_draft} in {name}; {advice}")
@@ -281,9 +279,7 @@ def _check_model(about: Header, model: LanguageModel, drafter: Drafter | None) -
     if about.drafter != _class(drafter):
         raise InputError(f"{path}: drafter: {about.drafter}, and {_class(drafter)} here; give the one it was saved with")
     if about.fingerprint != model.fingerprint:
-        raise InputError(
-            f"{path}: fingerprint: not that of {name}, whose weights differ; restore with the model it was saved with"
-        )
+        raise InputError(f"{path}: fingerprint: not that of {name}, whose weights differ; {_OTHER}")
 
 
 def _check_tensors(file: Opened, about: Header, wanted: dict[str, Any]) -> None:

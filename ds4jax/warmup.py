@@ -20,7 +20,7 @@ from ds4jax.depth import Policy
 from ds4jax.drafter import MTPDrafter
 from ds4jax.errors import InputError
 from ds4jax.generation import nbytes
-from ds4jax.language_model import LanguageModel, configured
+from ds4jax.language_model import LanguageModel
 from ds4jax.loading import Checkpoint
 from ds4jax.model.parameters import build
 from ds4jax.prefill_plan import chunk_here
@@ -54,15 +54,12 @@ class Warm:
     kept: bool
 
 
-def without_weights(
-    checkpoint: Checkpoint, *, qat: bool | None = None, cache: str = "float32", max_draft: int | None = None
-) -> LanguageModel:
+def without_weights(checkpoint: Checkpoint, *, max_draft: int | None = None) -> LanguageModel:
     """An opened model with `jax.ShapeDtypeStruct` for weights: its programs can be compiled, and nothing is read or allocated.
 
     Raises:
-        InputError: `max_draft` is outside 0 to 4, or a cache that the model cannot have.
+        InputError: `max_draft` is outside 0 to 4.
     """
-    checkpoint = configured(checkpoint, qat=qat, cache=cache)
     model = build(checkpoint.config, ((tensor.name, tensor.abstract) for tensor in checkpoint.tensors))
     return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, no_mtp=checkpoint.no_mtp)
 

@@ -90,12 +90,17 @@ def passed(text: str) -> bool:
     return bool(lines and re.search(r"\b[1-9]\d* passed", lines[-1]))
 
 
-def kernels_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
-    """Times and bits of the kernels on every product of V4-Flash; writes `<slug>-kernels.json` and prints a table."""
+def _start_gpu() -> None:
+    """Set this process up for a part that computes."""
     from ds4jax import runtime
 
     runtime.configure()
     environment.require_gpu()
+
+
+def kernels_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
+    """Times and bits of the kernels on every product of V4-Flash; writes `<slug>-kernels.json` and prints a table."""
+    _start_gpu()
     from ds4jax.bench import bits, report
     from ds4jax.bench.kernels import ROWS, Bench
     from pallas_kernels.shapes import FLASH
@@ -111,10 +116,7 @@ def kernels_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
 
 def decode_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     """The decode step of the whole of V4-Flash; writes `<slug>-decode.json`, `.png` and `-decode-profile.txt`, prints tables."""
-    from ds4jax import runtime
-
-    runtime.configure()
-    environment.require_gpu()
+    _start_gpu()
     from ds4jax.bench import decode, decode_report, report
 
     content = decode.bench(decode.Options(strict=True, acceptance=(0.79, 0.58)), note)
@@ -130,10 +132,7 @@ def decode_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
 
 def load_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     """The load rate of a file of 4 GB beside `cat` and a page-locked copy; writes `<slug>-load.json` and prints it."""
-    from ds4jax import runtime
-
-    runtime.configure()
-    environment.require_gpu()
+    _start_gpu()
     from ds4jax.bench import load, report
 
     content = {**environment.describe(), **load.measure(LOAD_BYTES, note)}
@@ -144,10 +143,7 @@ def load_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
 
 def prefill_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     """Prompts of 4,096 and 32,768 tokens through the whole of V4-Flash; writes `<slug>-prefill.json` and prints tables."""
-    from ds4jax import runtime
-
-    runtime.configure()
-    environment.require_gpu()
+    _start_gpu()
     from ds4jax.bench import prefill, report
 
     content = prefill.bench(prefill.Options(), note)
@@ -158,10 +154,7 @@ def prefill_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
 
 def long_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     """Plain decode of V4-Flash from 2 thousand to a million rows with either cache; writes `<slug>-long.json`, prints a table."""
-    from ds4jax import runtime
-
-    runtime.configure()
-    environment.require_gpu()
+    _start_gpu()
     from ds4jax.bench import long, report
     from ds4jax.config import CACHES
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from ds4jax.bench import environment, profile, synthetic
+from ds4jax.bench import profile, synthetic
 from ds4jax.bench.programs import RUNS, Loop, Program, compiled, told
 from ds4jax.bench.traffic import step_bytes
+from ds4jax.bench.whole import Note, Row, Whole, finite, peak_bytes
 from ds4jax.buckets import capacity_for
 from ds4jax.decode import DecodeState
 from ds4jax.errors import InputError
@@ -29,9 +26,6 @@ from ds4jax.loading.plan import Plan, plan
 SCHEMA = 1
 PLAIN = Program(0)
 STRICT = Program(0, strict=True)
-
-Row = dict[str, Any]
-Note = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,39 +74,27 @@ class Options:
 
 def bench(options: Options, note: Note) -> Row:
     """Build, compile, time, profile and compare; returns the content of a result file."""
-    bandwidth = _bandwidth()
-    config = synthetic.config_of(options.layout, options.layers)
-    checkpoint = synthetic.checkpoint(config, options.layout)
-    began = time.perf_counter()
-    graph, weights = nnx.split(synthetic.synthetic(checkpoint))
-    jax.block_until_ready(weights)
-    built = time.perf_counter() - began
-    planned = plan(checkpoint, options.context, max_draft=options.most)
-    note(f"{planned.device / 1e9:.1f} GB of weights made in {built:.1f} s")
+    model = Whole.make(options.layout, options.layers, note)
+    config, bandwidth = model.config, model.bandwidth
+    planned = plan(model.checkpoint, options.context, max_draft=options.most)
     capacity = capacity_for(options.context + options.steps, config.max_context)
-    loops = compiled(options.programs, config, graph, weights, options.context, capacity)
+    loops = compiled(options.programs, config, model.graph, model.weights, options.context, capacity)
     for loop in loops.values():
         note(f"{loop.program.name}: traced in {loop.lower_seconds:.1f} s, compiled in {loop.compile_seconds:.1f} s")
     problems: list[str] = []
     rows = _timed(options, loops, planned, bandwidth, problems, note)
     lossless = _lossless(loops[Program(options.most)], options, note) if options.most else None
     profiles, kernels = _profiles(options, loops, bandwidth, problems, note)
-    whole = synthetic.LAYOUTS[options.layout].n_layers
     return {
         "schema": SCHEMA,
-        **environment.describe(),
-        "copy_gbps": round(bandwidth, 1) if bandwidth else None,
-        "layout": options.layout,
-        "layers": config.n_layers,
-        "slice": config.n_layers < whole,
-        "whole_layers": whole,
+        **model.fields(),
         "context": options.context,
         "capacity": capacity,
         "tokens": options.steps,
         "runs": RUNS,
         "weight_bytes": planned.device,
-        "build_seconds": round(built, 2),
-        "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        "build_seconds": round(model.seconds, 2),
+        "peak_bytes": peak_bytes(),
         "compiled": [_compiled(loop) for loop in loops.values()],
         "rows": rows,
         "simulated": _simulated(rows, options.acceptance),
@@ -126,11 +108,6 @@ def bench(options: Options, note: Note) -> Row:
 def good(content: Row) -> bool:
     """Whether everything was measured, and drafting said what plain decode says."""
     return not content["problems"] and (content["lossless"] is None or content["lossless"]["equal"])
-
-
-def _bandwidth() -> float | None:
-    """The copy bandwidth in GB/s, measured before the model takes the memory; None where the device is no GPU."""
-    return environment.copy_gbps() if jax.default_backend() == "gpu" else None
 
 
 def _compiled(loop: Loop) -> Row:
@@ -189,9 +166,8 @@ def _row(
 
 def _unusable(state: DecodeState, tokens: int) -> list[str]:
     """Why the random model's run says nothing: values that are not finite, or steps that are all alike."""
-    finite = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state.cache) if leaf.dtype == jnp.float32)
     marks = {tuple(mark) for mark in np.asarray(state.fingerprints)[:tokens].tolist()}
-    found = [] if finite else ["values that are not finite"]
+    found = [] if finite(state.cache) else ["values that are not finite"]
     return found if len(marks) > tokens // 2 else [*found, f"{len(marks)} different logits in {tokens} tokens"]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,13 +17,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ds4jax import decode
-from ds4jax.bench import environment, profile, synthetic
+from ds4jax.bench import synthetic
 from ds4jax.bench.programs import Program, arguments, filled, lower
+from ds4jax.bench.whole import Note, Row, Whole, finite, good, longest, peak_bytes
 from ds4jax.buckets import capacity_for
 from ds4jax.config import Config
 from ds4jax.decode import DecodeState
 from ds4jax.depth import Acceptance
 from ds4jax.errors import InputError
+from ds4jax.generation import nbytes
 from ds4jax.model.parameters import build
 from pallas_kernels.timing import device_events
 
@@ -33,8 +35,7 @@ PROFILED = 8
 TOP = 12
 PLAIN = Program(0)
 
-Row = dict[str, Any]
-Note = Callable[[str], None]
+__all__ = ["Options", "bench", "good", "show"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,35 +71,23 @@ class Options:
 
 def bench(options: Options, note: Note) -> Row:
     """Build, compile and time; returns the content of a result file."""
-    bandwidth = environment.copy_gbps() if jax.default_backend() == "gpu" else None
-    config = synthetic.config_of(options.layout, options.layers)
-    checkpoint = synthetic.checkpoint(config, options.layout)
-    _, weights = nnx.split(synthetic.synthetic(checkpoint))
-    jax.block_until_ready(weights)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-    note(f"{held / 1e9:.1f} GB of weights made")
+    model = Whole.make(options.layout, options.layers, note)
     problems: list[str] = []
     rows: list[Row] = []
     for kind in options.caches:
         # The weights are the same for either; what the model does with them is not.
-        config = dataclasses.replace(config, cache=kind)
-        graph, _ = nnx.split(build(config, ((tensor.name, jax.eval_shape(tensor.read)) for tensor in checkpoint.tensors)))
+        config, weights = dataclasses.replace(model.config, cache=kind), model.weights
+        graph, _ = nnx.split(build(config, ((tensor.name, tensor.abstract) for tensor in model.checkpoint.tensors)))
         for context, executable in _compiled(options, config, graph, weights):
             row = {"cache": kind, **_measured(options, config, weights, context, executable, problems)}
             base = rows[0]["tokens_per_second"] if rows else row["tokens_per_second"]
             rows.append({**row, "relative": round(row["tokens_per_second"] / base, 4)})
             note(f"{kind} cache, context {context}: {row['ms_per_step']:.3f} ms a step, {rows[-1]['relative']:.3f} of the speed")
-    whole = synthetic.LAYOUTS[options.layout].n_layers
     return {
         "schema": SCHEMA,
-        **environment.describe(),
-        "copy_gbps": round(bandwidth, 1) if bandwidth else None,
-        "layout": options.layout,
-        "layers": config.n_layers,
-        "slice": config.n_layers < whole,
-        "whole_layers": whole,
+        **model.fields(),
         "steps": options.steps,
-        "weight_bytes": held,
+        "weight_bytes": model.nbytes,
         "rows": rows,
         "problems": problems,
     }
@@ -128,14 +117,14 @@ def _again(state: DecodeState) -> DecodeState:
 def _measured(options: Options, config: Config, weights: nnx.State, context: int, executable: Any, problems: list[str]) -> Row:
     capacity = _capacity(options, config, context)
     state = jax.block_until_ready(filled(config, PLAIN, context, capacity))
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
+    cache_bytes = nbytes(state.cache)
     samples = []
     for _ in range(1 + RUNS):
         state = jax.block_until_ready(_again(state))
         began = time.perf_counter()
         state = jax.block_until_ready(executable(weights, state, *arguments(PLAIN, options.steps, 0)))
         samples.append(1e3 * (time.perf_counter() - began) / int(state.acceptance.steps))
-    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state.cache) if leaf.dtype == jnp.float32):
+    if not finite(state.cache):
         problems.append(f"context {context}: values that are not finite")
     ms = statistics.median(samples[1:])
     return {
@@ -146,8 +135,7 @@ def _measured(options: Options, config: Config, weights: nnx.State, context: int
         "tokens_per_second": round(1e3 / ms, 2),
         "cache_bytes": cache_bytes,
         "temporary_bytes": getattr(executable.memory_analysis(), "temp_size_in_bytes", None),
-        # The most that the process has had so far, at any time.
-        "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        "peak_bytes": peak_bytes(),
         "kernels": _profiled(weights, state, executable),
     }
 
@@ -157,13 +145,7 @@ def _profiled(weights: nnx.State, state: DecodeState, executable: Any) -> list[R
     if jax.default_backend() != "gpu":
         return []
     found = device_events(lambda: executable(weights, _again(state), *arguments(PLAIN, PROFILED, 0)))
-    keys = ("name", "calls", "us", "share")
-    return [{key: row[key] for key in keys} for row in profile.rows(found, PROFILED, None)[:TOP]]
-
-
-def good(content: Mapping[str, Any]) -> bool:
-    """Whether everything was measured."""
-    return not content["problems"]
+    return longest(found, PROFILED, TOP)
 
 
 def show(content: Mapping[str, Any]) -> None:

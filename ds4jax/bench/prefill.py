@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ds4jax import cache as caches
 from ds4jax import decode
-from ds4jax.bench import environment, profile, synthetic
+from ds4jax.bench import synthetic
+from ds4jax.bench.whole import Note, Row, Whole, finite, good, longest, peak_bytes, timed_compile
 from ds4jax.buckets import capacity_for
 from ds4jax.cache import Cache
 from ds4jax.config import Config
 from ds4jax.errors import InputError
+from ds4jax.generation import nbytes
 from pallas_kernels.timing import device_events
 
 SCHEMA = 1
@@ -32,8 +33,7 @@ RUNS = 2
 FOLLOWING = 128
 TOP = 15
 
-Row = dict[str, Any]
-Note = Callable[[str], None]
+__all__ = ["Options", "bench", "good", "show"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Prompt:
 
     def empty(self) -> Cache:
         """A cache without a row."""
-        return jax.block_until_ready(caches.empty(self.config, self.capacity))
+        return jax.block_until_ready(decode.start(self.config, self.capacity, 0, drafter=None, max_draft=0).cache)
 
     def call(self, cache: Cache, ids_T: jax.Array) -> Cache:
         """Take one chunk in; the cache is given away."""
@@ -118,53 +118,32 @@ def _tokens(config: Config, width: int, chunk: int) -> np.ndarray:
 
 def bench(options: Options, note: Note) -> Row:
     """Build, compile, time and profile; returns the content of a result file."""
-    gpu = jax.default_backend() == "gpu"
-    bandwidth = environment.copy_gbps() if gpu else None
-    config = synthetic.config_of(options.layout, options.layers)
-    graph, weights = nnx.split(synthetic.synthetic(synthetic.checkpoint(config, options.layout)))
-    jax.block_until_ready(weights)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-    note(f"{held / 1e9:.1f} GB of weights made")
+    model = Whole.make(options.layout, options.layers, note)
     problems: list[str] = []
-    rows = [_measured(prompt, held, problems, note) for prompt in _compiled(options, config, graph, weights)]
-    whole = synthetic.LAYOUTS[options.layout].n_layers
+    rows = [_measured(prompt, model.nbytes, problems, note) for prompt in _compiled(options, model)]
     return {
         "schema": SCHEMA,
-        **environment.describe(),
-        "copy_gbps": round(bandwidth, 1) if bandwidth else None,
-        "layout": options.layout,
-        "layers": config.n_layers,
-        "slice": config.n_layers < whole,
-        "whole_layers": whole,
+        **model.fields(),
         "chunk": options.chunk,
-        "weight_bytes": held,
+        "weight_bytes": model.nbytes,
         "rows": rows,
         "problems": problems,
     }
 
 
-def _compiled(options: Options, config: Config, graph: nnx.GraphDef, weights: nnx.State) -> list[Prompt]:
+def _compiled(options: Options, model: Whole) -> list[Prompt]:
     """A program for each length, compiled in a thread of its own while the next is traced."""
-
-    def compile(lowered: Any) -> tuple[Any, float]:
-        began = time.perf_counter()
-        return lowered.compile(), time.perf_counter() - began
-
-    call: Any = vars(decode.prefill)["__wrapped__"]
-    pending = []
+    config, pending = model.config, []
     with ThreadPoolExecutor(len(options.tokens)) as pool:
         for tokens in options.tokens:
             width = min(tokens, options.chunk)
             capacity = capacity_for(tokens + FOLLOWING, config.max_context)
-            cache = jax.eval_shape(lambda capacity=capacity: caches.empty(config, capacity))
-            ids_T = jax.ShapeDtypeStruct((width,), jnp.int32)
-            count = jax.ShapeDtypeStruct((), jnp.int32)
+            start = jax.eval_shape(lambda capacity=capacity: decode.start(config, capacity, 0, drafter=None, max_draft=0))
             began = time.perf_counter()
-            with jax.default_matmul_precision("highest"):
-                lowered = call.lower(graph, weights, cache, None, ids_T, ids_T, count, drafter=None, strict=False)
-            pending.append((tokens, width, time.perf_counter() - began, pool.submit(compile, lowered)))
+            lowered = decode.lower_prefill(model.graph, model.weights, start, width, drafter=None, strict=False)
+            pending.append((tokens, width, time.perf_counter() - began, pool.submit(timed_compile, lowered)))
         return [
-            Prompt(config, tokens, width, executable, weights, seconds, compile_seconds)
+            Prompt(config, tokens, width, executable, model.weights, seconds, compile_seconds)
             for tokens, width, seconds, future in pending
             for executable, compile_seconds in [future.result()]
         ]
@@ -176,13 +155,13 @@ def _measured(prompt: Prompt, held: int, problems: list[str], note: Note) -> Row
     for _ in range(RUNS):
         seconds, each, cache = prompt.run()
         runs.append((seconds, each))
-    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(cache) if leaf.dtype == jnp.float32):
+    if not finite(cache):
         problems.append(f"{prompt.tokens} tokens: values that are not finite")
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    cache_bytes = nbytes(cache)
     del cache
     seconds = statistics.median(seconds for seconds, _ in runs)
     analysis = prompt.executable.memory_analysis()
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    peak = peak_bytes()
     row: Row = {
         "tokens": prompt.tokens,
         "width": prompt.width,
@@ -192,7 +171,6 @@ def _measured(prompt: Prompt, held: int, problems: list[str], note: Note) -> Row
         "call_ms": [round(ms, 2) for ms in runs[-1][1]],
         "cache_bytes": cache_bytes,
         "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None),
-        # The most that the process has had so far, at any time.
         "peak_bytes": peak,
         "peak_beside": peak - held - cache_bytes if peak else None,
         "trace_seconds": round(prompt.lower_seconds, 2),
@@ -213,13 +191,7 @@ def _profiled(prompt: Prompt, problems: list[str]) -> list[Row]:
     if not found:
         problems.append(f"{prompt.tokens} tokens: the trace holds no kernels")
         return []
-    keys = ("name", "calls", "us", "share")
-    return [{key: row[key] for key in keys} for row in profile.rows(found, 1, None)[:TOP]]
-
-
-def good(content: Mapping[str, Any]) -> bool:
-    """Whether everything was measured."""
-    return not content["problems"]
+    return longest(found, 1, TOP)
 
 
 def show(content: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from flax import nnx
 from ds4jax import decode
 from ds4jax.bench.oracle import OracleDrafter
 from ds4jax.bench.synthetic import spread_numbers
+from ds4jax.bench.whole import timed_compile
 from ds4jax.config import Config
 from ds4jax.decode import DecodeState, Limits
 from ds4jax.depth import Policy
@@ -137,23 +138,19 @@ def arguments(program: Program, tokens: int, depth: int) -> tuple[Any, ...]:
     return Limits(most, most, jnp.array([NO_STOP], jnp.int32)), Sampling().arrays(), policy
 
 
-def lower(program: Program, graph: nnx.GraphDef, weights: nnx.State, start: DecodeState) -> Any:
+def lower(program: Program, graph: nnx.GraphDef, weights: nnx.State, start: DecodeState) -> jax.stages.Lowered:
     """The loop lowered for a state, of which the shapes are enough."""
-    # The function inside `precise`, which knows how to lower itself.
-    run: Any = vars(decode.run)["__wrapped__"]
-    static = {"drafter": program.drafter, "max_draft": program.max_draft, "strict": program.strict}
-    with jax.default_matmul_precision("highest"):
-        return run.lower(graph, weights, start, *arguments(program, 1, 0), **static)
+    lowered: jax.stages.Lowered = decode.lower_run(
+        graph, weights, start, *arguments(program, 1, 0),
+        drafter=program.drafter, max_draft=program.max_draft, strict=program.strict,
+    )  # fmt: skip
+    return lowered
 
 
 def compiled(
     programs: Sequence[Program], config: Config, graph: nnx.GraphDef, weights: nnx.State, context: int, capacity: int
 ) -> dict[Program, Loop]:
     """Compile all programs, each in a thread of its own while the next is traced."""
-
-    def compile(lowered: Any) -> tuple[Any, float]:
-        began = time.perf_counter()
-        return lowered.compile(), time.perf_counter() - began
 
     pending = []
     with ThreadPoolExecutor(len(programs)) as pool:
@@ -162,7 +159,7 @@ def compiled(
             began = time.perf_counter()
             lowered = lower(program, graph, weights, start)
             seconds = time.perf_counter() - began
-            pending.append((program, start, seconds, pool.submit(compile, lowered)))
+            pending.append((program, start, seconds, pool.submit(timed_compile, lowered)))
         return {
             program: Loop(program, config, executable, weights, start, lower_seconds, compile_seconds)
             for program, start, lower_seconds, future in pending

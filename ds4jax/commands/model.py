@@ -139,7 +139,7 @@ def open_model(options: argparse.Namespace, *, max_draft: int | None = None, pro
         runtime.configure()
         _say_plan(checkpoint, max_draft)
         startup.begin("load")
-        return from_checkpoint(checkpoint, qat=options.qat, cache=options.cache, max_draft=max_draft, progress=bar)
+        return from_checkpoint(checkpoint, max_draft=max_draft, progress=bar)
 
 
 def open_checkpoint(options: argparse.Namespace) -> Checkpoint:

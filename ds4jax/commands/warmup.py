@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         if not folder:
             raise InputError(f"{runtime.cache_dir()}: programs cannot be kept there; name another folder in DS4JAX_CACHE")
         checkpoint = models.open_checkpoint(options)
-        model = warmup.without_weights(checkpoint, qat=options.qat, cache=options.cache, max_draft=options.max_draft)
+        model = warmup.without_weights(checkpoint, max_draft=options.max_draft)
         context = options.context or min(CONTEXT, model.config.max_context)
         programs = warmup.programs(model, context, strict=options.strict, chunk=options.chunk)
     with models.counting_status("compiling", len(programs)) as note:
