@@ -23,8 +23,14 @@ def lowered_for_cuda(jitted: Any, *args: Any, **options: Any) -> str:
 
 
 def kernel_calls(text: str, name: str) -> int:
-    """How often a lowered program calls the Pallas kernel of this name."""
-    return sum("custom_call" in line and name in line for line in text.splitlines())
+    """How often a lowered program calls the Pallas kernel of this name.
+
+    A launch that several kernels share has their names joined by "__", and a kernel's name may end in its shape. The rest of a
+    launch's line is the kernel's program, with names of source files in it.
+    """
+    launches = re.findall(r'custom_call @__gpu\$xla\.gpu\.triton\(.*?\bname = "([^"]*)"', text)
+    parts = (part for launch in launches for part in launch.split("__"))
+    return sum(part == name or part.startswith(f"{name}_") for part in parts)
 
 
 def pallas_calls(text: str) -> int:
@@ -35,16 +41,13 @@ def pallas_calls(text: str) -> int:
 def executed_calls(text: str, name: str) -> int:
     """How often one run of a lowered program starts a kernel of this name; the body of a loop counts once.
 
-    A jitted function is lowered once however often it is called, so that calls are counted along the graph of functions. A launch
-    that several kernels share has their names joined by "__", and a kernel's name may end in its shape.
+    A jitted function is lowered once however often it is called, so that calls are counted along the graph of functions.
     """
     bodies = dict(re.findall(r"^  func\.func \w+ @([\w.]+)\((.*?)^  }", text, re.MULTILINE | re.DOTALL))
 
     @functools.cache
     def count(function: str) -> int:
-        launches = re.findall(r'custom_call @__gpu\$xla\.gpu\.triton\(.*?\bname = "([^"]*)"', bodies[function])
-        parts = (part for launch in launches for part in launch.split("__"))
         called = re.findall(r"\bcall @([\w.]+)\(", bodies[function])
-        return sum(part == name or part.startswith(f"{name}_") for part in parts) + sum(map(count, called))
+        return kernel_calls(bodies[function], name) + sum(map(count, called))
 
     return count("main")

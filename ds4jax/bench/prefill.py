@@ -19,7 +19,8 @@ from flax import nnx
 
 from ds4jax import decode
 from ds4jax.bench import synthetic
-from ds4jax.bench.whole import Note, Row, Whole, finite, good, longest, peak_bytes, timed_compile
+from ds4jax.bench.programs import timed_compile
+from ds4jax.bench.whole import Note, Row, Whole, finite, good, longest, peak_bytes
 from ds4jax.buckets import capacity_for
 from ds4jax.cache import Cache
 from ds4jax.config import Config

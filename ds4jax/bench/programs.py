@@ -18,7 +18,6 @@ from flax import nnx
 from ds4jax import decode
 from ds4jax.bench.oracle import OracleDrafter
 from ds4jax.bench.synthetic import spread_numbers
-from ds4jax.bench.whole import timed_compile
 from ds4jax.config import Config
 from ds4jax.decode import DecodeState, Limits
 from ds4jax.depth import Policy
@@ -47,6 +46,12 @@ class Program:
     def drafter(self) -> OracleDrafter | None:
         """Who drafts in it; static."""
         return OracleDrafter() if self.max_draft else None
+
+
+def timed_compile(lowered: jax.stages.Lowered) -> tuple[Any, float]:
+    """The compiled program and the seconds that it took, for threads that compile while others trace."""
+    began = time.perf_counter()
+    return lowered.compile(), time.perf_counter() - began
 
 
 def randomised(tree: Any, name: str) -> Any:

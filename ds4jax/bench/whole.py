@@ -91,12 +91,6 @@ def longest(found: Sequence[tuple[str, float]], runs: int, most: int) -> list[Ro
     return [{key: row[key] for key in keys} for row in profile.rows(found, runs, None)[:most]]
 
 
-def timed_compile(lowered: jax.stages.Lowered) -> tuple[Any, float]:
-    """The compiled program and the seconds that it took, for threads that compile while others trace."""
-    began = time.perf_counter()
-    return lowered.compile(), time.perf_counter() - began
-
-
 def good(content: Row) -> bool:
     """Whether everything was measured."""
     return not content["problems"]
