@@ -31,6 +31,7 @@ def configure() -> None:
     _claim_memory()
     _collect_less()
     _keep_programs()
+    _forget_callers()
 
 
 def _claim_memory() -> None:
@@ -78,3 +79,16 @@ def _keep_programs() -> None:
     # having compiled in under a second, which is jax's default, or for its size.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _forget_callers() -> None:
+    """Let programs not say which lines of Python they come from.
+
+    A Pallas kernel's program has these lines in it and is part of the key under which the whole program is kept. What jax traces
+    once for several kernels names the first of them, so that the same step would be compiled again after other work, or in another
+    checkout.
+    """
+    import jax
+
+    if "JAX_TRACEBACK_IN_LOCATIONS_LIMIT" not in os.environ:
+        jax.config.update("jax_traceback_in_locations_limit", 0)

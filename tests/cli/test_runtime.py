@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from cuda import kernel_calls, lowered_for_cuda
 
 from ds4jax import runtime
+from pallas_kernels import swiglu
 from pallas_kernels.activation import quantize
+from pallas_kernels.formats import BLOCK
 
 
 def test_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,3 +76,17 @@ def test_a_kernel_does_not_tell_who_called_it() -> None:
 
     assert one() == another()
     assert kernel_calls(one(), "q8_activation") == 1
+
+
+def test_a_kernel_does_not_tell_which_was_traced_before_it() -> None:
+    """What several kernels call with the same shapes is traced once, for the first of them."""
+    values = jax.ShapeDtypeStruct((4, swiglu.BLOCKS_A_PROGRAM * BLOCK), jnp.float32)
+
+    def one() -> str:
+        return lowered_for_cuda(jax.jit(functools.partial(swiglu.swiglu, limit=10.0)), values, values)
+
+    jax.clear_caches()
+    alone = one()
+    jax.clear_caches()
+    lowered_for_cuda(jax.jit(lambda x: quantize(x)), values)
+    assert one() == alone
