@@ -85,8 +85,8 @@ def _forget_callers() -> None:
     """Let programs not say which lines of Python they come from.
 
     A Pallas kernel's program has these lines in it and is part of the key under which the whole program is kept. What jax traces
-    once for several kernels names the first of them, so that the same step would be compiled again after other work, or in another
-    checkout.
+    once for several kernels names the first of them, so that the same step would be compiled again after other work, or in a
+    checkout elsewhere.
     """
     import jax
 

@@ -282,6 +282,7 @@ def test_the_shipped_model_draws_from_its_own_joint_distribution(count):
     assert p_value(observed_continuations(count), probability) > LEAST_P
 
 
+@pytest.mark.long
 def test_the_same_seed_says_the_same_however_it_is_read():
     def text(seed: int, draft: int, budget: int | None) -> list[int]:
         sampling = Sampling(1.0, top_p=0.95, seed=seed)

@@ -75,6 +75,7 @@ def test_chunks_of_any_size_say_the_same(chunk):
     assert_bits_equal(golden_model().logits(ids, chunk=chunk, strict=True)["logits"], logits)
 
 
+@pytest.mark.long
 def test_chunks_with_simulated_rounding():
     assert_close(scored(7, qat=True), arrays("golden")["qat_logits"], 1e-3)
 

@@ -100,6 +100,7 @@ def test_around_the_real_window_and_blocks(length, right):
     check(tiny(), length, 7, [right, MOST - right] * (STEPS // 2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("right", [[4] * STEPS, [0] * STEPS, [1, 3] * (STEPS // 2), [2] * STEPS])
 def test_at_the_end_of_the_context(right):
     model = golden()

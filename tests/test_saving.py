@@ -65,7 +65,7 @@ for i in range(10**9):
 """
 
 
-@pytest.mark.parametrize("max_draft", [0, 2])
+@pytest.mark.parametrize("max_draft", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_killed_and_restored_it_says_what_it_would_have_said(max_draft: int, tmp_path: Path) -> None:
     paths = [tmp_path / "greedy", tmp_path / "sampled"]
     with child(SAVES_UNTIL_KILLED, max_draft, *paths) as process:

@@ -155,14 +155,14 @@ def test_prompts_that_the_model_cannot_take(
 def test_logits(capsys: pytest.CaptureFixture[str], model: ds4jax.LanguageModel, tmp_path: Path) -> None:
     path = tmp_path / "scores"
     path.write_text("an older file")
-    out, _ = output(capsys, "logits", "--prompt", PROMPT, "--mtp", "--decode-from", "2", "--out", path)
+    out, _ = output(capsys, "logits", "--prompt", PROMPT, "--mtp", "--decode-from", "2", "--strict", "--out", path)
     ids = model.encode(PROMPT)
     with np.load(path) as arrays:
         assert set(arrays) == {"ids", "logits", "mtp_logits"}
         assert arrays["ids"].dtype == np.int32
         assert arrays["logits"].dtype == arrays["mtp_logits"].dtype == np.float32
         assert arrays["mtp_logits"].shape == (len(ids) - 1, model.config.vocab_size)
-        for name, expected in model.logits(ids, decode_from=2, mtp=True).items():
+        for name, expected in model.logits(ids, decode_from=2, mtp=True, strict=True).items():
             np.testing.assert_array_equal(arrays[name], expected)
     assert out == ""
     assert list(tmp_path.iterdir()) == [path]
@@ -199,6 +199,7 @@ def test_eval(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert f"{told['mtp_agreement']:.1%}" in shown
 
 
+@pytest.mark.long
 def test_eval_of_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(output(capsys, "eval", "--json")[0])
     assert told["bytes"] == HELDOUT.stat().st_size

@@ -125,6 +125,7 @@ def test_a_loop_that_can_draft_needs_the_block_too(capsys: pytest.CaptureFixture
     assert "no MTP block" in refused(capsys, "--model", without_mtp, "--draft", "0", "--max-draft", "2")
 
 
+@pytest.mark.long
 def test_without_the_block_nothing_is_drafted(capsys: pytest.CaptureFixture[str], without_mtp: Path) -> None:
     plain = told(capsys, "--model", without_mtp)
     assert (plain["draft"], plain["steps"]) == (0, NEW_TOKENS)

@@ -188,13 +188,13 @@ def test_wrong_input_is_one_line(
 
 
 def test_folder_with_a_run_is_not_overwritten(
-    trained: Path, micro_options: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, micro_options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (trained / "run" / checkpoint.STATE).read_bytes()
+    (tmp_path / checkpoint.STATE).write_bytes(b"hours of work")
     with pytest.raises(SystemExit):
-        run(*micro_options, "--out", trained / "run")
+        run(*micro_options, "--out", tmp_path)
     assert "holds a run already" in capsys.readouterr().err
-    assert (trained / "run" / checkpoint.STATE).read_bytes() == before
+    assert (tmp_path / checkpoint.STATE).read_bytes() == b"hours of work"
 
 
 def test_file_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
