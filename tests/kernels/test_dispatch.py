@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from cuda import executed_calls, kernel_calls, lowered_for_cuda, pallas_calls
 from flax import nnx
+from jax.typing import DTypeLike
 from numerics import assert_bits_equal
 from quantized import random_blocks
 
@@ -30,6 +31,8 @@ from pallas_kernels import attention_prefill, grouped_matmul, ops
 from pallas_kernels.dispatch import DECODE_ROWS, OPT_OUT, Choice, choose
 from pallas_kernels.formats import BLOCK, IQ2_XXS, Q2_K, Q8_0
 from pallas_kernels.q8_matmul import MOST_ROWS, NAME
+
+matmul = jax.jit(ops.matmul, static_argnames="strict")
 
 # Per layer: q_a + kv, q_b, o_a, o_b, shared gate + up, shared down.
 CALLS_A_LAYER = 6
@@ -145,6 +148,14 @@ def test_the_opt_out_is_a_reason(monkeypatch, rows, path):
     assert choose(rows, True, strict=False) == Choice(path, path, f"{OPT_OUT}=1")
 
 
+def ones(*shape: int, dtype: DTypeLike = np.float32) -> np.ndarray:
+    return np.ones(shape, dtype)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
 def weight(n: int = 8, k: int = 64) -> Q8_0:
     return Q8_0.quantize(np.ones((n, k)))
 
@@ -152,16 +163,16 @@ def weight(n: int = 8, k: int = 64) -> Q8_0:
 @pytest.mark.parametrize(
     ("x", "w", "options", "said"),
     [
-        (jnp.ones((2, 32)), weight(), {}, "weight"),
-        (jnp.ones(64), weight(), {}, "x is"),
-        (jnp.ones((0, 64)), weight(), {}, "x is"),
-        (jnp.ones((2, 64), jnp.bfloat16), weight(), {}, "x is"),
-        (jnp.ones((2, 64), jnp.int32), weight(), {}, "x is"),
-        (jnp.ones((2, 64)), jnp.ones((8, 2, 64)), {}, "weight"),
-        (jnp.ones((2, 64)), weight(), {"implementation": "cuda"}, "implementation"),
-        (jnp.ones((2, 64)), jnp.ones((8, 64)), {"implementation": "pallas"}, "implementation"),
-        (jnp.ones((40, 64)), weight(), {"implementation": "interpret"}, "implementation"),
-        (jnp.ones((2, 64)), weight(), {"implementation": "pallas", "strict": True}, "implementation"),
+        (ones(2, 32), weight(), {}, "weight"),
+        (ones(64), weight(), {}, "x is"),
+        (ones(0, 64), weight(), {}, "x is"),
+        (ones(2, 64, dtype=jnp.bfloat16), weight(), {}, "x is"),
+        (ones(2, 64, dtype=np.int32), weight(), {}, "x is"),
+        (ones(2, 64), ones(8, 2, 64), {}, "weight"),
+        (ones(2, 64), weight(), {"implementation": "cuda"}, "implementation"),
+        (ones(2, 64), ones(8, 64), {"implementation": "pallas"}, "implementation"),
+        (ones(40, 64), weight(), {"implementation": "interpret"}, "implementation"),
+        (ones(2, 64), weight(), {"implementation": "pallas", "strict": True}, "implementation"),
     ],
 )
 def test_bad_arguments_are_named(x, w, options, said):
@@ -171,9 +182,9 @@ def test_bad_arguments_are_named(x, w, options, said):
 
 def test_bad_groups():
     with pytest.raises(ValueError, match="groups"):
-        ops.grouped_matmul(jnp.ones((1, 3, 64)), weight(8), strict=False)
+        ops.grouped_matmul(ones(1, 3, 64), weight(8), strict=False)
     with pytest.raises(ValueError, match="x is"):
-        ops.grouped_matmul(jnp.ones((3, 64)), weight(9), strict=False)
+        ops.grouped_matmul(ones(3, 64), weight(9), strict=False)
 
 
 @pytest.mark.parametrize("shape", [(8, 33), (8,), (4, 48)])
@@ -185,28 +196,29 @@ def test_quantize_needs_whole_blocks(shape):
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 20, 40])
 def test_strict_is_the_float_product(rows):
     w = Q8_0.quantize(np.random.default_rng(0).normal(size=(48, 64)))
-    x = jax.random.normal(jax.random.key(0), (rows, 64))
+    x = normal(1, rows, 64)
     expected = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
-    np.testing.assert_allclose(ops.matmul(x, w, strict=True), expected, atol=1e-4)
+    np.testing.assert_allclose(matmul(x, w, strict=True), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 40])
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_a_narrow_float_weight_is_widened_before_the_product(dtype, strict, rows):
-    w = jax.random.normal(jax.random.key(1), (24, 64)).astype(dtype)
-    x = jax.random.normal(jax.random.key(0), (rows, 64))
-    found = ops.matmul(x, w, strict=strict)
-    assert_bits_equal(found, ops.matmul(x, w.astype(jnp.float32), strict=strict))
-    np.testing.assert_allclose(found, np.asarray(x, np.float64) @ np.asarray(w.astype(jnp.float32), np.float64).T, atol=1e-5)
+    w, x = normal(1, 24, 64).astype(dtype), normal(0, rows, 64)
+    found = matmul(x, w, strict=strict)
+    assert_bits_equal(found, matmul(x, w.astype(np.float32), strict=strict))
+    np.testing.assert_allclose(found, x.astype(np.float64) @ w.astype(np.float64).T, atol=1e-5)
 
 
 def test_a_large_weight_is_multiplied_out_in_tiles(monkeypatch):
     monkeypatch.setattr(ops, "MOST_TILE_VALUES", 64 * 12)
     w = Q8_0.quantize(np.random.default_rng(0).normal(size=(48, 64)))
-    x = jax.random.normal(jax.random.key(0), (DECODE_ROWS + 8, 64))
+    x = normal(1, DECODE_ROWS + 8, 64)
     expected = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
-    np.testing.assert_allclose(ops.matmul(x, w, strict=False), expected, atol=1e-4)
+    # Jitted here, since the bound is read while tracing.
+    tiled = jax.jit(lambda x, w: ops.matmul(x, w, strict=False))
+    np.testing.assert_allclose(tiled(x, w), expected, atol=1e-4)
 
 
 def dots(text: str) -> set[tuple[str, str]]:
@@ -233,8 +245,8 @@ def test_many_rows_take_the_tensor_cores_with_narrow_weights_only(strict):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_a_product_of_sums_of_two_bfloat16_on_a_gpu(dtype):
     """Of each operand sixteen digits are kept, and of their product what two small parts make is left out."""
-    w, x = jax.random.normal(jax.random.key(1), (256, 1024)).astype(dtype), jax.random.normal(jax.random.key(0), (512, 1024))
-    found = jax.jit(functools.partial(ops.matmul, strict=False))(x, w)
+    w, x = normal(1, 256, 1024).astype(dtype), normal(0, 512, 1024)
+    found = np.asarray(matmul(x, w, strict=False))
     wide, x = np.asarray(w, np.float64), np.asarray(x, np.float64)
     assert (abs(found - x @ wide.T) <= 4 * 2.0**-17 * (abs(x) @ abs(wide).T)).all()
 
@@ -243,8 +255,8 @@ def test_a_product_of_sums_of_two_bfloat16_on_a_gpu(dtype):
 def test_a_product_in_bfloat16(monkeypatch, groups):
     monkeypatch.setattr(ops, "MOST_TILE_VALUES", 64 * 12)
     w = Q8_0.quantize(np.random.default_rng(0).normal(size=(48, 64)))
-    x = jax.random.normal(jax.random.key(0), (DECODE_ROWS + 8, groups, 64))
-    [found] = ops._narrow_dots(x, (w,))
+    x = normal(1, DECODE_ROWS + 8, groups, 64)
+    [found] = jax.jit(lambda x, w: ops._narrow_dots(x, (w,)))(x, w)
     wide = np.asarray(w.dequantize(), np.float64).reshape(groups, -1, 64)
     expected, terms = (np.einsum("mck,cnk->mcn", a, b) for a, b in ((np.asarray(x, np.float64), wide), (abs(x), abs(wide))))
     # Each factor is rounded to eight digits; a hundredth on top for the product of both errors and the sums in float32.
@@ -254,11 +266,10 @@ def test_a_product_in_bfloat16(monkeypatch, groups):
 def experts(form: str) -> tuple[Experts, tuple[jax.ShapeDtypeStruct, ...]]:
     """Experts of 256 by 256 with weights of a type, and abstract rows, choices and weights of a prefill."""
     config = dataclasses.replace(SMALL_Q2, dim=256, moe_dim=256)
-    made = Experts(config, rngs=nnx.Rngs(0))
-    for name, one in (("w1", made.w1), ("w2", made.w2), ("w3", made.w3)):
-        if form == "quantised":
-            format = Q2_K if name == "w2" else IQ2_XXS
-            one.weight.set_value(format.from_bytes(random_blocks(format, one.weight.get_value().shape)))
+    made = nnx.eval_shape(lambda: Experts(config, rngs=nnx.Rngs(0)))
+    for seed, (name, one) in enumerate((("w1", made.w1), ("w2", made.w2), ("w3", made.w3))):
+        shape, format = one.weight.get_value().shape, Q2_K if name == "w2" else IQ2_XXS
+        one.weight.set_value(format.from_bytes(random_blocks(format, shape)) if form == "quantised" else normal(seed, *shape))
     rows = [((64, 256), "float32"), ((64, 2), "int32"), ((64, 2), "float32")]
     return made, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in rows)
 
