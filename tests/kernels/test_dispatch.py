@@ -46,10 +46,13 @@ def model() -> ds4jax.LanguageModel:
 def decode_step(model: ds4jax.LanguageModel, *, strict: bool, max_draft: int = 0) -> str:
     """The compiled loop's program for CUDA."""
     drafter = MTPDrafter() if max_draft else None
-    state = decode.start(model.config, 512, 0, drafter=drafter, max_draft=max_draft)
-    limits = Limits(jnp.int32(1), jnp.int32(1), jnp.zeros(1, jnp.int32))
-    policy = Policy(jnp.int32(0), jnp.ones(1 + max_draft, jnp.float32))
-    arguments = (model.graph, model.weights, state, limits, Sampling().arrays(), policy)
+
+    def inputs() -> tuple:
+        state = decode.start(model.config, 512, 0, drafter=drafter, max_draft=max_draft)
+        limits = Limits(jnp.int32(1), jnp.int32(1), jnp.zeros(1, jnp.int32))
+        return state, limits, Sampling().arrays(), Policy(jnp.int32(0), jnp.ones(1 + max_draft, jnp.float32))
+
+    arguments = (model.graph, model.weights, *jax.eval_shape(inputs))
 
     # A function of its own: the gate is read while tracing, and a cached trace would hide what the environment says now.
     def fresh(*arguments, **options):
@@ -105,7 +108,8 @@ def test_the_opt_out_flips_it(model, monkeypatch):
 
 
 def test_prefill_of_many_rows_takes_the_library_product(model):
-    cache, ids, count = caches.empty(model.config, 512), jnp.zeros(128, jnp.int32), jnp.int32(128)
+    cache = jax.eval_shape(lambda: caches.empty(model.config, 512))
+    ids, count = np.zeros(128, np.int32), np.int32(128)
     arguments = (model.graph, model.weights, cache, None, ids, ids, count, count)
     text = lowered_for_cuda(extend.__wrapped__, *arguments, strict=False, want_logits=False)
     assert executed_calls(text, NAME) == 0
@@ -256,7 +260,7 @@ def test_a_product_in_bfloat16(monkeypatch, groups):
     monkeypatch.setattr(ops, "MOST_TILE_VALUES", 64 * 12)
     w = Q8_0.quantize(np.random.default_rng(0).normal(size=(48, 64)))
     x = normal(1, DECODE_ROWS + 8, groups, 64)
-    [found] = jax.jit(lambda x, w: ops._narrow_dots(x, (w,)))(x, w)
+    found = np.asarray(jax.jit(lambda x, w: ops._narrow_dots(x, (w,))[0])(x, w))
     wide = np.asarray(w.dequantize(), np.float64).reshape(groups, -1, 64)
     expected, terms = (np.einsum("mck,cnk->mcn", a, b) for a, b in ((np.asarray(x, np.float64), wide), (abs(x), abs(wide))))
     # Each factor is rounded to eight digits; a hundredth on top for the product of both errors and the sums in float32.

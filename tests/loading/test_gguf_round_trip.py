@@ -52,7 +52,7 @@ def test_values_equal_the_gguf_packages(options: dict, tmp_path: Path) -> None:
         found = value.dequantize() if isinstance(value, Q8_0) else value
         assert found.shape == tensor.shape
         expected = theirs.data if tensor.stored == "I32" else gguf.quants.dequantize(theirs.data, theirs.tensor_type)
-        np.testing.assert_array_equal(np.asarray(found.astype(expected.dtype)), expected.reshape(tensor.shape))
+        np.testing.assert_array_equal(np.asarray(found).astype(expected.dtype), expected.reshape(tensor.shape))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
@@ -61,7 +61,7 @@ def test_stored_values_are_the_given_ones(options: dict, tmp_path: Path) -> None
     given = write_small(path, **options)
     for tensor in open_checkpoint(path).tensors:
         value, expected = tensor.read(), given[tensor.name]
-        found = np.asarray((value.dequantize() if isinstance(value, Q8_0) else value).astype(expected.dtype))
+        found = np.asarray(value.dequantize() if isinstance(value, Q8_0) else value).astype(expected.dtype)
         # Half a step of the type, relative to the largest value; for Q8_0 also that of its float16 scale.
         bound = {"Q8_0": 1 / 254 + 2.0**-11, "F16": 2.0**-11, "BF16": 2.0**-8}.get(tensor.stored, 0)
         assert np.abs(found - expected).max() <= bound * np.abs(expected).max(), tensor.name
@@ -77,7 +77,7 @@ def test_halves_compute_as_the_float32_values_that_they_are(strict: bool, tmp_pa
     halves = {name for name, value in narrow.items() if isinstance(value, jax.Array) and value.dtype == jnp.float16}
     assert {"embed.weight", "hc_head_fn", "layers.1.ffn.gate.weight", "layers.1.attn.compressor.ape"} < halves
     assert {"layers.1.attn.compressor.wkv.weight", "layers.1.attn.indexer.wq_b.weight", "mtp.0.hc_attn_fn"} < halves
-    wide = {name: value.astype(jnp.float32) if name in halves else value for name, value in narrow.items()}
+    wide = {name: jnp.asarray(np.asarray(value, np.float32)) if name in halves else value for name, value in narrow.items()}
     wider = LanguageModel(build(model.config, wide.items()), None)
     ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, 24)
     found, expected = (one.logits(ids, decode_from=20, mtp=True, strict=strict) for one in (model, wider))
@@ -104,7 +104,7 @@ def test_a_model_given_as_q8_0_and_bfloat16_is_stored_as_it_is(tmp_path: Path) -
     def narrow(name: str, value: np.ndarray) -> jax.Array | Q8_0 | np.ndarray:
         if "experts" in name:
             return Q8_0.quantize(value)
-        return jnp.asarray(value, jnp.bfloat16) if ".attn.wq_" in name else value
+        return jnp.asarray(value.astype(jnp.bfloat16)) if ".attn.wq_" in name else value
 
     given = {name: narrow(name, value) for name, value in random_tensors(SMALL).items()}
     path = tmp_path / "small.gguf"
@@ -112,7 +112,7 @@ def test_a_model_given_as_q8_0_and_bfloat16_is_stored_as_it_is(tmp_path: Path) -
     for tensor in open_checkpoint(path).tensors:
         expected, found = given[tensor.name], tensor.read()
         if isinstance(expected, Q8_0 | jax.Array):
-            assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and jnp.array_equal(a, b), found, expected))
+            assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), found, expected))
 
 
 MIXED = dataclasses.replace(SMALL, dim=256, moe_dim=256)

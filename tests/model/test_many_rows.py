@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cuda import executed_calls, lowered_for_cuda
+from flax import nnx
 
 from ds4jax import cache as caches
 from ds4jax.bench import synthetic
@@ -46,40 +47,47 @@ def test_kernels_equal_the_modules_on_a_gpu(layers, layer, start):
 
 
 def check(layers: list[attention.Attention], layer: int, start: int, *, interpret: bool) -> None:
-    attend, rows = layers[layer], Rows.following(jnp.int32(start), 24, 19)
-    held = randomised(caches.empty(KINDS, 512).layers[layer], "held")
-    random = functools.partial(jax.random.normal, dtype=jnp.float32)
-    key = jax.random.split(jax.random.key(layer), 4)
-    x_TD, q_low_TL, kv_TQ = (
-        random(k, (24, n)) for k, n in zip(key[:3], (KINDS.dim, KINDS.q_lora_rank, KINDS.head_dim), strict=True)
-    )
-    q_THQ = random(key[3], (24, KINDS.n_heads, KINDS.head_dim))
-    q_THQ *= rms_scale(q_THQ, 1e-6)
-
-    @jax.jit
-    def both() -> tuple[jax.Array, jax.Array]:
-        cache = attend._take_in(x_TD, kv_TQ, rows, held, attention.ignore)
-        index = attend.indexer.queries(x_TD, q_low_TL, rows) if cache.indexer is not None else None
-        segments = [attend._window(kv_TQ, rows, held.window, cache.window)]
-        segments += attend._compressed(index, rows, cache, attention.ignore)
-        sink, scale = attend.attn_sink.get_value().astype(jnp.float32), KINDS.head_dim**-0.5
-        wanted, _ = attention.attend(q_THQ, segments, sink, scale)
-        kernels = functools.partial(many_rows.attend, KINDS, attend.ratio, sink, kv_TQ, index, rows, held.window, cache)
-        return kernels(q_THQ, interpret=interpret), wanted
-
+    random = np.random.default_rng(layer)
+    x_TD, q_low_TL, kv_TQ = (random.standard_normal((24, n), np.float32) for n in (KINDS.dim, KINDS.q_lora_rank, KINDS.head_dim))
+    q_THQ = random.standard_normal((24, KINDS.n_heads, KINDS.head_dim), np.float32)
+    graph, weights = nnx.split(layers[layer])
     with jax.default_matmul_precision("highest"):
-        made, wanted = both()
-    np.testing.assert_allclose(made[:19], wanted[:19], rtol=0, atol=CLOSE * float(jnp.abs(wanted).max()))
+        results = both(graph, weights, np.int32(start), x_TD, q_low_TL, kv_TQ, q_THQ, held(layer), interpret=interpret)
+    made, wanted = (np.asarray(result)[:19] for result in results)
+    np.testing.assert_allclose(made, wanted, rtol=0, atol=CLOSE * np.abs(wanted).max())
+
+
+@functools.partial(jax.jit, static_argnames="layer")
+def held(layer: int) -> caches.LayerCache:
+    return randomised(caches.empty(KINDS, 512).layers[layer], "held")
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "interpret"))
+def both(
+    graph: nnx.GraphDef, weights: nnx.State, start: jax.Array, x_TD: jax.Array, q_low_TL: jax.Array, kv_TQ: jax.Array,
+    q_THQ: jax.Array, held: caches.LayerCache, *, interpret: bool,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """What the kernels make of the rows after `start`, and what the modules do."""
+    attend, rows = nnx.merge(graph, weights), Rows.following(start, 24, 19)
+    q_THQ = q_THQ * rms_scale(q_THQ, 1e-6)
+    cache = attend._take_in(x_TD, kv_TQ, rows, held, attention.ignore)
+    index = attend.indexer.queries(x_TD, q_low_TL, rows) if cache.indexer is not None else None
+    segments = [attend._window(kv_TQ, rows, held.window, cache.window)]
+    segments += attend._compressed(index, rows, cache, attention.ignore)
+    sink, scale = attend.attn_sink.get_value().astype(jnp.float32), KINDS.head_dim**-0.5
+    wanted, _ = attention.attend(q_THQ, segments, sink, scale)
+    kernels = functools.partial(many_rows.attend, KINDS, attend.ratio, sink, kv_TQ, index, rows, held.window, cache)
+    return kernels(q_THQ, interpret=interpret), wanted
 
 
 def test_many_rows_of_one_sequence_are_served(monkeypatch):
     serves = functools.partial(many_rows.serves, weight=jax.ShapeDtypeStruct((64, 64), jnp.bfloat16))
-    rows = Rows.following(jnp.int32(0), 9, 9)
+    rows, few = (jax.eval_shape(lambda n=n: Rows.following(jnp.int32(0), n, n)) for n in (9, 8))
     assert serves(KINDS, rows)
     assert not many_rows.serves(KINDS, rows, jax.ShapeDtypeStruct((64, 64), jnp.float32))
-    assert not serves(KINDS, Rows.following(jnp.int32(0), 8, 8))
+    assert not serves(KINDS, few)
     assert not serves(KINDS, dataclasses.replace(rows, strict=True))
-    assert not serves(KINDS, dataclasses.replace(rows, start=jnp.zeros(2, jnp.int32)))
+    assert not serves(KINDS, dataclasses.replace(rows, start=np.zeros(2, np.int32)))
     assert not serves(dataclasses.replace(KINDS, head_dim=72), rows)
     monkeypatch.setenv(OPT_OUT, "1")
     assert not serves(KINDS, rows)
@@ -87,10 +95,12 @@ def test_many_rows_of_one_sequence_are_served(monkeypatch):
 
 @pytest.mark.parametrize(("strict", "kind"), [(False, "float32"), (True, "float32"), (False, "narrow")])
 def test_in_the_lowered_prefill(layers, strict, kind):
-    attend, rows = layers[1], Rows.following(jnp.int32(0), 32, 32, strict=strict)
+    attend = layers[1]
     cache = jax.eval_shape(lambda: caches.empty(dataclasses.replace(KINDS, cache=kind), 512).layers[1])
     text = lowered_for_cuda(
-        jax.jit(lambda x, cache: attend(x, rows, cache)), jax.ShapeDtypeStruct((32, KINDS.dim), jnp.float32), cache
+        jax.jit(lambda x, cache: attend(x, Rows.following(jnp.int32(0), 32, 32, strict=strict), cache)),
+        jax.ShapeDtypeStruct((32, KINDS.dim), jnp.float32),
+        cache,
     )
     assert executed_calls(text, attention_prefill.NAME) == (0 if strict else 1)
     assert executed_calls(text, indexer.NAMES[-1]) == (0 if strict else 1)
