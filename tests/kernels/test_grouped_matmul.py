@@ -128,7 +128,7 @@ def expected(x: np.ndarray, chosen: np.ndarray, share: np.ndarray, gate: Quantiz
 
 @functools.cache
 def program(tile: GroupedTile, interpret: bool, most_values: int) -> Callable[..., jax.Array]:
-    """One for each bound that a test may put in place of the module's, which is read while tracing."""
+    """One for each value that MOST_VALUES has in a test, since it is read while tracing."""
     assert most_values == grouped_matmul.MOST_VALUES
     return jax.jit(functools.partial(grouped_matmul.experts, limit=LIMIT, tile=tile, interpret=interpret))
 
