@@ -28,11 +28,12 @@ CLOSE = 3e-6
 CLOSE_ON_GPU = 2e-5
 
 
-def in_halves(x: jax.Array, still: int) -> jax.Array:
+def in_halves(x: Any, still: int) -> Any:
     """Rows that float16 holds."""
-    return x.astype(jnp.float16).astype(jnp.float32)
+    return x.astype(np.float16).astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def as_trained(x: jax.Array, still: int) -> jax.Array:
     """Rows as a model has them: FP8 but for the columns that turn."""
     return jnp.concatenate([rounding.fp8(x[..., :still]), x[..., still:]], axis=-1)
@@ -59,22 +60,23 @@ class Case:
     window: int = 40
     ring: int = 47
 
-    def operands(self, finish: Any = in_halves) -> tuple[Any, ...]:
-        """Operands of `attend`, with rows as `finish` leaves them."""
-        m, keys = len(self.position), jax.random.split(jax.random.key(self.dim + self.stored), 8)
-        normal = functools.partial(jax.random.normal, dtype=jnp.float32)
-        position = jnp.asarray(self.position, jnp.int32)
-        angle = position.astype(jnp.float32)[:, None] * jnp.exp(-jnp.arange(self.rope // 2, dtype=jnp.float32))[None, :]
-        ring, rows = normal(keys[2], (1, self.ring, self.dim)), normal(keys[3], (1, self.stored, self.dim))
+    def operands(self, finish: Any = in_halves, normal: Any = None) -> tuple[Any, ...]:
+        """Operands of `attend`, with rows as `finish` leaves them; floats are random or what `normal` makes of a shape."""
+        m, random = len(self.position), np.random.default_rng([self.dim, self.stored])
+        normal = normal or functools.partial(random.standard_normal, dtype=np.float32)
+        position = np.asarray(self.position, np.int32)
+        angle = position.astype(np.float32)[:, None] * np.exp(-np.arange(self.rope // 2, dtype=np.float32))[None, :]
+        ring, rows = normal((1, self.ring, self.dim)), normal((1, self.stored, self.dim))
         ring, rows = (finish(x, self.dim - self.rope) for x in (ring, rows))
         compressed: Leading | Chosen | None = None
         if self.leading:
-            compressed = Leading(rows, jnp.asarray(self.leading, jnp.int32))
+            compressed = Leading(rows, np.asarray(self.leading, np.int32))
         if self.chosen:
-            index = jax.random.randint(keys[4], (m, self.chosen), -self.stored // 2, self.stored, jnp.int32)
-            compressed = Chosen(rows, jnp.maximum(index, -1).at[0].set(-1))
-        q, sink = normal(keys[0], (m, self.heads * self.dim)) * 3, normal(keys[1], (self.heads,))
-        return q, sink, jnp.cos(angle), jnp.sin(angle), ring, position, jnp.full(1, self.end, jnp.int32), compressed
+            index = np.maximum(random.integers(-self.stored // 2, self.stored, (m, self.chosen), np.int32), np.int32(-1))
+            index[0] = -1
+            compressed = Chosen(rows, index)
+        q, sink = normal((m, self.heads * self.dim)) * 3, normal(self.heads)
+        return q, sink, np.cos(angle), np.sin(angle), ring, position, np.full(1, self.end, np.int32), compressed
 
     @property
     def options(self) -> dict[str, Any]:
@@ -150,22 +152,26 @@ def test_the_reference_is_the_model(kind):
     config = golden_config()
     case = Case((33, 34, 35), 36, heads=config.n_heads, dim=config.head_dim, rope=config.rope_dim, window=16, ring=20, stored=12)
     case = dataclasses.replace(case, **{"leading": {"leading": (8, 0, 9)}, "chosen": {"chosen": 6}}.get(kind, {}))
-    q, sink, _, _, ring, position, end, compressed = case.operands()
     frequencies = inverse_frequencies(config, compressed=True)
-    angle = position.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)
-    q_THQ = q.reshape(3, config.n_heads, -1)
-    q_THQ = rotate(q_THQ * rms_scale(q_THQ, EPS), position, frequencies)
-    held, _ = ring_positions(case.ring, end)
-    age = position[:, None] - held[None, :]
-    segments = [(ring[0], (age >= 0) & (age < case.window) & (held >= 0)[None, :])]
-    if isinstance(compressed, Leading):
-        segments.append((compressed.rows[0], jnp.arange(12, dtype=jnp.int32)[None, :] < compressed.visible[:, None]))
-    if isinstance(compressed, Chosen):
-        segments.append((compressed.rows[0][jnp.maximum(compressed.index, 0)], compressed.index >= 0))
-    expected, _ = model.attend(q_THQ, segments, sink, case.dim**-0.5)
-    expected = rotate(expected, position, frequencies, inverse=True).reshape(3, -1)
-    out = attend_reference(q, sink, jnp.cos(angle), jnp.sin(angle), ring, position, end, compressed, **case.options)
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+    @jax.jit
+    def by_the_model(q, sink, ring, position, end, compressed):
+        q_THQ = q.reshape(3, config.n_heads, -1)
+        q_THQ = rotate(q_THQ * rms_scale(q_THQ, EPS), position, frequencies)
+        held, _ = ring_positions(case.ring, end)
+        age = position[:, None] - held[None, :]
+        segments = [(ring[0], (age >= 0) & (age < case.window) & (held >= 0)[None, :])]
+        if isinstance(compressed, Leading):
+            segments.append((compressed.rows[0], jnp.arange(12, dtype=jnp.int32)[None, :] < compressed.visible[:, None]))
+        if isinstance(compressed, Chosen):
+            segments.append((compressed.rows[0][jnp.maximum(compressed.index, 0)], compressed.index >= 0))
+        expected, _ = model.attend(q_THQ, segments, sink, case.dim**-0.5)
+        return rotate(expected, position, frequencies, inverse=True).reshape(3, -1)
+
+    q, sink, _, _, ring, position, end, compressed = case.operands()
+    angle = position.astype(np.float32)[:, None] * frequencies
+    out = case.expect(q, sink, np.cos(angle), np.sin(angle), ring, position, end, compressed)
+    np.testing.assert_allclose(out, by_the_model(q, sink, ring, position, end, compressed), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["part of the ring", "wrapped", "leading rows", "chosen rows"])
@@ -174,14 +180,16 @@ def test_what_no_row_sees_may_hold_anything(name):
     case = CASES[name]
     *args, compressed = case.operands()
     clean, _ = case.call(*args, compressed)
-    position, last = np.asarray(args[5]), case.end - 1
+    position, last = args[5], case.end - 1
     held = last - (last - np.arange(case.ring)) % case.ring
     seen = (held >= 0) & (held <= position.max()) & (held > position.min() - case.window)
-    args[4] = jnp.where(jnp.asarray(seen)[None, :, None], args[4], jnp.nan)
+    args[4] = np.where(seen[None, :, None], args[4], np.float32(np.nan))
     if compressed is not None:
         unseen = np.arange(case.stored)
-        unseen = unseen[max(case.leading) :] if case.leading else np.setdiff1d(unseen, np.asarray(compressed.index))
-        compressed = dataclasses.replace(compressed, rows=compressed.rows.at[0, unseen].set(jnp.nan))
+        unseen = unseen[max(case.leading) :] if case.leading else np.setdiff1d(unseen, compressed.index)
+        rows = compressed.rows.copy()
+        rows[0, unseen] = np.nan
+        compressed = dataclasses.replace(compressed, rows=rows)
     assert not seen.all()
     assert_bits_equal(case.call(*args, compressed)[0], clean)
 
@@ -200,7 +208,7 @@ def check_rows(case: Case, counts: tuple[int, ...], *, interpret: bool) -> None:
 
     def parts(rows: slice, end: int) -> list[np.ndarray]:
         own = row_of(args, rows)
-        out, quantized = case.call(*own[:6], jnp.full(1, end, jnp.int32), own[7], interpret=interpret)
+        out, quantized = case.call(*own[:6], np.full(1, end, np.int32), own[7], interpret=interpret)
         return [np.asarray(x) for x in (out, quantized.quants, quantized.scales)]
 
     # A row alone is also the last in the cache, with the rows that follow it not there yet.
@@ -214,10 +222,13 @@ def check_rows(case: Case, counts: tuple[int, ...], *, interpret: bool) -> None:
                 )
 
 
+_narrow_rows = jax.jit(narrow_rows, static_argnums=1)
+
+
 def with_narrow_rows(case: Case, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same operands, compressed rows narrow."""
     *others, compressed = args
-    return *others, dataclasses.replace(compressed, rows=narrow_rows(compressed.rows, case.rope))
+    return *others, dataclasses.replace(compressed, rows=_narrow_rows(compressed.rows, case.rope))
 
 
 def check_narrow(case: Case, *, interpret: bool) -> None:
@@ -268,7 +279,7 @@ def test_each_row_has_the_bits_of_the_row_alone(case):
 def test_lowers_for_cuda(name, m):
     case = FLASH_CASES[name]
     case = dataclasses.replace(case, position=case.position[:1] * m, leading=case.leading[:1] * m, stored=max(case.stored, 1))
-    args = jax.eval_shape(case.operands)
+    args = jax.eval_shape(functools.partial(case.operands, normal=jnp.zeros))
     text = lowered_for_cuda(jax.jit(functools.partial(attend, groups=8, **case.options)), *args)
     assert kernel_calls(text, SPLIT_NAME) == 1
     assert kernel_calls(text, COMBINE_NAME) == 1
@@ -277,7 +288,7 @@ def test_lowers_for_cuda(name, m):
 @pytest.mark.parametrize("name", ["chosen", "leading", "long"])
 def test_narrow_rows_lower_for_cuda(name):
     case = FLASH_CASES[name]
-    args = jax.eval_shape(lambda: with_narrow_rows(case, case.operands(as_trained)))
+    args = jax.eval_shape(lambda: with_narrow_rows(case, case.operands(as_trained, jnp.zeros)))
     text = lowered_for_cuda(jax.jit(functools.partial(attend, groups=8, **case.options)), *args)
     assert kernel_calls(text, SPLIT_NAME) == 1
 
@@ -307,7 +318,7 @@ def test_narrow_rows_of_many_spans_on_a_gpu():
     case = of("flash long")
     args = case.operands(as_trained)
     wide, narrow = (case.call(*given, interpret=False)[0] for given in (args, with_narrow_rows(case, args)))
-    np.testing.assert_allclose(narrow, wide, rtol=0, atol=CLOSE_ON_GPU * float(jnp.abs(wide).max()))
+    np.testing.assert_allclose(narrow, wide, rtol=0, atol=CLOSE_ON_GPU * np.abs(wide).max())
 
 
 @pytest.mark.gpu

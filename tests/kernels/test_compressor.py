@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cuda import kernel_calls, lowered_for_cuda
+from flax import nnx
 from numerics import assert_bits_equal, golden_config
 
 from ds4jax.cache import CompressorCache, Rows
@@ -44,45 +45,42 @@ class Case:
         return 2 if self.ratio == 4 else 1
 
     @functools.cached_property
-    def inputs(self) -> tuple[jax.Array, ...]:
+    def inputs(self) -> tuple[np.ndarray, ...]:
         """values, gates, ape, norm."""
-        keys = jax.random.split(jax.random.key(self.ratio + self.width), 4)
         channels = self.overlap * self.width
-        values, gates = (jax.random.normal(key, (self.tokens, channels), jnp.float32) for key in keys[:2])
-        ape = jax.random.normal(keys[2], (self.ratio, channels), jnp.float32)
-        return values, 2 * gates, ape, 1 + 0.2 * jax.random.normal(keys[3], (self.width,), jnp.float32)
+        normal = functools.partial(np.random.default_rng([self.ratio, self.width]).standard_normal, dtype=np.float32)
+        values, gates = normal((self.tokens, channels)), normal((self.tokens, channels))
+        return values, 2 * gates, normal((self.ratio, channels)), 1 + np.float32(0.2) * normal(self.width)
 
-    def angles(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        frequency = 1.0 / 100.0 ** (jnp.arange(self.rope // 2, dtype=jnp.float32) / (self.rope // 2))
-        angle = position.astype(jnp.float32)[:, None] * frequency
-        return jnp.cos(angle), jnp.sin(angle)
+    def angles(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        frequency = 1 / np.float32(100) ** (np.arange(self.rope // 2, dtype=np.float32) / (self.rope // 2))
+        angle = position.astype(np.float32)[:, None] * frequency
+        return np.cos(angle), np.sin(angle)
 
     @functools.cached_property
     def expected(self) -> np.ndarray:
         """Every row of the sequence by the reference."""
-        first = self.ratio * jnp.arange(self.tokens // self.ratio, dtype=jnp.int32)
-        reference = functools.partial(compressor.reference_rows, ratio=self.ratio, eps=EPS, finish=self.finish)
-        return np.asarray(jax.jit(reference)(*self.inputs, *self.angles(first)))
+        first = self.ratio * np.arange(self.tokens // self.ratio, dtype=np.int32)
+        return np.asarray(_reference_rows(*self.inputs, *self.angles(first), ratio=self.ratio, eps=EPS, finish=self.finish))
 
     def state(self) -> State:
         """An empty cache, full of what must not be read."""
-        ring = jnp.full((1, self.overlap * self.ratio + self.most, self.overlap * self.width), jnp.nan, jnp.float32)
-        return ring, ring, self.kept(jnp.full((1, self.tokens // self.ratio + 2, self.width), jnp.nan, jnp.float32))
+        ring = np.full((1, self.overlap * self.ratio + self.most, self.overlap * self.width), np.nan, np.float32)
+        return ring, ring, self.kept(np.full((1, self.tokens // self.ratio + 2, self.width), np.nan, np.float32))
 
-    def kept(self, rows: jax.Array) -> Stored:
+    def kept(self, rows: Any) -> Stored:
         """Rows in the form that the cache has."""
         if not self.narrow:
             return rows
-        return narrow_rows(rows, self.rope) if self.finish == "fp8" else narrow_keys(rows)
+        return _narrow_rows(rows, self.rope) if self.finish == "fp8" else _narrow_keys(rows)
 
     def call(self, state: State, start: int, rows: int, live: int, *, interpret: bool = True) -> State:
         """The rows from `start` on, the last of `rows` - `live` of them clones."""
-        offset = jnp.minimum(jnp.arange(rows, dtype=jnp.int32), live - 1)
-        position = start + offset
+        position = start + np.minimum(np.arange(rows, dtype=np.int32), live - 1)
         values, gates, ape, norm = self.inputs
-        alive = (jnp.arange(rows) < live).astype(jnp.int32)
+        alive = (np.arange(rows) < live).astype(np.int32)
         own = (values[position], gates[position], ape, norm, *self.angles(position - (self.ratio - 1)))
-        return _compress(*own, *state, position, alive, jnp.full(1, start, jnp.int32), self.ratio, self.finish, interpret)
+        return _compress(*own, *state, position, alive, np.full(1, start, np.int32), self.ratio, self.finish, interpret)
 
     def run(self, rows: int, live: int, *, interpret: bool = True) -> State:
         """The whole sequence in calls of `rows` of which `live` are."""
@@ -98,6 +96,13 @@ def _compress(*args):
     return compressor.compress(*operands, ratio=ratio, eps=EPS, finish=finish, interpret=interpret)
 
 
+_reference_rows = jax.jit(compressor.reference_rows, static_argnames=("ratio", "eps", "finish"))
+_narrow_rows = jax.jit(narrow_rows, static_argnums=1)
+_narrow_keys = jax.jit(narrow_keys)
+_fp8 = jax.jit(fake_quant.fp8)
+_expanded = jax.jit(expanded)
+
+
 def assert_state(case: Case, state: State, tolerance: float, what: str) -> None:
     """Rows within `tolerance` of the reference's, rings exact: the last tokens, untouched slots still poisoned."""
     values, gates, rows = (np.asarray(array)[0] for array in state)
@@ -107,9 +112,9 @@ def assert_state(case: Case, state: State, tolerance: float, what: str) -> None:
     assert np.isnan(rows[count:]).all(), f"{what}: rows behind the last block"
     ring = values.shape[0]
     expected = np.full((2, *values.shape), np.nan, np.float32)
-    bias = np.asarray(case.inputs[2])
+    bias = case.inputs[2]
     for t in range(max(0, case.tokens - ring), case.tokens):
-        expected[:, t % ring] = case.inputs[0][t], np.asarray(case.inputs[1])[t] + bias[t % case.ratio]
+        expected[:, t % ring] = case.inputs[0][t], case.inputs[1][t] + bias[t % case.ratio]
     assert_bits_equal(values, expected[0])
     assert_bits_equal(gates, expected[1])
 
@@ -153,7 +158,7 @@ def test_narrow_rows_hold_the_same_values(case):
     for array, leaf in zip(jax.tree.leaves(narrow[2]), jax.tree.leaves(expected), strict=True):
         assert_bits_equal(array, leaf)
     count = case.tokens // case.ratio
-    assert_bits_equal(expanded(narrow[2])[0, :count], np.asarray(wide[2])[0, :count])
+    assert_bits_equal(np.asarray(_expanded(narrow[2]))[0, :count], np.asarray(wide[2])[0, :count])
 
 
 @pytest.mark.parametrize("ratio", [4, 16])
@@ -164,30 +169,29 @@ def test_the_reference_is_the_model(ratio, qat):
     values, gates, ape, norm = case.inputs
     channels = values.shape[1]
     config = dataclasses.replace(golden_config(), dim=2 * channels, rope_dim=case.rope)
-    module = Compressor(config, ratio, case.width, rngs=OneKey(jax.random.key(0)))
-    module.ape.set_value(ape)
-    module.norm.weight.set_value(norm)
-    module.wkv.weight.set_value(jnp.eye(channels, 2 * channels, dtype=jnp.float32))
-    module.wgate.weight.set_value(jnp.eye(channels, 2 * channels, channels, dtype=jnp.float32))
+    module = nnx.eval_shape(lambda: Compressor(config, ratio, case.width, rngs=OneKey(jax.random.key(0))))
+    module.ape.set_value(jnp.asarray(ape))
+    module.norm.weight.set_value(jnp.asarray(norm))
+    module.wkv.weight.set_value(jnp.asarray(np.eye(channels, 2 * channels, dtype=np.float32)))
+    module.wgate.weight.set_value(jnp.asarray(np.eye(channels, 2 * channels, channels, dtype=np.float32)))
     rows = Rows.following(jnp.int32(0), case.tokens, case.tokens, strict=True)
-    cache = CompressorCache(
-        *(jnp.zeros(shape, jnp.float32) for shape in ((1, 0, channels), (1, 0, channels), (1, 3, case.width)))
-    )
+    cache = CompressorCache(*(np.zeros(shape, np.float32) for shape in ((1, 0, channels), (1, 0, channels), (1, 3, case.width))))
     finish = functools.partial(finish_keys, dataclasses.replace(config, qat=qat))
-    result = module(jnp.concatenate([values, gates], axis=1), rows, cache, finish=finish)
-    first = ratio * jnp.arange(3, dtype=jnp.int32)
-    angle = first.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config, compressed=True))
-    expected = compressor.reference_rows(
-        values, gates, ape, norm, jnp.cos(angle), jnp.sin(angle), ratio=ratio, eps=config.norm_eps, finish=case.finish
+    call = jax.jit(functools.partial(module, finish=finish))
+    result = call(np.concatenate([values, gates], axis=1), rows, cache)
+    first = ratio * np.arange(3, dtype=np.int32)
+    angle = first.astype(np.float32)[:, None] * inverse_frequencies(config, compressed=True)
+    expected = _reference_rows(
+        values, gates, ape, norm, np.cos(angle), np.sin(angle), ratio=ratio, eps=config.norm_eps, finish=case.finish
     )
-    np.testing.assert_allclose(result.rows[0], expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(np.asarray(result.rows)[0], expected, rtol=0, atol=2e-6)
 
 
 def test_the_reference_rounds_as_the_model():
     case = SMALL[0]
     rows = dataclasses.replace(case, finish="none").expected
     still = case.width - case.rope
-    assert_bits_equal(case.expected[:, :still], fake_quant.fp8(jnp.asarray(rows[:, :still])))
+    assert_bits_equal(case.expected[:, :still], _fp8(rows[:, :still]))
     assert (case.expected[:, :still] != rows[:, :still]).any()
 
 

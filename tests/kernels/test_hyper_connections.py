@@ -39,7 +39,7 @@ def case(d: int, kind: int, dtype: str) -> dict[str, Any]:
     scale = np.float32([0.9, 0.7, 1.1][: 3 if kind == ENTER else 1])
     return {
         "state": (h, outputs[0], outputs[1], 1 + np.tanh(post), comb / comb.sum(1, keepdims=True)),
-        "parameters": (jnp.asarray(fn / np.sqrt(d)).astype(dtype), scale, base, weight),
+        "parameters": (np.float32(fn / np.sqrt(d)).astype(jnp.dtype(dtype)), scale, base, weight),
     }
 
 
@@ -58,7 +58,7 @@ def kernels(
     given: dict[str, Any], outputs: int, format: Any, *, rows: slice = slice(None), interpret: bool = True
 ) -> dict[str, Any]:
     """What `enter` or `leave`, whichever the parameters are for, makes of some of a case's rows."""
-    h, *ys, post, comb = (jnp.asarray(array[rows]) for array in given["state"])
+    h, *ys, post, comb = (array[rows] for array in given["state"])
     mixing = (post, comb) if outputs else (None, None)
     return call(h, tuple(ys[:outputs]), *mixing, given["parameters"], format, interpret)
 
@@ -76,7 +76,7 @@ def reference(state, parameters, outputs):
 
 def check(given: dict[str, Any], outputs: int, format: Any, *, interpret: bool) -> None:
     made = kernels(given, outputs, format, interpret=interpret)
-    for name, want in reference(tuple(map(jnp.asarray, given["state"])), given["parameters"], outputs).items():
+    for name, want in reference(given["state"], given["parameters"], outputs).items():
         array, want = np.asarray(made[name]), np.asarray(want)
         assert array.shape == want.shape
         rows = np.abs(array - want).reshape(ROWS, -1).max(1) / np.abs(want).reshape(ROWS, -1).max(1)
@@ -85,12 +85,13 @@ def check(given: dict[str, Any], outputs: int, format: Any, *, interpret: bool) 
 
 def check_rows(given: dict[str, Any], outputs: int, format: Any, *, counts: tuple[int, ...], interpret: bool) -> None:
     def parts(rows: slice) -> list[Any]:
-        return jax.tree_util.tree_leaves_with_path(kernels(given, outputs, format, rows=rows, interpret=interpret))
+        made = kernels(given, outputs, format, rows=rows, interpret=interpret)
+        return jax.tree_util.tree_leaves_with_path(jax.tree.map(np.asarray, made))
 
     alone = [parts(slice(m, m + 1)) for m in range(max(counts))]
     for count in counts:
         for i, (path, array) in enumerate(parts(slice(count))):
-            differing = [m for m in range(count) if np.asarray(array[m]).tobytes() != np.asarray(alone[m][i][1][0]).tobytes()]
+            differing = [m for m in range(count) if array[m].tobytes() != alone[m][i][1][0].tobytes()]
             name = f"{jax.tree_util.keystr(path)} of {array.shape}, {outputs} outputs"
             assert not differing, f"{name}: rows {differing} of {count} differ from the same rows alone"
 
@@ -139,23 +140,34 @@ def test_each_row_has_the_bits_of_the_row_alone(programs, counts):
 def test_the_kernels_are_the_model():
     config = golden_config()
     made = kernels(**DRAFTING)
-    h, first, second, post, comb = map(jnp.asarray, DRAFTING["given"]["state"])
-    fn, scale, base, weight = DRAFTING["given"]["parameters"]
-    alone = hc.expand(h, outputs=(first, second), post=post, comb=comb)
-    h = model.expand(first + second, h, post, comb)
-    np.testing.assert_allclose(alone, h, rtol=CLOSE, atol=CLOSE)
-    pre, post, comb = model.split(model.mixes(h, fn, 1e-6), scale, base, config)
-    x = model.collapse(h, pre)
+    h, first, second, post, comb = DRAFTING["given"]["state"]
+
+    @jax.jit
+    def by_the_model(h, first, second, post, comb, parameters):
+        fn, scale, base, weight = parameters
+        h = model.expand(first + second, h, post, comb)
+        pre, post, comb = model.split(model.mixes(h, fn, 1e-6), scale, base, config)
+        x = model.collapse(h, pre)
+        return {"h": h, "post": post, "comb": comb, "x": x * rms_scale(x, 1e-6) * weight}
+
+    expected = by_the_model(h, first, second, post, comb, DRAFTING["given"]["parameters"])
+    alone = jax.jit(hc.expand)(h, outputs=(first, second), post=post, comb=comb)
+    np.testing.assert_allclose(alone, expected["h"], rtol=CLOSE, atol=CLOSE)
     assert (config.hc_iters, config.hc_eps) == (SINKHORN, SETTINGS["eps"])
-    for name, want in {"h": h, "post": post, "comb": comb, "x": x * rms_scale(x, 1e-6) * weight}.items():
+    for name, want in expected.items():
         np.testing.assert_allclose(made[name], want, rtol=CLOSE, atol=CLOSE, err_msg=name)
 
 
 def test_the_kernels_are_the_models_head():
     config = dataclasses.replace(golden_config(), norm_eps=1e-6)
-    fn, scale, base, weight = PLAIN_HEAD["given"]["parameters"]
-    x = model.head(jnp.asarray(PLAIN_HEAD["given"]["state"][0]), fn, scale, base, config)
-    np.testing.assert_allclose(kernels(**PLAIN_HEAD)["x"], x * rms_scale(x, 1e-6) * weight, rtol=CLOSE, atol=CLOSE)
+
+    @jax.jit
+    def by_the_model(h, fn, scale, base, weight):
+        x = model.head(h, fn, scale, base, config)
+        return x * rms_scale(x, 1e-6) * weight
+
+    expected = by_the_model(PLAIN_HEAD["given"]["state"][0], *PLAIN_HEAD["given"]["parameters"])
+    np.testing.assert_allclose(kernels(**PLAIN_HEAD)["x"], expected, rtol=CLOSE, atol=CLOSE)
 
 
 def test_streams_that_cancel_stay_finite():
@@ -168,7 +180,7 @@ def test_streams_that_cancel_stay_finite():
     assert np.isfinite(kernels(**PLAIN | {"given": given})["x"]).all()
 
 
-@pytest.mark.parametrize("change", [{"h": jnp.zeros((1, 4, 96))}, {"h": jnp.zeros((1, 2, 512))}, {"h": jnp.zeros((1, 4, 512))}])
+@pytest.mark.parametrize("change", [{"h": np.zeros(shape, np.float32)} for shape in ((1, 4, 96), (1, 2, 512), (1, 4, 512))])
 def test_shapes_that_do_not_fit_are_named(change):
     fn, scale, base, weight = case(256, ENTER, "float32")["parameters"]
     arguments = {**SETTINGS, **change}

@@ -35,33 +35,37 @@ class Case:
     rope: int = 32
 
     @functools.cached_property
-    def inputs(self) -> tuple[jax.Array, ...]:
+    def inputs(self) -> tuple[np.ndarray, ...]:
         """q, weights, cos, sin, keys."""
-        parts = jax.random.split(jax.random.key(self.keys + self.topk), 4)
-        q = jax.random.normal(parts[0], (self.rows, self.heads * self.dim), jnp.float32)
-        weights = jax.random.normal(parts[1], (self.rows, self.heads), jnp.float32)
-        angle = jax.random.uniform(parts[2], (self.rows, self.rope // 2), jnp.float32, 0, 6.3)
-        keys = jax.random.normal(parts[3], (self.keys, self.dim), jnp.float32)
-        keys = finishing.reference_fp4(keys) if self.qat else keys
+        random = np.random.default_rng([self.keys, self.topk])
+        q = random.standard_normal((self.rows, self.heads * self.dim), np.float32)
+        weights = random.standard_normal((self.rows, self.heads), np.float32)
+        angle = random.uniform(0, 6.3, (self.rows, self.rope // 2)).astype(np.float32)
+        keys = random.standard_normal((self.keys, self.dim), np.float32)
+        keys = np.array(_reference_fp4(keys)) if self.qat else keys
         copies = self.keys // 3
-        return q, weights, jnp.cos(angle), jnp.sin(angle), keys.at[-copies:].set(keys[:copies])[None]
+        keys[-copies:] = keys[:copies]
+        return q, weights, np.cos(angle), np.sin(angle), keys[None]
 
     def call(self, visible: list[int], *, interpret: bool = True, first: int = 0) -> np.ndarray:
         """The choice for rows from `first` on, one for each number of visible keys."""
         *rows, keys = self.inputs
         mine = [array[first : first + len(visible)] for array in rows]
         options = {"topk": self.topk, "qat": self.qat, "interpret": interpret}
-        return np.asarray(_index(*mine, keys, jnp.asarray(visible, jnp.int32), **options))
+        return np.asarray(_index(*mine, keys, np.asarray(visible, np.int32), **options))
 
     def expected(self, visible: list[int]) -> np.ndarray:
         """The choice by the reference."""
-        score = _reference_scores(*self.inputs, qat=self.qat)[: len(visible)]
-        return np.asarray(indexer.reference_select(score, jnp.asarray(visible, jnp.int32), topk=self.topk))
+        score = np.asarray(_reference_scores(*self.inputs, qat=self.qat))[: len(visible)]
+        return np.asarray(_reference_select(score, np.asarray(visible, np.int32), topk=self.topk))
 
 
 _index = jax.jit(indexer.index, static_argnames=("topk", "qat", "interpret"))
 _reference_scores = jax.jit(indexer.reference_scores, static_argnames="qat")
+_reference_select = jax.jit(indexer.reference_select, static_argnames="topk")
+_reference_fp4 = jax.jit(finishing.reference_fp4)
 _select = jax.jit(indexer.select, static_argnames=("topk", "keys", "interpret"))
+_narrow_keys = jax.jit(narrow_keys)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +91,9 @@ def test_equal_keys_keep_the_lower_index():
     *rows, keys = case.inputs
     score = np.asarray(_reference_scores(*rows, keys, qat=True))[0]
     low, middle, high = (int(np.argsort(score)[i]) for i in (5, 30, 55))
-    copies = keys[0][jnp.asarray([middle] * 4 + [high, middle, low] + [middle] * 33)][None]
-    chosen = _index(*rows, copies, jnp.full(1, 40, jnp.int32), topk=8, qat=True, interpret=True)
-    np.testing.assert_array_equal(chosen[0], [0, 1, 2, 3, 4, 5, 7, 8])
+    copies = keys[:, [middle] * 4 + [high, middle, low] + [middle] * 33]
+    chosen = _index(*rows, copies, np.full(1, 40, np.int32), topk=8, qat=True, interpret=True)
+    np.testing.assert_array_equal(chosen, [[0, 1, 2, 3, 4, 5, 7, 8]])
 
 
 @pytest.mark.parametrize("qat", [True, False])
@@ -113,7 +117,7 @@ def _score(
     q, *rows = (array[first : first + len(visible)] for array in case.inputs[:4])
     q, keys = q.reshape(len(visible), case.heads, case.dim), case.inputs[4] if keys is None else keys
     options = {"topk": case.topk, "qat": case.qat, "interpret": interpret}
-    return _queries_and_scores(q, *rows, keys, jnp.asarray(visible, jnp.int32), **options)
+    return _queries_and_scores(q, *rows, keys, np.asarray(visible, np.int32), **options)
 
 
 @functools.partial(jax.jit, static_argnames=("topk", "qat", "interpret"))
@@ -131,13 +135,14 @@ def test_scores(qat):
     case = Case(100, 16, qat)
     _, score = _score(case, [100] * 8)
     expected = _reference_scores(*case.inputs, qat=qat)
-    np.testing.assert_allclose(score[:, :100], expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(score)[:, :100], expected, rtol=0, atol=1e-6)
 
 
 def check_narrow(case: Case, *, interpret: bool) -> None:
     """Scores of narrow keys have the bits of the float32 keys' scores, those of a NaN included."""
-    keys = case.inputs[4].at[0, 3].set(jnp.nan)
-    both = (_score(case, [case.keys] * case.rows, keys=some, interpret=interpret)[1] for some in (keys, narrow_keys(keys)))
+    keys = case.inputs[4].copy()
+    keys[0, 3] = np.nan
+    both = (_score(case, [case.keys] * case.rows, keys=some, interpret=interpret)[1] for some in (keys, _narrow_keys(keys)))
     wide, narrow = (np.asarray(score)[:, : case.keys] for score in both)
     if interpret:
         # A GPU's relu makes a zero of it.
@@ -155,9 +160,13 @@ def test_finished_queries():
     case = Case(100, 16, True)
     q, _, cos, sin, _ = case.inputs
     bits, _ = _score(case, [100] * 8)
-    expected = finishing.reference_rotate(q.reshape(8, case.heads, case.dim), cos[:, None], sin[:, None])
-    expected = fake_quant.fp4(fake_quant.hadamard(expected))
-    assert_bits_equal(jax.lax.bitcast_convert_type(bits, jnp.bfloat16)[:, 0].astype(jnp.float32), expected)
+
+    @jax.jit
+    def by_the_model(q, cos, sin):
+        turned = finishing.reference_rotate(q.reshape(8, case.heads, case.dim), cos[:, None], sin[:, None])
+        return fake_quant.fp4(fake_quant.hadamard(turned))
+
+    assert_bits_equal(np.asarray(bits).view(jnp.bfloat16)[:, 0].astype(np.float32), by_the_model(q, cos, sin))
 
 
 SCORES = {
@@ -178,15 +187,15 @@ def test_select(name, chunk, monkeypatch):
     """Of 77 scores, at once and in three chunks: the tie is kept over the chunks."""
     monkeypatch.setattr(indexer, "_chunk", lambda keys, topk: chunk)
     score = SCORES[name](np.random.default_rng(1), (8, 77)).astype(np.float32)
-    visible = jnp.asarray([77, 76, 64, 42, 33, 11, 10, 4], jnp.int32)
-    chosen = indexer.select(jnp.asarray(score), visible, topk=10, keys=77, interpret=True)
+    visible = np.asarray([77, 76, 64, 42, 33, 11, 10, 4], np.int32)
+    chosen = indexer.select(jnp.asarray(score), jnp.asarray(visible), topk=10, keys=77, interpret=True)
     np.testing.assert_array_equal(chosen, by_definition(score, visible, 10))
 
 
-def by_definition(score: np.ndarray, visible: jax.Array, topk: int) -> np.ndarray:
+def by_definition(score: np.ndarray, visible: np.ndarray, topk: int) -> np.ndarray:
     """The best `topk`, -inf one of the numbers, by a stable sort."""
     chosen = np.full((len(score), topk), -1, np.int32)
-    for row, count, out in zip(score, np.asarray(visible), chosen, strict=True):
+    for row, count, out in zip(score, visible, chosen, strict=True):
         best = np.sort(np.argsort(-row[:count], kind="stable")[:topk])
         out[: len(best)] = best
     return chosen
@@ -198,26 +207,27 @@ def test_the_reference_is_the_model(qat):
     config = dataclasses.replace(golden_config(), qat=qat, index_topk=6)
     case = Case(24, 6, qat, rows=3, heads=config.index_heads, dim=config.index_dim, rope=config.rope_dim)
     module = Indexer(config, 4, rngs=OneKey(jax.random.key(3)))
-    x_TD, low_TL = (jax.random.normal(jax.random.key(i), (3, n), jnp.float32) for i, n in enumerate((128, 64)))
+    x_TD, low_TL = (np.random.default_rng(i).standard_normal((3, n), np.float32) for i, n in enumerate((128, 64)))
     rows = Rows.following(jnp.int32(90), 3, 3, strict=True)
-    ring = jnp.zeros((1, 16, 2 * case.dim), jnp.float32)
+    ring = np.zeros((1, 16, 2 * case.dim), np.float32)
     cache = CompressorCache(ring, ring, case.inputs[4])
 
     @jax.jit
-    def call(cache: CompressorCache) -> tuple[jax.Array, CompressorCache, dict[str, jax.Array]]:
+    def call(x_TD, low_TL, rows, cache):
         found: dict[str, jax.Array] = {}
         cache = module.take_in(x_TD, rows, cache)
-        chosen, _ = module(module.queries(x_TD, low_TL, rows), rows, cache, record=found.__setitem__)
-        return chosen, cache, found
+        queries = module.queries(x_TD, low_TL, rows)
+        chosen, _ = module(queries, rows, cache, record=found.__setitem__)
+        return chosen, cache, queries, found
 
-    chosen, cache, found = call(cache)
-    angle = rows.position.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config, compressed=True))
-    q, weights = module.wq_b(low_TL, strict=True), module.weights_proj(x_TD, strict=True)
-    score = _reference_scores(q, weights, jnp.cos(angle), jnp.sin(angle), cache.rows, qat=qat)
-    visible = (rows.position + 1) // 4
+    chosen, cache, queries, found = call(x_TD, low_TL, rows, cache)
+    position = np.asarray(rows.position)
+    angle = position.astype(np.float32)[:, None] * inverse_frequencies(config, compressed=True)
+    score = np.asarray(_reference_scores(queries.q, queries.weights, np.cos(angle), np.sin(angle), cache.rows, qat=qat))
+    visible = (position + 1) // 4
     assert visible.tolist() == [22, 23, 23]
-    np.testing.assert_allclose(score[:, :22], found["score"][:, :22], rtol=0, atol=2e-6)
-    np.testing.assert_array_equal(np.sort(chosen), indexer.reference_select(score, visible, topk=6))
+    np.testing.assert_allclose(score[:, :22], np.asarray(found["score"])[:, :22], rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(np.sort(chosen), _reference_select(score, visible, topk=6))
 
 
 def with_narrow_keys(given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -318,8 +328,8 @@ def test_narrow_keys_have_the_same_scores_on_the_gpu(keys):
 def test_select_on_the_gpu(name, keys):
     """Ties, signs and extremes at V4-Flash's k."""
     score = SCORES[name](np.random.default_rng(keys), (3, keys)).astype(np.float32)
-    visible = jnp.asarray([keys, keys - 100, 513], jnp.int32)
-    chosen = np.asarray(_select(jnp.asarray(score), visible, topk=512, keys=keys))
+    visible = np.asarray([keys, keys - 100, 513], np.int32)
+    chosen = np.asarray(_select(score, visible, topk=512, keys=keys))
     expected = by_definition(score, visible, 512)
     wrong = np.flatnonzero((chosen != expected).any(axis=1))
     assert not wrong.size, f"{name}, {keys} scores: rows {wrong}, {chosen[wrong]} in place of {expected[wrong]}"

@@ -28,25 +28,30 @@ SHAPES = pytest.mark.parametrize(
 )
 
 
-def operands(m: int, *, width: int, head: int, rope: int, ring: int) -> tuple[jax.Array, ...]:
-    keys = jax.random.split(jax.random.key(width + head), 6)
-    normal = functools.partial(jax.random.normal, dtype=jnp.float32)
-    angle = normal(keys[4], (8, rope // 2)) * 100
-    slot = (jnp.arange(8, dtype=jnp.int32) * 3 + ring - 4) % ring
+_latent = jax.jit(latent, static_argnames=("eps", "qat", "interpret"))
+_latent_reference = jax.jit(latent_reference, static_argnames=("eps", "qat"))
+_fp8 = jax.jit(rounding.fp8)
+
+
+def operands(m: int, *, width: int, head: int, rope: int, ring: int) -> tuple[np.ndarray, ...]:
+    normal = functools.partial(np.random.default_rng([width, head]).standard_normal, dtype=np.float32)
+    angle = normal((8, rope // 2)) * 100
+    slot = (np.arange(8, dtype=np.int32) * 3 + ring - 4) % ring
+    slot[2] = ring
     return (
-        normal(keys[0], (8, width))[:m] * 3,
-        normal(keys[1], (8, head))[:m] * 3,
-        normal(keys[2], (width,)) + 1,
-        normal(keys[3], (head,)) + 1,
-        jnp.cos(angle)[:m],
-        jnp.sin(angle)[:m],
-        normal(keys[5], (1, ring, head)),
-        slot.at[2].set(ring)[:m],
+        normal((8, width))[:m] * 3,
+        normal((8, head))[:m] * 3,
+        normal(width) + 1,
+        normal(head) + 1,
+        np.cos(angle)[:m],
+        np.sin(angle)[:m],
+        normal((1, ring, head)),
+        slot[:m],
     )
 
 
-def call(*args: jax.Array, qat: bool = True, interpret: bool = True) -> Any:
-    return jax.jit(functools.partial(latent, eps=EPS, qat=qat, interpret=interpret))(*args)
+def call(*args: np.ndarray, qat: bool = True, interpret: bool = True) -> Any:
+    return _latent(*args, eps=EPS, qat=qat, interpret=interpret)
 
 
 def by_row(result: Any) -> tuple[jax.Array, ...]:
@@ -62,7 +67,7 @@ def values(quants: np.ndarray, scales: np.ndarray) -> np.ndarray:
 def check(shape: dict[str, int], *, interpret: bool) -> None:
     args = operands(4, **shape)
     activation, normed, ring = call(*args, qat=False, interpret=interpret)
-    (quants, scales), expected, expected_ring = jax.jit(functools.partial(latent_reference, eps=EPS, qat=False))(*args)
+    (quants, scales), expected, expected_ring = _latent_reference(*args, eps=EPS, qat=False)
     np.testing.assert_allclose(normed, expected, rtol=1e-6, atol=1e-6, err_msg=f"queries, {shape}")
     np.testing.assert_allclose(ring, expected_ring, rtol=1e-6, atol=2e-6 if interpret else 4e-6, err_msg=f"ring, {shape}")
     # A quant may round to the other side, one step away.
@@ -70,15 +75,15 @@ def check(shape: dict[str, int], *, interpret: bool) -> None:
     assert (
         np.abs(values(activation.quants, activation.scales)[:, 0] - np.asarray(quants) * np.asarray(scales)[..., None]) <= step
     ).all()
-    np.testing.assert_allclose(activation.scales[:, 0], scales, rtol=1e-6)
-    slot = np.asarray(args[7])
+    np.testing.assert_allclose(np.asarray(activation.scales)[:, 0], scales, rtol=1e-6)
+    ring, slot = np.asarray(ring), args[7]
     untouched = np.setdiff1d(np.arange(shape["ring"]), slot)
     assert_bits_equal(ring[0, untouched], args[6][0, untouched])
 
-    rounded = call(*args, interpret=interpret)[2]
+    rounded = np.asarray(call(*args, interpret=interpret)[2])
     still, inside = shape["head"] - shape["rope"], slot[slot < shape["ring"]]
     blocks = ring[0, inside, :still].reshape(len(inside), -1, rounding.FP8_BLOCK)
-    assert_bits_equal(rounded[0, inside, :still], rounding.fp8(blocks).reshape(len(inside), still))
+    assert_bits_equal(rounded[0, inside, :still], np.asarray(_fp8(blocks)).reshape(len(inside), still))
     assert_bits_equal(rounded[0, inside, still:], ring[0, inside, still:])
 
 
@@ -91,27 +96,33 @@ def test_the_reference_is_the_model():
     config = golden_config()
     shape = {"width": config.q_lora_rank, "head": config.head_dim, "rope": config.rope_dim, "ring": 20}
     q_low, kv, q_weight, kv_weight, *_, ring, _ = operands(4, **shape)
-    rows = Rows.following(jnp.int32(17), 4, 3)
     frequencies = inverse_frequencies(config, compressed=True)
-    angle = rows.position.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)
-    slot = jnp.where(rows.live, rows.position % 20, 20)
-    _, normed, written = latent_reference(
-        q_low, kv, q_weight, kv_weight, jnp.cos(angle), jnp.sin(angle), ring, slot, eps=EPS, qat=True
-    )
-    assert_bits_equal(normed, q_low * rms_scale(q_low, EPS) * q_weight)
-    key = rotate(kv * rms_scale(kv, EPS) * kv_weight, rows.position, frequencies)
-    still = config.head_dim - config.rope_dim
-    key = jnp.concatenate([fake_quant.fp8(key[:, :still]), key[:, still:]], axis=-1)
-    assert_bits_equal(written, write_ring(ring, key, rows))
+
+    @jax.jit
+    def by_the_reference(q_low, kv, q_weight, kv_weight, ring, rows):
+        angle = rows.position.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)
+        slot = jnp.where(rows.live, rows.position % 20, 20)
+        return latent_reference(q_low, kv, q_weight, kv_weight, jnp.cos(angle), jnp.sin(angle), ring, slot, eps=EPS, qat=True)[1:]
+
+    @jax.jit
+    def by_the_model(q_low, kv, q_weight, kv_weight, ring, rows):
+        key = rotate(kv * rms_scale(kv, EPS) * kv_weight, rows.position, frequencies)
+        still = config.head_dim - config.rope_dim
+        key = jnp.concatenate([fake_quant.fp8(key[:, :still]), key[:, still:]], axis=-1)
+        return q_low * rms_scale(q_low, EPS) * q_weight, write_ring(ring, key, rows)
+
+    given = q_low, kv, q_weight, kv_weight, ring, Rows.following(jnp.int32(17), 4, 3)
+    for array, expected in zip(by_the_reference(*given), by_the_model(*given), strict=True):
+        assert_bits_equal(array, expected)
 
 
 def check_rows(shape: dict[str, int], counts: tuple[int, ...], *, interpret: bool) -> None:
     args = operands(8, **shape)
-    ring, slot = args[6], np.asarray(args[7])
+    ring, slot = args[6], args[7]
 
     def rows(first: int, last: int) -> Any:
         own = [x[first:last] if i in (0, 1, 4, 5, 7) else x for i, x in enumerate(args)]
-        return call(*own, interpret=interpret)
+        return jax.tree.map(np.asarray, call(*own, interpret=interpret))
 
     alone = [rows(m, m + 1) for m in range(8)]
     for count in counts:
