@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,3 +33,9 @@ def form(value: jax.Array | Quantized) -> str:
     if isinstance(value, Quantized):
         return type(value).__name__
     return {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}[jnp.dtype(value.dtype).name]
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def as_float(weight: Quantized, dtype: str = "float32") -> jax.Array:
+    """A weight's values in one program; outside of one, `dequantize` is a dozen."""
+    return weight.dequantize(jnp.dtype(dtype))

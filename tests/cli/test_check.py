@@ -218,7 +218,7 @@ def test_a_call_that_does_not_repeat_is_found(
 def test_the_bar_stays_off_stdout(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, prompt_file: Path, short: None
 ) -> None:
-    arguments = ["check", "--prompt-file", str(prompt_file), "--no-strict"]
+    arguments = ["check", "--prompt-file", str(prompt_file), "--max-draft", "2", "--no-strict"]
     assert cli.main(arguments) == 0
     unseen = capsys.readouterr().out
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

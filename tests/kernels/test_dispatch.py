@@ -15,7 +15,7 @@ from cuda import executed_calls, kernel_calls, lowered_for_cuda, pallas_calls
 from flax import nnx
 from jax.typing import DTypeLike
 from numerics import assert_bits_equal
-from quantized import random_blocks
+from quantized import as_float, random_blocks
 
 import ds4jax
 from ds4jax import cache as caches
@@ -201,7 +201,7 @@ def test_quantize_needs_whole_blocks(shape):
 def test_strict_is_the_float_product(rows):
     w = Q8_0.quantize(np.random.default_rng(0).normal(size=(48, 64)))
     x = normal(1, rows, 64)
-    expected = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
+    expected = np.asarray(x, np.float64) @ np.asarray(as_float(w), np.float64).T
     np.testing.assert_allclose(matmul(x, w, strict=True), expected, atol=1e-4)
 
 
@@ -219,7 +219,7 @@ def test_a_large_weight_is_multiplied_out_in_tiles(monkeypatch):
     monkeypatch.setattr(ops, "MOST_TILE_VALUES", 64 * 12)
     w = Q8_0.quantize(np.random.default_rng(0).normal(size=(48, 64)))
     x = normal(1, DECODE_ROWS + 8, 64)
-    expected = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
+    expected = np.asarray(x, np.float64) @ np.asarray(as_float(w), np.float64).T
     # Jitted here, since the bound is read while tracing.
     tiled = jax.jit(lambda x, w: ops.matmul(x, w, strict=False))
     np.testing.assert_allclose(tiled(x, w), expected, atol=1e-4)
@@ -261,7 +261,7 @@ def test_a_product_in_bfloat16(monkeypatch, groups):
     w = Q8_0.quantize(np.random.default_rng(0).normal(size=(48, 64)))
     x = normal(1, DECODE_ROWS + 8, groups, 64)
     found = np.asarray(jax.jit(lambda x, w: ops._narrow_dots(x, (w,))[0])(x, w))
-    wide = np.asarray(w.dequantize(), np.float64).reshape(groups, -1, 64)
+    wide = np.asarray(as_float(w), np.float64).reshape(groups, -1, 64)
     expected, terms = (np.einsum("mck,cnk->mcn", a, b) for a, b in ((np.asarray(x, np.float64), wide), (abs(x), abs(wide))))
     # Each factor is rounded to eight digits; a hundredth on top for the product of both errors and the sums in float32.
     assert (abs(found - expected) <= 1.01 * 2 * 2.0**-9 * terms).all()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gguf_files import SMALL, random_tensors, rewrite, vocabulary, write_small
 from numerics import assert_bits_equal
-from quantized import form, random_blocks
+from quantized import as_float, form, random_blocks
 
 import ds4jax
 from ds4jax.config import Config
@@ -49,7 +49,7 @@ def test_values_equal_the_gguf_packages(options: dict, tmp_path: Path) -> None:
         assert (tensor.stored, tensor.nbytes) == (theirs.tensor_type.name, theirs.n_bytes)
         assert form(value) == tensor.form == tensor.stored
         assert value.nbytes == tensor.device_nbytes
-        found = value.dequantize() if isinstance(value, Q8_0) else value
+        found = as_float(value) if isinstance(value, Q8_0) else value
         assert found.shape == tensor.shape
         expected = theirs.data if tensor.stored == "I32" else gguf.quants.dequantize(theirs.data, theirs.tensor_type)
         np.testing.assert_array_equal(np.asarray(found).astype(expected.dtype), expected.reshape(tensor.shape))
@@ -61,7 +61,7 @@ def test_stored_values_are_the_given_ones(options: dict, tmp_path: Path) -> None
     given = write_small(path, **options)
     for tensor in open_checkpoint(path).tensors:
         value, expected = tensor.read(), given[tensor.name]
-        found = np.asarray(value.dequantize() if isinstance(value, Q8_0) else value).astype(expected.dtype)
+        found = np.asarray(as_float(value) if isinstance(value, Q8_0) else value).astype(expected.dtype)
         # Half a step of the type, relative to the largest value; for Q8_0 also that of its float16 scale.
         bound = {"Q8_0": 1 / 254 + 2.0**-11, "F16": 2.0**-11, "BF16": 2.0**-8}.get(tensor.stored, 0)
         assert np.abs(found - expected).max() <= bound * np.abs(expected).max(), tensor.name
@@ -150,7 +150,7 @@ def test_every_layer_may_have_expert_types_of_its_own(tmp_path: Path) -> None:
         assert (tensor.stored, tensor.nbytes, tensor.device_nbytes) == (theirs.tensor_type.name, theirs.n_bytes, value.nbytes)
         jax.tree.map(assert_bits_equal, value, expected)
         dequantized = gguf.quants.dequantize(theirs.data, theirs.tensor_type)
-        assert_bits_equal(value.dequantize(), dequantized.reshape(tensor.shape))
+        assert_bits_equal(as_float(value), dequantized.reshape(tensor.shape))
     assert seen == set(FORMATS)
 
 

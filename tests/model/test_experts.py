@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numerics import assert_bits_equal
-from quantized import random_blocks
+from quantized import as_float, random_blocks
 
 from ds4jax.config import Config
 from ds4jax.model.moe import GATHER_ROWS, Experts
@@ -54,7 +54,7 @@ def run(graph: nnx.GraphDef, weights: nnx.State, *args: np.ndarray, strict: bool
 def exact(kind: tuple[str, str], x: np.ndarray, chosen: np.ndarray, share: np.ndarray) -> np.ndarray:
     """The same in float64 on the dequantised weights."""
     module = nnx.merge(*experts(kind))
-    w1, w2, w3 = (np.asarray(s.weight.get_value().dequantize(), np.float64) for s in (module.w1, module.w2, module.w3))
+    w1, w2, w3 = (np.asarray(as_float(s.weight.get_value()), np.float64) for s in (module.w1, module.w2, module.w3))
     y = np.zeros((ROWS, CONFIG.dim))
     for row, (row_x, ids, weights) in enumerate(zip(x.astype(np.float64), chosen, share, strict=True)):
         for expert, weight in zip(ids, weights, strict=True):
