@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 import tomllib
@@ -24,6 +25,11 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def module(path: Path) -> str:
+    """A file's name as `import` has it."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 @pytest.mark.parametrize("path", PACKAGES, ids=name)
 def test_size_and_docstrings(path: Path) -> None:
     source = path.read_text()
@@ -38,6 +44,25 @@ def test_size_and_docstrings(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
             found.append(f"{node.name}: no docstring")
     assert found == []
+
+
+def imported(path: Path) -> set[str]:
+    """Our modules that must be there before this one is: what it imports at its own level, type annotations aside."""
+    modules = set(map(module, PACKAGES))
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & modules
+            found |= inner if len(inner) == len(node.names) else inner | {node.module}
+    return found & modules
+
+
+def test_any_module_can_be_imported_first() -> None:
+    graph = {module(path): imported(path) for path in PACKAGES}
+    assert graph["ds4jax.bench.prefill"] >= {"ds4jax.bench.whole", "ds4jax.decode"}
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def printed(program: str) -> list[str]:
