@@ -52,7 +52,9 @@ def test_decode(tmp_path: Path) -> None:
     assert_close(found["mtp_logits"][expected("mtp_positions")[kept]], expected("mtp_logits")[kept])
 
 
-@pytest.mark.parametrize("decode_from", [(), ("--decode-from", "20")], ids=["prefill", "decode"])
+@pytest.mark.parametrize(
+    "decode_from", [(), pytest.param(("--decode-from", "20"), marks=pytest.mark.long)], ids=["prefill", "decode"]
+)
 def test_simulated_rounding(decode_from: tuple[str, ...], tmp_path: Path) -> None:
     """On by default: the file says so."""
     found = logits(tmp_path, expected("qat_ids"), *decode_from)

@@ -141,6 +141,7 @@ def test_log_probabilities_may_differ_by_less_than_four(
     assert not code or "the log-probability of" in first["failures"][0]
 
 
+@pytest.mark.long
 def test_alternatives_that_are_no_token_are_counted(capsys: pytest.CaptureFixture[str], one: Path) -> None:
     def change(lines: list[str]) -> None:
         top = [i for i, line in enumerate(lines) if line.startswith("top ")][4]
@@ -156,6 +157,7 @@ def test_alternatives_that_are_no_token_are_counted(capsys: pytest.CaptureFixtur
     assert told["fixtures"][0]["compared"] == before["compared"] - 1
 
 
+@pytest.mark.long
 def test_a_selected_token_that_the_vocabulary_lacks(capsys: pytest.CaptureFixture[str], one: Path) -> None:
     changed(one, lambda lines: lines.__setitem__(3, f"step 0 {b'not one token'.hex()} {TOP}"))
     code, told = compared(capsys, one, "--strict")
@@ -211,12 +213,15 @@ def test_malformed_records(
     assert message in err
 
 
-def test_folders_and_names_that_are_not_there(one: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_and_names_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "a.txt").write_text("A")
+    (tmp_path / "official.vec").write_text(CASE + "step 0 41 0\nend\n")
     for line, message in (
-        (["--from", str(one / "none")], "none: no such folder"),
-        (["--from", str(one / "prompts")], "official.vec: cannot be read: No such file"),
-        (["--from", str(one), "--skip", "nobody"], "--skip nobody: "),
-        (["--from", str(one), "--skip", "short_king"], "--skip leaves no fixture"),
+        (["--from", str(tmp_path / "none")], "none: no such folder"),
+        (["--from", str(tmp_path / "prompts")], "official.vec: cannot be read: No such file"),
+        (["--from", str(tmp_path), "--skip", "nobody"], "--skip nobody: "),
+        (["--from", str(tmp_path), "--skip", "a"], "--skip leaves no fixture"),
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main(["vectors", *line])

@@ -64,7 +64,9 @@ def test_golden_products_of_float_activations(activation_golden):
     assert (error <= 1e-6 * activation_golden["q8_0.abs_sum"]).all()
 
 
-@pytest.mark.parametrize("blocks", [pytest.param(n, marks=[] if n in (3, 8) else pytest.mark.slow) for n in LENGTHS])
+@pytest.mark.parametrize(
+    "blocks", [pytest.param(n, marks=[] if n == 8 else pytest.mark.long if n == 3 else pytest.mark.slow) for n in LENGTHS]
+)
 def test_each_row_has_the_bits_of_the_row_alone(blocks):
     """Contract 1, with rows of weights that no tile divides, and each M with another tile."""
     weights, x = [random_weight(blocks, 50, blocks * BLOCK)], random_rows(blocks, MOST_ROWS, blocks * BLOCK)

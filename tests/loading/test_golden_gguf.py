@@ -134,6 +134,7 @@ def test_simulated_rounding(decode_from: int | None) -> None:
 
 
 @needs_main
+@pytest.mark.long
 def test_simulated_rounding_on_the_long_sequence() -> None:
     found = model(qat=True).logits(expected("ids"), strict=True)["logits"][expected("prefill_qat_positions")]
     logits = expected("prefill_logits_qat")
