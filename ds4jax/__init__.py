@@ -14,49 +14,74 @@ from ds4jax.config import Config
 from ds4jax.errors import InputError
 
 if TYPE_CHECKING:
-    from ds4jax.generation import Generation, Result
-    from ds4jax.language_model import LanguageModel, generate, load
-    from ds4jax.sampling import Sampling
-    from ds4jax.saving import restore
-    from ds4jax.session import Session
-    from ds4jax.tokenizer import Tokenizer
-    from ds4jax.trace import Trace
+    from ds4jax.decode.drafter import Drafter, Drafts
+    from ds4jax.decode.sampling import Sampling
+    from ds4jax.engine.engine import Engine
+    from ds4jax.engine.generation import Generation
+    from ds4jax.engine.options import Result
+    from ds4jax.engine.session import Session
+    from ds4jax.evaluation.trace import Trace
+    from ds4jax.language_model import LanguageModel, generate, load, restore
+    from ds4jax.text.encoder import ChatPrompt, chat_prompt
+    from ds4jax.text.parse_reply import parse_reply
+    from ds4jax.text.parsed import ParsedReply
+    from ds4jax.text.reply_parser import ReplyParser
+    from ds4jax.text.tokenizer import Tokenizer
+    from ds4jax.training.dspark import dspark_loss
     from ds4jax.training.mtp import mtp_loss
 
 __version__ = "0.1.0"
 __all__ = [
+    "ChatPrompt",
     "Config",
+    "Drafter",
+    "Drafts",
+    "Engine",
     "Generation",
     "InputError",
     "LanguageModel",
+    "ParsedReply",
+    "ReplyParser",
     "Result",
     "Sampling",
     "Session",
     "Tokenizer",
     "Trace",
+    "chat_prompt",
+    "dspark_loss",
     "generate",
     "load",
     "mtp_loss",
+    "parse_reply",
     "restore",
 ]
 
 _HOME = {
-    "Generation": "generation",
+    "ChatPrompt": "text.encoder",
+    "Drafter": "decode.drafter",
+    "Drafts": "decode.drafter",
+    "Engine": "engine.engine",
+    "Generation": "engine.generation",
     "LanguageModel": "language_model",
-    "Result": "generation",
-    "Sampling": "sampling",
-    "Session": "session",
-    "Tokenizer": "tokenizer",
-    "Trace": "trace",
+    "ParsedReply": "text.parsed",
+    "ReplyParser": "text.reply_parser",
+    "Result": "engine.options",
+    "Sampling": "decode.sampling",
+    "Session": "engine.session",
+    "Tokenizer": "text.tokenizer",
+    "Trace": "evaluation.trace",
+    "chat_prompt": "text.encoder",
+    "dspark_loss": "training.dspark",
     "generate": "language_model",
     "load": "language_model",
     "mtp_loss": "training.mtp",
-    "restore": "saving",
+    "parse_reply": "text.parse_reply",
+    "restore": "language_model",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs JAX only when it is asked for, so that a wrong option on the command line is told at once."""
+    """Import modules that need JAX on first use, so the command line reports a wrong option without delay."""
     if name not in _HOME:
         raise AttributeError(f"module 'ds4jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"ds4jax.{_HOME[name]}"), name)

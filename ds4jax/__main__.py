@@ -2,7 +2,7 @@
 
 import sys
 
-from ds4jax.cli import main
+from ds4jax.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

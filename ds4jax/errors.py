@@ -1,8 +1,8 @@
-"""The error that a user can do something about."""
+"""The error that a user can correct."""
 
 
 class InputError(ValueError):
-    """Something given from outside cannot be used; one line that names the file and field and says what to do.
+    """An input that cannot be used. The message is one line that names file and field and says what to do.
 
     The CLI prints it to stderr and exits with 2.
     """

@@ -1,4 +1,4 @@
-"""Full float32 products whatever the hardware's default is."""
+"""Full float32 products on any hardware."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 def precise(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a compiled function with full float32 products, also where the hardware's default is a shorter type."""
+    """Run a compiled function with full float32 products, even where the hardware's default is a shorter type."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:

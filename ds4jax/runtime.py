@@ -1,19 +1,28 @@
-"""What a process that computes should set up first, in one place: memory, and a cache of programs that outlives it."""
+"""Process set-up before the first computation: memory, and the cache of compiled programs."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
+import glob
 import os
+import re
 import sys
 import tempfile
+import warnings
 from pathlib import Path
+from typing import Any
 
 MEMORY_FRACTION = "0.9"
 YOUNG_OBJECTS = 20_000
+# Warnings of JAX about programs that it cannot read or write, and the notes printed instead.
+_WARNING = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)", re.DOTALL)
+_NOTES = {"reading": "holds programs that are damaged; they are compiled again", "writing": "programs cannot be kept"}
 
 
 def cache_dir() -> Path:
-    """Folder of compiled programs: `DS4JAX_CACHE`, else ds4jax/jax in the user's cache folder. May be deleted at any time."""
+    """Folder of compiled programs: `DS4JAX_CACHE`, else ds4jax/jax in the user's cache folder. It may be deleted any time."""
     chosen = os.environ.get("DS4JAX_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -22,11 +31,11 @@ def cache_dir() -> Path:
 
 
 def configure() -> None:
-    """Set up memory and compilation; call it before the first computation. What the user has set in the environment stays.
+    """Set up memory and compilation before the first computation. Environment variables of the user take precedence.
 
-    The compiler's own flags are left alone: with while loops and branches in CUDA graphs too
-    (`--xla_gpu_enable_command_buffer=..,WHILE,CONDITIONAL`) a step took 3 % longer on an H200 than with the graphs that jax makes
-    by itself, and no kernel of ours depends on how XLA chooses among algorithms.
+    XLA flags stay at their defaults. With while loops and branches in CUDA graphs
+    (`--xla_gpu_enable_command_buffer=..,WHILE,CONDITIONAL`) a step took 3 % longer on an H200, and no kernel here depends on
+    XLA's choice of algorithms.
     """
     _claim_memory()
     _collect_less()
@@ -35,29 +44,29 @@ def configure() -> None:
 
 
 def _claim_memory() -> None:
-    """Let jax have nine tenths of a GPU's memory in place of three quarters.
+    """Let JAX use nine tenths of a GPU's memory instead of three quarters.
 
-    The 2-bit model takes 94 GB of an H200's 141, and what is left over must hold a cache and a prompt's temporaries; the tenth
-    is for CUDA itself and for other processes' contexts.
+    The 2-bit model takes 94 GB of an H200's 141 GB. The rest must hold the cache and the temporary arrays of a prompt. The last
+    tenth is for CUDA itself and for the contexts of other processes.
     """
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
         os.environ["XLA_CLIENT_MEM_FRACTION"] = MEMORY_FRACTION
 
 
 def _collect_less() -> None:
-    """Let Python look for garbage in cycles less often: it walks through all that tracing makes, most of which stays.
+    """Run Python's garbage collector less often: it visits all objects of a trace, and most of them stay alive.
 
-    A fifth of the time in which programs are traced and lowered, at no memory to speak of.
+    Saves a fifth of the time of tracing and lowering, and costs almost no memory.
     """
     if gc.get_threshold()[0] < YOUNG_OBJECTS:
         gc.set_threshold(YOUNG_OBJECTS, 20, 20)
 
 
 def _keep_programs() -> None:
-    """Let jax keep compiled programs between processes.
+    """Let JAX cache compiled programs between processes.
 
-    A folder that cannot be written costs one line on stderr and the compile time, nothing else. A cache that was set up
-    already, by `JAX_COMPILATION_CACHE_DIR` or in Python, is kept unless `DS4JAX_CACHE` names another.
+    If the folder cannot be written, one line on stderr says so and programs are compiled in each process. A cache that was
+    configured before, by `JAX_COMPILATION_CACHE_DIR` or in Python, stays unless `DS4JAX_CACHE` names another.
 
     Source: jax documentation, "Persistent compilation cache".
     """
@@ -65,28 +74,56 @@ def _keep_programs() -> None:
 
     kept = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if kept and not os.environ.get("DS4JAX_CACHE"):
+        _replace_damaged(Path(kept))
         return
     try:
         folder = cache_dir()
         folder.mkdir(parents=True, exist_ok=True)
-        # Asking for permissions tells nothing on a read-only file system, nor to root.
+        # Permissions do not show a read-only file system, and root has all permissions: try to write.
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:
         print(f"ds4jax: note: nothing compiled is kept for the next run: {error}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # A model is one large program and dozens of small ones; the small ones together cost as much, so none is left out for
-    # having compiled in under a second, which is jax's default, or for its size.
+    # A model is one large program and dozens of small ones. All small ones together compile as long as the large one, so
+    # they are cached too. By default JAX caches no program that compiles in under a second.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _replace_damaged(folder)
+
+
+@functools.cache
+def _replace_damaged(folder: Path) -> None:
+    """Remove damaged files of the cache, with one line on stderr instead of a warning for each program in each process.
+
+    JAX compiles a program that it cannot read, but never overwrites its file. Its warning comes between the two and names the
+    program. A program has one file for each shape; the warning does not say which is damaged, so all of them are removed.
+    """
+    others, said = warnings.showwarning, set()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **file: Any) -> None:
+        found = _WARNING.match(str(message))
+        if not found:
+            others(message, category, *place, **file)
+            return
+        doing, program, reason = found.groups()
+        if doing == "reading":
+            for damaged in folder.glob(f"{glob.escape(program)}-*-cache"):
+                with contextlib.suppress(OSError):
+                    damaged.unlink()
+        if doing not in said:
+            said.add(doing)
+            print(f"ds4jax: note: {folder}: {_NOTES[doing]} ({' '.join(reason.split())[:100]})", file=sys.stderr)
+
+    warnings.showwarning = show
 
 
 def _forget_callers() -> None:
-    """Let programs not say which lines of Python they come from.
+    """Leave line numbers of Python out of compiled programs.
 
-    A Pallas kernel's program has these lines in it and is part of the key under which the whole program is kept. What jax traces
-    once for several kernels names the first of them, so that the same step would be compiled again after other work, or in a
-    checkout elsewhere.
+    A Pallas kernel holds the lines of its callers and is part of a program's cache key. A function that JAX traces once for
+    several kernels names the first caller. With line numbers the same step would be compiled again after other work, or in
+    another checkout.
     """
     import jax
 

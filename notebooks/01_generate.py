@@ -14,8 +14,8 @@
 # %% [markdown]
 # # 1 · Load and generate
 #
-# A trained DeepSeek-V4 of 7.6 million parameters ships inside the package. It has every part of V4-Flash, so what runs here is
-# the code that runs the 284B model, on a laptop. This notebook loads it, lets it talk, and looks into its file.
+# The package contains a trained DeepSeek-V4 with 7.6 million parameters. It has every part of V4-Flash, so the code that runs
+# here on a laptop is the code that runs the 284B model. This notebook loads it, generates text, and looks into its file.
 
 # %%
 import collections
@@ -38,7 +38,7 @@ print("tokens in a compressed row, by layer:", config.layer_ratios, "(0: window 
 # %% [markdown]
 # ## Generate
 #
-# The first call compiles one program that drafts, verifies and accepts; every later call with the same buffers uses it again.
+# The first call compiles one program that drafts, verifies and accepts. Later calls with the same buffers reuse it.
 
 # %%
 first = model.generate("In the beginning", max_new_tokens=64)
@@ -48,8 +48,8 @@ print(f"\nfirst call {first.seconds:.1f} s with compilation, the same call again
 assert first.ids == again.ids
 
 # %% [markdown]
-# The result says what happened. Every step of the loop verifies up to `draft` tokens that the MTP block proposed and adds one of
-# its own, so there are more tokens than steps.
+# The result contains the figures of the run. Each step of the loop verifies up to `draft` tokens of the MTP block and adds one
+# token of the model, so there are more tokens than steps.
 
 # %%
 print(f"{len(again.ids)} tokens in {again.steps} steps, {again.tokens_per_step:.2f} a step; ended by {again.finish_reason}")
@@ -59,7 +59,7 @@ print("drafts that stood, by depth:", ", ".join(f"{share:.0%}" for share in agai
 # %% [markdown]
 # ## Stream
 #
-# `model.stream` yields lists of new ids and may be left at any time. Sampling is part of the options.
+# `model.stream` yields lists of new ids; the caller may stop at any time. Sampling is one of the options.
 
 # %%
 sampling = ds4jax.Sampling(temperature=0.7, top_p=0.9, seed=1)
@@ -71,8 +71,8 @@ print(" | ".join(piece.replace("\n", "\\n") for piece in pieces))
 # %% [markdown]
 # ## Score
 #
-# `model(ids)` gives the logits at every position. Below: how many bits each token of a sentence cost the model. What it has
-# learnt by heart is cheap, a name out of place is not.
+# `model(ids)` returns the logits of all positions. The figure shows the bits that each token of a sentence costs the model.
+# Text that it has learnt by heart costs few bits; an unexpected word costs many.
 
 # %%
 sentence = "And the LORD said unto Moses, Go unto Pharaoh, and say unto him, Buy a bicycle."
@@ -95,8 +95,8 @@ assert bits[-4:].max() > 8 > bits[:6].max()
 # %% [markdown]
 # ## What a GGUF holds
 #
-# Metadata (configuration, tokenizer, how the model was made) and tensors. Opening reads the headers alone and checks every name,
-# type and shape against the configuration, which takes a moment for a file of any size.
+# A GGUF file holds metadata (configuration, tokenizer, record of the training) and tensors. Opening it reads only the headers
+# and checks every name, type and shape against the configuration. This is fast for a file of any size.
 
 # %%
 checkpoint = open_checkpoint(model.path)
@@ -120,10 +120,10 @@ PARTS = {
 
 
 def part(name: str) -> str:
-    """The part of the model that a tensor belongs to."""
+    """The part of the model that contains a tensor."""
     if name.startswith("mtp"):
         return "MTP block"
-    return next((told for prefix, told in PARTS.items() if prefix in name), "norms, routers")
+    return next((title for prefix, title in PARTS.items() if prefix in name), "norms, routers")
 
 
 sizes: collections.Counter[tuple[str, str]] = collections.Counter()

@@ -14,9 +14,9 @@
 # %% [markdown]
 # # 2 · The share-warp kernel and Q8_0
 #
-# Decode multiplies a few rows with very large matrices, so its speed is the speed of reading weights. Q8_0 keeps them in 8.5
-# bits, and the share-warp kernel reads each block once for all rows of a verify step. Here are the format, the kernel's
-# arithmetic step by step, its bits, and where the bytes go.
+# Decode multiplies a few rows by very large matrices, so its speed is the speed of reading weights. Q8_0 stores a weight in 8.5
+# bits. The share-warp kernel reads each block once for all rows of a verify step. This notebook shows the format, the kernel's
+# arithmetic step by step, its bits, and the bytes that it reads.
 
 # %%
 import json
@@ -27,10 +27,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ds4jax import runtime
-from pallas_kernels import activation, ops
+from pallas_kernels import ops
 from pallas_kernels.formats import Q8_0
-from pallas_kernels.q8_matmul import Tile, q8_matmul
-from pallas_kernels.shapes import FLASH
+from pallas_kernels.linear import activation
+from pallas_kernels.linear.q8_matmul import Tile, q8_matmul
+from pallas_kernels.tuning.shapes import FLASH
 
 runtime.configure()
 plt.style.use("plain.mplstyle")
@@ -39,8 +40,8 @@ random = np.random.default_rng(0)
 # %% [markdown]
 # ## The format
 #
-# 32 values along K share one float16 scale, `w = scale · quant` with int8 quants: 34 bytes for 32 values. On the device the
-# eight words of a block lie in two halves of four, so that a lane loads 16 bytes at once.
+# 32 values along K share one float16 scale: `w = scale · quant` with int8 quants, 34 bytes for 32 values. On the device, the
+# eight words of a block are stored in two halves of four, so that a lane loads 16 bytes at once.
 
 # %%
 N, K = 64, 2048
@@ -62,28 +63,29 @@ plt.show()
 assert np.abs(error / step_size[..., None]).max() < 0.57
 
 # %% [markdown]
-# Half a step, and a little more for the largest values of a block: the scale is rounded to float16 too.
+# The error is at most half a step, and a little more for the largest values of a block, because the scale is rounded to
+# float16.
 #
 # ## The kernel, step by step
 #
-# 1. Activations are quantised to int8 in blocks of 32 as well, with a float32 scale.
+# 1. Activations are also quantised to int8 in blocks of 32, with a float32 scale.
 # 2. A warp owns weight rows. Lane *l* owns their blocks *l*, *l* + 32, *l* + 64, …
-# 3. For each of its blocks a lane takes the **exact** integer dot product with every row of the activations (dp4a: four int8
-#    products and their sum in one instruction) and adds `dot · (scale · scale)` to that row's sum, one fused multiply-add.
-# 4. The 32 lanes are summed once, at the end.
+# 3. For each of its blocks, a lane computes the **exact** integer dot product with every row of the activations (dp4a: four int8
+#    products and their sum in one instruction). It adds `dot · (scale · scale)` to that row's sum with one fused multiply-add.
+# 4. The sums of the 32 lanes are added once, at the end.
 #
-# The same in numpy for one weight row and one row of activations:
+# The same in NumPy, for one weight row and one row of activations:
 
 # %%
 LANES = 32
 x = random.standard_normal((8, K)).astype(np.float32)
 quantised = activation.quantize(jnp.asarray(x), 1, interpret=True)
-# Two halves of four words of four bytes, as the weights have them: back to blocks of 32.
+# From two halves of four words of four bytes, the layout of the weights, back to blocks of 32.
 x_quants = np.asarray(quantised.quants)[0, 0].transpose(1, 0, 2).copy().view(np.int8).reshape(K // 32, 32)
 x_scales = np.asarray(quantised.scales)[0, 0]
 w_quants, w_scales = np.asarray(stored.blocks())[0], np.asarray(stored.scales, np.float32)[0]
 
-dots = np.sum(w_quants.astype(np.int32) * x_quants.astype(np.int32), axis=-1)  # step 3: one integer a block, exact
+dots = np.sum(w_quants.astype(np.int32) * x_quants.astype(np.int32), axis=-1)  # step 3: one exact integer per block
 lanes = np.zeros(LANES, np.float64)
 for block, dot in enumerate(dots):
     lanes[block % LANES] = np.float32(lanes[block % LANES] + np.float64(dot) * np.float64(w_scales[block] * x_scales[block]))
@@ -104,9 +106,9 @@ plt.show()
 # %% [markdown]
 # ## The bits do not depend on the number of rows
 #
-# Neither order of summation knows M. So row *m* of a call with M rows has the bits of that row alone, at every tile, and plain
-# decode may be compared with speculative decode bit by bit. (The kernel runs in Pallas' interpreter here; on a GPU the same
-# comparison is part of the tests and of the benchmark below.)
+# Neither order of summation depends on M. So row *m* of a call with M rows has the bits of the same row alone, with any tile,
+# and plain decode can be compared with speculative decode bit by bit. (Here the kernel runs in Pallas' interpreter. The tests
+# and the benchmark below make the same comparison on a GPU.)
 
 # %%
 alone = [np.asarray(q8_matmul(activation.quantize(x[m : m + 1], 1, interpret=True), [stored], tile=Tile(), interpret=True)[0])
@@ -121,7 +123,8 @@ for rows in (2, 3, 4, 8):
 print(f"{compared:,} values, all bits equal")
 
 # %% [markdown]
-# Off CUDA the model takes the same arithmetic in jnp, with sums in an order of the compiler's; it agrees up to rounding.
+# Without CUDA the model uses the same arithmetic in jnp. There the compiler chooses the order of the sums, so the results agree
+# up to rounding.
 
 # %%
 there = np.asarray(ops.matmul(jnp.asarray(x), stored, strict=False))
@@ -133,8 +136,8 @@ assert np.abs(there - np.concatenate(alone)).max() < 1e-5
 # %% [markdown]
 # ## Where the bytes go
 #
-# The products of V4-Flash that the kernel serves. Weights are nearly everything that moves, at one row and at eight: the second
-# row is almost free.
+# The figure shows the products of V4-Flash that the kernel serves. Nearly all bytes are weights, with one row and with eight,
+# so the second row is almost free.
 
 # %%
 products = sorted(FLASH, key=lambda product: product.weight_bytes)
@@ -153,10 +156,9 @@ plt.show()
 # %% [markdown]
 # ## Roofline, measured
 #
-# Kernel times from the profiler on an H100 and an H200 (`python -m ds4jax.bench suite --part kernels`, files in
-# `benchmarks/results`). A launch with M rows makes 2·M operations for each weight; the line is what the measured copy bandwidth
-# of the same run allows. Points that lie on it are limited by memory alone; small matrices lie below, since a launch has a
-# latency of its own.
+# Kernel times from the profiler on an H100 and an H200 (`ds4jax bench suite --part kernels`, files in `benchmarks/results`). A
+# launch with M rows makes 2·M operations for each weight. The line is the limit by the copy bandwidth of the same run. Points
+# on the line are limited by memory only. Small matrices are below it, because a launch also has a fixed latency.
 
 # %%
 traffic = {product.key: product for product in FLASH}

@@ -14,9 +14,9 @@
 # %% [markdown]
 # # 3 · Strict and lossless
 #
-# Speculative decode verifies several tokens in one forward pass. It changes nothing only if a row computed beside others has
-# the bits of that row alone. Ordinary matrix products do not promise that. This notebook shows the difference, the two ways in
-# which ds4jax keeps the promise, and the test that everybody can run on their own machine.
+# Speculative decode verifies several tokens in one forward pass. The output stays the same only if a row of a larger call has
+# the bits of that row alone. Ordinary matrix products do not guarantee this. This notebook shows the difference, the two ways
+# in which ds4jax gives the guarantee, and a test for your own machine.
 
 # %%
 import jax
@@ -35,10 +35,10 @@ plt.style.use("plain.mplstyle")
 random = np.random.default_rng(0)
 
 # %% [markdown]
-# ## Addition in another order is another number
+# ## The order of a sum changes its value
 #
-# A float32 sum depends on its order. A matrix library picks the order by the shape of the product: with more rows it takes
-# wider tiles, splits K differently, or goes from a matrix-vector routine to a matrix-matrix one.
+# A float32 sum depends on its order. A matrix library chooses the order by the shape of the product: with more rows it takes
+# wider tiles, splits K differently, or changes from a matrix-vector routine to a matrix-matrix routine.
 
 # %%
 values = random.standard_normal(4096).astype(np.float32)
@@ -54,15 +54,15 @@ for name, total in orders.items():
 # %% [markdown]
 # ## The bit-diff matrix
 #
-# For each number of rows M and each row m: how many of the outputs of row m differ in any bit from the same row computed alone?
-# Three ways to multiply: a plain float32 product of M rows, the quantised product of decode (share-warp arithmetic), and the
-# strict product, which always pads to one row count before it calls the library.
+# For each number of rows M and each row m, the matrix shows the share of outputs of row m that differ in any bit from the same
+# row computed alone. There are three ways to multiply: a plain float32 product of M rows, the quantised product of decode
+# (share-warp arithmetic), and the strict product, which always pads to one row count before it calls the library.
 
 # %%
-N, K, MOST = 512, 1024, 8
+N, K, MAX_ROWS = 512, 1024, 8
 dense = jnp.asarray(random.standard_normal((N, K)), jnp.float32) / np.float32(np.sqrt(K))
 stored = Q8_0.quantize(dense)
-x = jnp.asarray(random.standard_normal((MOST, K)), jnp.float32)
+x = jnp.asarray(random.standard_normal((MAX_ROWS, K)), jnp.float32)
 plain = jax.jit(lambda x: jnp.dot(x, dense.T, precision="highest"))
 ways = {
     "jnp.dot": plain,
@@ -72,10 +72,10 @@ ways = {
 
 
 def differing(multiply) -> np.ndarray:
-    """Share of outputs in % that differ from the row alone, [M, m]; NaN where there is no such row."""
-    alone = np.concatenate([multiply(x[m : m + 1]) for m in range(MOST)]).view(np.int32)
-    found = np.full((MOST, MOST), np.nan)
-    for rows in range(1, MOST + 1):
+    """Share of outputs in % that differ from the row alone, [M, m]; NaN for a row that the call does not have."""
+    alone = np.concatenate([multiply(x[m : m + 1]) for m in range(MAX_ROWS)]).view(np.int32)
+    found = np.full((MAX_ROWS, MAX_ROWS), np.nan)
+    for rows in range(1, MAX_ROWS + 1):
         together = np.asarray(multiply(x[:rows])).view(np.int32)
         found[rows - 1, :rows] = 100 * (together != alone[:rows]).mean(-1)
     return found
@@ -88,23 +88,25 @@ for name, matrix in matrices.items():
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(7.6, 3.1), sharey=True)
 for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):
-    image = axes.imshow(matrix, vmin=0, vmax=100, cmap="magma_r", origin="lower", extent=(0.5, MOST + 0.5, 0.5, MOST + 0.5))
-    axes.set(xlabel="row m", title=name, xticks=range(1, MOST + 1))
+    extent = (0.5, MAX_ROWS + 0.5, 0.5, MAX_ROWS + 0.5)
+    image = axes.imshow(matrix, vmin=0, vmax=100, cmap="magma_r", origin="lower", extent=extent)
+    axes.set(xlabel="row m", title=name, xticks=range(1, MAX_ROWS + 1))
     axes.grid(visible=False)
-panels[0].set(ylabel="rows in the call, M", yticks=range(1, MOST + 1))
+panels[0].set(ylabel="rows in the call, M", yticks=range(1, MAX_ROWS + 1))
 figure.colorbar(image, ax=panels, label="values that differ\nfrom the row alone, %", shrink=0.9)
 plt.show()
 assert np.nanmax(matrices["strict"]) == 0
 
 # %% [markdown]
-# What the middle panel shows is this machine's: on CUDA the decode product is the share-warp kernel, whose rows cannot see each
-# other, and elsewhere it is the same arithmetic in jnp. Whatever a machine does there, ds4jax's loop does not depend on it: **a
-# step always has the same number of rows**, live or not, and plain decode is the same compiled program at depth 0.
+# The middle panel depends on the machine. On CUDA, the decode product is the share-warp kernel, whose rows do not depend on
+# each other. Elsewhere it is the same arithmetic in jnp. The loop of ds4jax does not rely on this: **a step always has the same
+# number of rows**, live or not, and plain decode is the same compiled program at depth 0.
 #
 # ## What strict guarantees
 #
-# `strict=True` multiplies float32 values by `jnp.dot` at one fixed row count, experts included, and leaves no Pallas kernel in
-# the program. So it serves as the reference for the fast path: other arithmetic, no quantised activations, the same promise.
+# `strict=True` multiplies float32 values with `jnp.dot` at one fixed row count, also in the experts, and its program contains
+# no Pallas kernel. So it is the reference for the fast path: different arithmetic, no quantised activations, the same
+# guarantee.
 
 # %%
 model = ds4jax.load(max_draft=1)
@@ -128,8 +130,8 @@ print(repr(results[1, False].text))
 # %% [markdown]
 # ## Fingerprints
 #
-# With every token comes a fingerprint of the logits that it was chosen from: the sum and the exclusive or of their bits. Equal
-# tokens could hide a difference that is not yet large enough to matter. Equal fingerprints cannot.
+# Each token has a fingerprint of its logits: the sum and the exclusive or of their bits. Equal tokens can hide a difference
+# that is still too small to change a token. Equal fingerprints cannot.
 
 # %%
 default, strict = results[0, False], results[0, True]
@@ -155,13 +157,13 @@ bar.ax.set_yticklabels(["other token", "same token,\nother bits", "same bits"])
 plt.show()
 
 # %% [markdown]
-# Strict and default are two arithmetics, so their bits differ from the first token on, and one day a token will. Neither is
-# compared with the other: the promise holds within each.
+# The strict and the default mode use different arithmetic, so their bits differ from the first token, and sooner or later a
+# token differs. The guarantee holds within each mode, so the two modes are not compared.
 #
 # ## Test it on your machine
 #
-# `ds4jax check` (or `model.check()`) compares every depth with depth 0 in both modes, on prompts of three lengths; its exit
-# code is 1 when anything differs. Here with one prompt:
+# `ds4jax check` (or `model.check()`) compares every depth with depth 0 in both modes, on prompts of three lengths. Its exit
+# code is 1 if a comparison differs. Here it runs with one prompt:
 
 # %%
 report = model.check(prompt)

@@ -14,9 +14,9 @@
 # %% [markdown]
 # # 4 · When drafts stand
 #
-# The MTP block proposes tokens, the model verifies them in one pass and keeps those that are its own. How many are kept decides
-# whether drafting pays. Here: acceptance by depth, by kind of text and along a text; the break-even; and the loop that chooses
-# its depth by itself.
+# The MTP block drafts tokens. The model verifies them in one pass and accepts the drafts that equal its own tokens: they stand.
+# The number of accepted drafts decides whether drafting is faster. This notebook shows acceptance by depth, by kind of text, by
+# drafter and along a text; the break-even; and the loop that chooses its depth itself.
 
 # %%
 import matplotlib.pyplot as plt
@@ -24,22 +24,22 @@ import numpy as np
 
 import ds4jax
 from ds4jax import runtime
-from ds4jax.check import HELDOUT
+from ds4jax.bounds import HELD_OUT_TEXT
 
 runtime.configure()
 plt.style.use("plain.mplstyle")
-MOST = 4
-model = ds4jax.load(max_draft=MOST)
+MAX_DRAFT = 4
+model = ds4jax.load(max_draft=MAX_DRAFT)
 
 # %% [markdown]
 # ## By depth
 #
-# One prompt at every depth, all in the same compiled program. The tokens are the same; the number of steps is not.
+# One prompt at every depth, in the same compiled program. The tokens are the same; the number of steps differs.
 
 # %%
-held_out = HELDOUT.read_text("utf-8")
+held_out = HELD_OUT_TEXT.read_text("utf-8")
 PROMPT = model.encode(held_out[:600])[:120]
-runs = [model.generate(PROMPT, max_new_tokens=96, draft=depth) for depth in range(MOST + 1)]
+runs = [model.generate(PROMPT, max_new_tokens=96, draft=depth) for depth in range(MAX_DRAFT + 1)]
 for depth, run in enumerate(runs):
     shares = ", ".join(f"{share:.0%}" for share in run.acceptance) or "none made"
     print(f"draft {depth}: {run.steps:3} steps, {run.tokens_per_step:.2f} tokens a step; stood by depth: {shares}")
@@ -47,16 +47,17 @@ for depth, run in enumerate(runs):
     np.testing.assert_array_equal(run.fingerprints, runs[0].fingerprints)
 
 # %% [markdown]
-# `acceptance[k]` counts only steps in which all drafts before the *k*-th stood. The second draft and those after it are made by
-# the block from its own streams rather than the model's.
+# `acceptance[k]` counts only steps in which all drafts before the *k*-th stood. For the second and later drafts, the block uses
+# its own streams in place of the model's.
 #
 # ## By kind of text
 #
-# Teacher forced: at every position of a text, does the block, one token earlier, name the token that the model would take? That
-# is how often a greedy first draft stands there. Text that the model knows is easy for both; elsewhere each guesses by itself.
+# This measurement is teacher forced: at every position of a text, does the block's top token, one token earlier, equal the
+# model's top token? The share is the acceptance of a greedy first draft. On text that the model knows, both predict well and
+# agree. On other text they agree less often.
 
 # %%
-learnt = (HELDOUT.parent / "train_extract.txt").read_text("utf-8")
+learnt = (HELD_OUT_TEXT.parent / "train_extract.txt").read_text("utf-8")
 PROSE = (
     "The train was late again, so Anna bought a coffee and a paper. Prices of houses had gone up, the council argued about a "
     "bridge, and a scientist claimed that octopuses dream. She folded the paper, looked at the clock and thought of phoning. "
@@ -76,14 +77,14 @@ WINDOW = 512
 
 
 def stands(text: str) -> np.ndarray:
-    """Whether the first draft stands, at each position of a text's beginning."""
+    """Whether the first draft stands, at each position of the first `WINDOW` tokens of a text."""
     scored = model.logits(model.encode(text)[:WINDOW], mtp=True, strict=True)
     return scored["logits"][1:].argmax(-1) == scored["mtp_logits"].argmax(-1)
 
 
 stood = {name: stands(text) for name, text in texts.items()}
 chains = {
-    name: model.generate(model.encode(texts[name])[:120], max_new_tokens=160, draft=MOST, ignore_eos=True)
+    name: model.generate(model.encode(texts[name])[:120], max_new_tokens=160, draft=MAX_DRAFT, ignore_eos=True)
     for name in ("learnt (Genesis)", "held out (Revelation)", "modern prose")
 }
 
@@ -97,18 +98,59 @@ left.grid(axis="y", visible=False)
 for name, chain in chains.items():
     colour = f"C{list(texts).index(name)}"
     right.plot(range(1, 1 + len(chain.acceptance)), [100 * share for share in chain.acceptance], "o-", color=colour, markersize=4)
-right.set(xlabel="depth of the draft", ylabel="stood when those before did, %", ylim=(0, 103), xticks=range(1, MOST + 1))
+right.set(xlabel="depth of the draft", ylabel="stood when those before did, %", ylim=(0, 103), xticks=range(1, MAX_DRAFT + 1))
 right.set(title="In the model's continuation")
 right.legend([f"after {name}" for name in chains], fontsize=8, loc="lower left")
 plt.show()
 assert stood["held out (Revelation)"].mean() > stood["random letters"].mean()
 
 # %% [markdown]
+# ## Other drafters
+#
+# A drafter needs no weights: `ngram` finds the last tokens earlier in the text, and drafts what followed them there. This cell
+# takes every drafter that these weights can be opened with. Each drafts as many tokens a step as it does by default.
+
+# %%
+COMPARED = ("learnt (Genesis)", "one verse, repeated", "program")
+
+
+def opened(name: str) -> ds4jax.LanguageModel | None:
+    """The model with this drafter; None if the weights lack it."""
+    try:
+        return ds4jax.load(drafter=name)
+    except ds4jax.InputError:
+        print(f"no {name} in these weights")
+        return None
+
+
+models = {name: found for name in ("mtp", "dspark", "ngram") if (found := opened(name))}
+drafted = {
+    (name, kind): one.generate(one.encode(texts[kind])[:120], max_new_tokens=64, ignore_eos=True)
+    for name, one in models.items()
+    for kind in COMPARED
+}
+for (name, kind), run in drafted.items():
+    counts = ", ".join(f"{stood} of {tried}" for stood, tried in zip(run.stood, run.tried, strict=True))
+    print(f"{name:6} {kind:20} {run.tokens_per_step:.2f} tokens a step; stood by depth: {counts}")
+
+# %%
+figure, axes = plt.subplots(figsize=(7.6, 2.9))
+for i, name in enumerate(models):
+    place = np.arange(len(COMPARED)) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
+    bars = axes.bar(place, [drafted[name, kind].tokens_per_step for kind in COMPARED], width=0.75 / len(models), label=name)
+    axes.bar_label(bars, fmt="%.1f")
+axes.set_xticks(range(len(COMPARED)), COMPARED)
+axes.set(ylabel="tokens a step", title="After the first 120 tokens of each text")
+axes.margins(y=0.15)
+axes.grid(axis="x", visible=False)
+axes.legend()
+plt.show()
+
+# %% [markdown]
 # ## Along a text
 #
-# The mean hides stretches: on the held-out text the share of drafts that stand rises to nine in ten within a phrase that the
-# model knows, and falls below six in ten where something new begins. This is why the depth may be worth changing while a text
-# is written.
+# The acceptance varies along a text. On the held-out text it rises to nine in ten within a phrase that the model knows, and
+# falls below six in ten where a new subject begins. So it can be faster to change the depth during a text.
 
 # %%
 SPAN = 32
@@ -124,24 +166,24 @@ plt.show()
 # %% [markdown]
 # ## Break-even
 #
-# A step with *K* drafts that each stand with probability *p* commits 1 + p + … + p^K tokens. It pays when that is more than
-# what the step costs, in units of a step of plain decode. The left panel takes the costs of this machine, the shortest of
-# several runs at each depth; the right one a device that reads the weights once for all rows, where a draft costs the MTP block
-# and little else (here 5 % of a step each).
+# A step with *K* drafts that each stand with probability *p* commits 1 + p + … + p^K tokens. It is faster than plain decode if
+# this number exceeds the cost of the step, in units of a plain step. The left panel uses the costs of this machine: the
+# shortest of several runs at each depth. The right panel shows a device that reads the weights once for all rows. There a draft
+# costs little more than the MTP block (here 5 % of a step).
 
 # %%
 ROUNDS = 4
 times = [
-    [model.generate(PROMPT, max_new_tokens=32, draft=depth, ignore_eos=True).ms_per_step for depth in range(MOST + 1)]
+    [model.generate(PROMPT, max_new_tokens=32, draft=depth, ignore_eos=True).ms_per_step for depth in range(MAX_DRAFT + 1)]
     for _ in range(ROUNDS)
 ]
 costs = np.min(times, axis=0)
 print("ms a step by depth:", ", ".join(f"{cost:.1f}" for cost in costs))
 p = np.linspace(0, 1, 101)
 figure, panels = plt.subplots(1, 2, figsize=(7.6, 3.2), sharey=True)
-relative = {"this machine, measured": costs / costs[0], "5 % of a step for each draft": 1 + 0.05 * np.arange(MOST + 1)}
+relative = {"this machine, measured": costs / costs[0], "5 % of a step for each draft": 1 + 0.05 * np.arange(MAX_DRAFT + 1)}
 for axes, (name, cost) in zip(panels, relative.items(), strict=True):
-    for depth in range(1, MOST + 1):
+    for depth in range(1, MAX_DRAFT + 1):
         tokens = sum(p**k for k in range(depth + 1))
         axes.plot(100 * p, tokens / cost[depth], label=f"{depth} draft{'s' * (depth > 1)}")
     axes.axhline(1, color="0.4", linewidth=0.9, linestyle="--")
@@ -154,12 +196,13 @@ plt.show()
 # %% [markdown]
 # ## The adaptive depth
 #
-# `draft="auto"` takes, before every step, the depth with the most expected tokens for its time, by what was accepted lately and
-# what a step costs here. Greedy text does not depend on it.
+# Before every step, `draft="auto"` chooses the depth with the maximum of expected tokens per second. It estimates them from the
+# recent acceptance and from the time of a step at each depth. The package has a table of these times for some models and devices;
+# for others, as for this loop of four drafts, they are measured first. Greedy text does not depend on the depth.
 
 # %%
 prompts = {"held out": PROMPT, "modern prose": model.encode(PROSE)[:120]}
-DRAFTS = (0, 1, 2, MOST, "auto")
+DRAFTS = (0, 1, 2, MAX_DRAFT, "auto")
 speeds = dict.fromkeys([(name, draft) for name in prompts for draft in DRAFTS], 0.0)
 for _ in range(3):
     for name, prompt in prompts.items():
@@ -182,5 +225,5 @@ axes.legend(ncols=2, loc="upper left")
 plt.show()
 
 # %% [markdown]
-# On a CPU a step pays for each of its eight rows whether they are live or not, so plain decode in this program is slow; a
-# program without drafts (`max_draft=0`) has narrower steps. On an accelerator the rows beside the first are nearly free.
+# On a CPU, a step computes all of its eight rows, live or not, so plain decode in this program is slow. A program without
+# drafts (`max_draft=0`) has narrower steps. On an accelerator, the rows after the first are nearly free.

@@ -14,9 +14,9 @@
 # %% [markdown]
 # # 5 · Inside V4
 #
-# `model.trace(ids)` returns named intermediates of every layer for one sequence. This notebook looks at the parts that are new
-# in V4: mixing matrices between streams, compressed attention rows, the indexer's choice, experts, and a logit lens over the
-# layers.
+# `model.trace(ids)` returns named intermediates of every layer for one sequence. This notebook shows the parts that are new in
+# V4: mixing matrices between streams, compressed attention rows, the indexer's choice and the experts. It ends with a logit
+# lens over the layers.
 
 # %%
 import jax
@@ -26,22 +26,22 @@ from flax import nnx
 
 import ds4jax
 from ds4jax import runtime
-from ds4jax.check import HELDOUT
+from ds4jax.bounds import HELD_OUT_TEXT
 
 runtime.configure()
 plt.style.use("plain.mplstyle")
 model = ds4jax.load()
 config = model.config
-ids = model.encode(HELDOUT.read_text("utf-8")[:3000])[:512]
+ids = model.encode(HELD_OUT_TEXT.read_text("utf-8")[:3000])[:512]
 trace = model.trace(ids)
 print(trace)
 
 # %% [markdown]
 # ## Streams and how they mix
 #
-# The residual is four streams wide. Around every sub-layer they are mixed by a matrix that Sinkhorn iterations have made doubly
-# stochastic: mass moves between streams, none is lost. In this small model they stay near the identity. Mean over the text's
-# tokens, around attention:
+# The residual has four streams. A matrix mixes them around every sub-layer. Sinkhorn iterations make this matrix doubly
+# stochastic: mass moves between streams and none is lost. In this small model the matrices stay near the identity. The figure
+# shows the mean over the text's tokens, around attention:
 
 # %%
 combs = trace.over_layers("hc_attn_comb")
@@ -72,8 +72,8 @@ plt.show()
 # %% [markdown]
 # ## Where attention goes
 #
-# A query shares its attention between the last 128 tokens, compressed rows of what was before (4 or 128 tokens each), and a
-# sink that adds nothing. The three sum to one.
+# A query divides its attention between the last 128 tokens, compressed rows of earlier tokens (4 or 128 tokens each), and a
+# sink without a value. The three shares sum to one.
 
 # %%
 shares = {}
@@ -100,8 +100,9 @@ plt.show()
 # %% [markdown]
 # ## Compressed rows: attention and the indexer's choice
 #
-# A layer of ratio 4 has a compressed row for every four tokens. Its indexer scores them with small queries and lets attention
-# see the best 32 of those that are closed. Left the score, middle what was chosen, right what attention made of it.
+# A layer of ratio 4 has a compressed row for every four tokens. Its indexer scores the rows with small queries, and attention
+# sees the best 32 of the complete rows. The panels show the score (left), the chosen rows (middle) and attention's weights
+# (right).
 
 # %%
 layer = trace.layer(1)
@@ -137,8 +138,8 @@ plt.show()
 # %% [markdown]
 # ## Experts
 #
-# Layer 0 is routed by a table of token ids, the others by scores. Load is even when every expert serves an eighth of the
-# choices; the routers' biases were trained to that end.
+# A table of token ids routes layer 0; scores route the other layers. The load is even if each expert serves an eighth of the
+# choices. The routers' biases were trained for this.
 
 # %%
 load = np.stack([np.bincount(c.ravel(), minlength=config.n_experts) / c.size for c in trace.over_layers("ffn.chosen").values()])
@@ -155,8 +156,8 @@ np.testing.assert_allclose(load.sum(1), 1, atol=1e-6)
 # %% [markdown]
 # ## Logit lens
 #
-# The head can read the streams after any layer, not only the last. How good a prediction is there already? Median surprise at
-# the true next token, and how often the most likely token is the final one.
+# The head can read the streams after any layer, not only after the last. How good is the prediction there? The figure shows the
+# median surprise at the true next token, and how often the most likely token equals the last layer's.
 
 # %%
 network = nnx.merge(model.graph, model.weights)

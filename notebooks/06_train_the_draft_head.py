@@ -14,9 +14,9 @@
 # %% [markdown]
 # # 6 · Train the draft head on your own text
 #
-# Drafting pays as often as drafts stand, and they stand less often on text that the MTP block has not seen. The block can be
-# trained alone: the main model is frozen, so what it says cannot change, only how fast it says it. Here the King James model
-# meets weather reports.
+# Drafting is fast when many drafts stand, and fewer stand on text that the MTP block has not seen. The block can be trained
+# alone. The main model is frozen, so its output cannot change, only its speed. Here the King James model is tuned on weather
+# reports.
 
 # %%
 import time
@@ -37,9 +37,9 @@ plt.style.use("plain.mplstyle")
 shipped = ds4jax.load(max_draft=1)
 
 # %% [markdown]
-# ## A text that it has never seen
+# ## A text that the model has never seen
 #
-# Made by a few templates: 26 kB of reports. The last ones are held out.
+# A few templates make 26 kB of reports. The last reports are held out.
 
 # %%
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -75,11 +75,11 @@ print(f"{len(known_text):,} bytes to learn from, {len(new_text):,} held out. For
 # %% [markdown]
 # ## How often does the first draft stand?
 #
-# `float_model()` multiplies the Q8_0 weights out to float32, which is what gradients need, and `with_mtp_of` puts its MTP block
-# beside the Q8_0 weights of the main model. So the block as shipped and the tuned one run in the same compiled program.
+# `float_model()` dequantises the Q8_0 weights to float32, because gradients need float32. `with_mtp_of` combines its MTP block
+# with the Q8_0 weights of the main model. So the shipped block and the tuned block run in the same compiled program.
 #
-# A greedy first draft stands when the block's most likely token is the model's own. `model.logits(..., mtp=True)` gives both at
-# every position of a text.
+# A greedy first draft stands when the block's top token equals the model's. `model.logits(..., mtp=True)` returns the logits of
+# both at every position of a text.
 
 # %%
 floats = shipped.float_model()
@@ -99,8 +99,8 @@ print(f"before training {before.mean():.1%} of {len(before)} first drafts stand"
 # %% [markdown]
 # ## Train
 #
-# `teacher` runs the frozen model once over each window of the text, and `mtp_loss` needs only the block after that. With
-# `distill=1` the block learns what the model says rather than what the text says: drafts are judged by the model.
+# `teacher` runs the frozen model once over each window of the text. After that, `mtp_loss` runs only the block. With
+# `distill=1`, the block learns the model's distribution and not the text, because the model accepts or rejects its drafts.
 
 # %%
 WINDOW, BATCH, STEPS = 128, 8, 36
@@ -122,7 +122,7 @@ def loss(block, known, windows):
 
 @jax.jit
 def step(block, state, rows):
-    """One step of Adam on the block alone."""
+    """One step of Adam on the block's weights."""
     batch = jax.tree.map(lambda array: array[rows], (known, windows))
     (value, agreement), gradient = jax.value_and_grad(loss, has_aux=True)(block, *batch)
     updates, state = optimizer.update(gradient, state, block)
@@ -176,9 +176,10 @@ plt.show()
 # %% [markdown]
 # ## The decode loop agrees
 #
-# The same, measured by the loop that drafts, verifies and accepts: two tokens after each of 48 places in the held-out reports
-# take one step where the first draft stands and two where it does not. Longer continuations leave the weather soon, where the
-# tuned block drafts no better than before or a little worse; they are word for word those of plain decode all the same.
+# The decode loop drafts, verifies and accepts, and measures the same. It generates two tokens after each of 48 places in the
+# held-out reports. This takes one step if the first draft stands, and two if it does not. Longer continuations soon leave the
+# subject of weather. There the tuned block drafts no better than before, or a little worse. Every token still equals plain
+# decode's.
 
 # %%
 PLACES_TRIED, CONTEXT = 48, 80
@@ -187,7 +188,7 @@ blocks = {"as shipped": model, "tuned": tuned}
 
 
 def same_as_plain(prompt: np.ndarray, tokens: int) -> dict[str, int]:
-    """Steps that each block takes, after a check that the tokens are plain decode's."""
+    """Steps of each block. Also checks that the tokens equal plain decode's."""
     plain = model.generate(prompt, max_new_tokens=tokens, draft=0, ignore_eos=True)
     steps = {}
     for name, drafting in blocks.items():

@@ -1,4 +1,4 @@
-"""The products that the model is made of: shapes are checked here, and the gate's choice is carried out here."""
+"""Matrix products of the model. Checks shapes and runs the path that the gate (`core.dispatch`) chooses."""
 
 from __future__ import annotations
 
@@ -9,42 +9,48 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import activation, reference
-from pallas_kernels.activation import Activation
-from pallas_kernels.bundle import Part, launch
-from pallas_kernels.dispatch import DECODE_ROWS, choose
-from pallas_kernels.formats import BLOCK, Q8_0
-from pallas_kernels.q8_matmul import MOST_ROWS, q8_part
-from pallas_kernels.tiles import tile_for
+from pallas_kernels.core.dispatch import DECODE_ROWS, choose
+from pallas_kernels.core.launch import Part, launch
+from pallas_kernels.core.limits import MAX_ROWS
+from pallas_kernels.core.tiles import tile_for
+from pallas_kernels.formats import BLOCK, Q8_0, Quantized
+from pallas_kernels.linear import meaning
+from pallas_kernels.linear.activation import Activation
+from pallas_kernels.linear.activation_k import ActivationK
+from pallas_kernels.linear.lane_matmul import lane_part
+from pallas_kernels.linear.lane_row import quantize_for
+from pallas_kernels.linear.meaning import Weight
+from pallas_kernels.linear.q8_matmul import q8_part
 
-Weight = jax.Array | Q8_0
-MOST_TILE_VALUES = 1 << 25
+# Values of a large weight that are dequantised at a time.
+MAX_TILE_VALUES = 1 << 25
 
 
 def matmul(x: jax.Array, weight: Weight, *, strict: bool, implementation: str | None = None) -> jax.Array:
-    """Multiply activations with a weight matrix that stays as it is stored.
+    """Multiply activations by a weight matrix in its stored format.
 
     Args:
         x: float32 [M, K] activations, M at least 1.
-        weight: [N, K], float32, bfloat16, float16 or Q8_0.
-        strict: static. True multiplies float32 values by `jnp.dot` at highest precision and one fixed row count, and puts no
-            Pallas kernel into the program. False reads Q8_0 weights in int8 with activations in int8 blocks of 32 where there
-            are few rows: on CUDA by the share-warp kernel, elsewhere by the same arithmetic in jnp. With many rows it multiplies
-            them out, on CUDA to bfloat16 as the activations are then too, elsewhere to float32.
+        weight: [N, K], float32, bfloat16, float16 or of any quantised format.
+        strict: static. True uses `jnp.dot` on float32 values, at highest precision and one fixed row count, and no Pallas
+            kernel. False depends on the number of rows. Up to 32 rows, quantised weights are read as integers and multiplied by
+            activations in int8 blocks of 32 or 256, as the format asks: on CUDA by a kernel if the format has one, otherwise by
+            the same arithmetic in jnp. With more rows the weights are dequantised: on CUDA to bfloat16, like the activations,
+            elsewhere to float32.
         implementation: static; "pallas", "xla" or "interpret" takes that path or fails.
 
     Returns:
         float32 [M, N].
 
     Raises:
-        ValueError: x is not a float32 matrix or has no rows, its K is not the weight's, or the implementation is unknown or
-            cannot serve this product.
+        ValueError: x is not a float32 matrix, x has no rows, its K differs from the weight's, or the implementation is unknown
+            or does not support this product.
     """
     return matmul_many(x, [weight], strict=strict, implementation=implementation)[0]
 
 
 def matmul_many(x: jax.Array, weights: Sequence[Weight], *, strict: bool, implementation: str | None = None) -> list[jax.Array]:
-    """`matmul` of the same activations with several weights, one launch for all where the kernel runs.
+    """`matmul` of the same activations with several weights. A kernel computes all of them in one launch if their formats agree.
 
     Args:
         x: float32 [M, K].
@@ -54,7 +60,7 @@ def matmul_many(x: jax.Array, weights: Sequence[Weight], *, strict: bool, implem
         float32 [M, N] for each weight.
 
     Raises:
-        ValueError: as for `matmul`.
+        ValueError: `weights` is empty; otherwise as for `matmul`.
     """
     if x.ndim != 2 or x.dtype != jnp.float32 or x.shape[0] < 1:
         raise ValueError(f"x is {x.dtype}{list(x.shape)}; it must be float32 [M, K] with M at least 1")
@@ -63,14 +69,14 @@ def matmul_many(x: jax.Array, weights: Sequence[Weight], *, strict: bool, implem
     for weight in weights:
         if len(weight.shape) != 2 or weight.shape[1] != x.shape[1]:
             raise ValueError(f"weight is {list(weight.shape)} and x is {list(x.shape)}; K must agree in [N, K] and [M, K]")
-    if len({isinstance(weight, Q8_0) for weight in weights}) > 1:
+    if len(set(map(_format, weights))) > 1:
         return [matmul(x, weight, strict=strict, implementation=implementation) for weight in weights]
     outputs = _products(x[:, None, :], tuple(weights), strict, implementation)
     return [y[:, 0] for y in outputs]
 
 
 def grouped_matmul(x: jax.Array, weight: Weight, *, strict: bool, implementation: str | None = None) -> jax.Array:
-    """Multiply each group of the activations with its own rows of one weight matrix.
+    """Multiply each group of the activations by its own rows of one weight matrix.
 
     Args:
         x: float32 [M, C, K] with C groups.
@@ -81,7 +87,7 @@ def grouped_matmul(x: jax.Array, weight: Weight, *, strict: bool, implementation
         float32 [M, C, N].
 
     Raises:
-        ValueError: as for `matmul`, or the weight's rows do not divide into the groups.
+        ValueError: the number of weight rows is not a multiple of the groups; otherwise as for `matmul`.
     """
     if x.ndim != 3 or x.dtype != jnp.float32 or x.shape[0] < 1:
         raise ValueError(f"x is {x.dtype}{list(x.shape)}; it must be float32 [M, C, K] with M at least 1")
@@ -90,13 +96,18 @@ def grouped_matmul(x: jax.Array, weight: Weight, *, strict: bool, implementation
     return _products(x, (weight,), strict, implementation)[0]
 
 
+def _format(weight: Weight) -> type[Quantized] | None:
+    """The weight's format; None if it is a float matrix."""
+    return type(weight) if isinstance(weight, Quantized) else None
+
+
 def _products(x: jax.Array, weights: tuple[Weight, ...], strict: bool, implementation: str | None) -> tuple[jax.Array, ...]:
-    """x [M, C, K] times each [C·N, K] by the path that the gate chooses: [M, C, N] each."""
-    half = all(not isinstance(weight, Q8_0) and weight.dtype.itemsize == 2 for weight in weights)
-    choice = choose(x.shape[0], isinstance(weights[0], Q8_0), half=half, strict=strict, implementation=implementation)
+    """Products [M, C, N] of x [M, C, K] and each weight [C·N, K], by the path that the gate chooses."""
+    half = all(not isinstance(weight, Quantized) and weight.dtype.itemsize == 2 for weight in weights)
+    choice = choose(x.shape[0], _format(weights[0]), half=half, strict=strict, implementation=implementation)
     paths: dict[str, Callable[..., tuple[jax.Array, ...]]] = {
-        "pallas": functools.partial(_share_warp, interpret=False),
-        "interpret": functools.partial(_share_warp, interpret=True),
+        "pallas": functools.partial(_kernels, interpret=False),
+        "interpret": functools.partial(_kernels, interpret=True),
         "xla": _quantized,
         "dot": functools.partial(_dots, strict=strict),
         "bfloat16": _narrow_dots,
@@ -111,33 +122,44 @@ def _products(x: jax.Array, weights: tuple[Weight, ...], strict: bool, implement
 
 
 @functools.partial(jax.jit, static_argnames="interpret", inline=True)
-def _share_warp(x: jax.Array, weights: tuple[Q8_0, ...], *, interpret: bool) -> tuple[jax.Array, ...]:
-    """The kernel in launches of at most 8 rows. Traced once for each shape and inlined, since layers repeat shapes."""
+def _kernels(x: jax.Array, weights: tuple[Quantized, ...], *, interpret: bool) -> tuple[jax.Array, ...]:
+    """Run a kernel on at most 8 rows per launch. Layers repeat shapes, so this is traced once per shape and inlined."""
     m, groups, _ = x.shape
     parts = []
-    for first in range(0, m, MOST_ROWS):
-        rows = x[first : first + MOST_ROWS]
-        quants = activation.quantize(rows.reshape(rows.shape[0], -1), groups, interpret=interpret)
+    for first in range(0, m, MAX_ROWS):
+        rows = x[first : first + MAX_ROWS]
+        quants = quantize_for(rows.reshape(rows.shape[0], -1), type(weights[0]), groups, interpret=interpret)
         parts.append(quantized_products(quants, weights, groups=groups, interpret=interpret))
     outputs = (jnp.concatenate(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
     return tuple(y.reshape(m, groups, -1) for y in outputs)
 
 
-def quantized_part(x: Activation, weights: Sequence[Q8_0], *, groups: int = 1, interpret: bool = False) -> Part:
-    """The share-warp kernel with the tile measured for this device; the arguments are those of `q8_matmul`."""
+def product_parts(
+    x: Activation | ActivationK, weights: Sequence[Quantized], *, groups: int = 1, interpret: bool = False
+) -> list[Part]:
+    """Products with weights of one format as launch parts: their outputs together are one for each weight, in order.
+
+    Q8_0 weights share a part, with the tile measured for this device. Arguments as for `q8_matmul` and `lane_matmul`.
+    """
+    q8 = [weight for weight in weights if isinstance(weight, Q8_0)]
+    if not q8 or not isinstance(x, Activation):
+        return [lane_part(x, weight, groups=groups, interpret=interpret) for weight in weights]
     m, _, blocks = x.scales.shape
     device_kind = "" if interpret else jax.devices()[0].device_kind
-    tile = tile_for(tuple(weight.shape[0] // groups for weight in weights), blocks * BLOCK, groups, m, device_kind)
-    return q8_part(x, weights, tile=tile, groups=groups, interpret=interpret)
+    tile = tile_for(tuple(weight.shape[0] // groups for weight in q8), blocks * BLOCK, groups, m, device_kind)
+    return [q8_part(x, q8, tile=tile, groups=groups, interpret=interpret)]
 
 
-def quantized_products(x: Activation, weights: Sequence[Q8_0], *, groups: int = 1, interpret: bool = False) -> list[jax.Array]:
-    """`quantized_part` as a launch of its own."""
-    return launch([quantized_part(x, weights, groups=groups, interpret=interpret)], warps=1, interpret=interpret)[0]
+def quantized_products(
+    x: Activation | ActivationK, weights: Sequence[Quantized], *, groups: int = 1, interpret: bool = False
+) -> list[jax.Array]:
+    """Run `product_parts` in a launch of their own."""
+    made = launch(product_parts(x, weights, groups=groups, interpret=interpret), warps=1, interpret=interpret)
+    return [y for outputs in made for y in outputs]
 
 
-def _quantized(x: jax.Array, weights: tuple[Q8_0, ...]) -> tuple[jax.Array, ...]:
-    return tuple(reference.quantized_dot(x, weight) for weight in weights)
+def _quantized(x: jax.Array, weights: tuple[Quantized, ...]) -> tuple[jax.Array, ...]:
+    return tuple(meaning.quantized_dot(x, weight) for weight in weights)
 
 
 def _dots(x: jax.Array, weights: tuple[Weight, ...], *, strict: bool) -> tuple[jax.Array, ...]:
@@ -145,55 +167,52 @@ def _dots(x: jax.Array, weights: tuple[Weight, ...], *, strict: bool) -> tuple[j
 
 
 def _dot(x: jax.Array, weight: Weight, strict: bool) -> jax.Array:
-    """Multiply out the weight and use the library's product; a large weight for many rows is multiplied out in tiles."""
-    dot = _fixed_rows if strict else reference.dot
-    if not isinstance(weight, Q8_0) or (strict and x.shape[0] <= DECODE_ROWS):
-        return dot(x, reference.as_float32(weight).reshape(x.shape[1], -1, x.shape[2]))
-    return _multiplied_out(x, weight, dot, jnp.float32)
+    """Dequantise the weight and use XLA's product. With many rows, a large weight is dequantised in tiles."""
+    dot = _fixed_rows if strict else meaning.dot
+    if not isinstance(weight, Quantized) or (strict and x.shape[0] <= DECODE_ROWS):
+        return dot(x, meaning.as_float32(weight).reshape(x.shape[1], -1, x.shape[2]))
+    return _dequantised_dot(x, weight, dot, jnp.float32)
 
 
-def _narrow_dots(x: jax.Array, weights: tuple[Q8_0, ...]) -> tuple[jax.Array, ...]:
-    """In bfloat16 with float32 sums; the precision is said, since the program's own is the highest."""
-    dot, narrow = functools.partial(reference.dot, precision=jax.lax.Precision.DEFAULT), x.astype(jnp.bfloat16)
-    return tuple(_multiplied_out(narrow, weight, dot, jnp.bfloat16) for weight in weights)
+def _narrow_dots(x: jax.Array, weights: tuple[Quantized, ...]) -> tuple[jax.Array, ...]:
+    """Products in bfloat16 with float32 sums. The precision is explicit because the program's default is the highest."""
+    dot, narrow = functools.partial(meaning.dot, precision=jax.lax.Precision.DEFAULT), x.astype(jnp.bfloat16)
+    return tuple(_dequantised_dot(narrow, weight, dot, jnp.bfloat16) for weight in weights)
 
 
 def _split_dots(x: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Nearly float32: each operand as the sum of two bfloat16 numbers, and all their products but that of the small parts."""
-    dot = functools.partial(reference.dot, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3)
+    """Nearly float32: each operand is a sum of two bfloat16 numbers. The product of the two small parts is left out."""
+    dot = functools.partial(meaning.dot, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3)
     return tuple(dot(x, weight.astype(jnp.float32).reshape(x.shape[1], -1, x.shape[2])) for weight in weights)
 
 
-def _multiplied_out(x: jax.Array, weight: Q8_0, dot: Callable[..., jax.Array], dtype: Any) -> jax.Array:
-    """The library's product x [M, C, K] with a weight multiplied out to a type, in tiles of rows when it is large."""
+def _dequantised_dot(x: jax.Array, weight: Quantized, dot: Callable[..., jax.Array], dtype: Any) -> jax.Array:
+    """XLA's product of x [M, C, K] and a weight dequantised to `dtype`, in tiles of rows if the weight is large."""
     m, groups, k = x.shape
     tiles = _tiles(weight, groups)
     if tiles == 1:
         return dot(x, weight.dequantize(dtype).reshape(groups, -1, k))
-    rows = weight.shape[0] // tiles
-    quants = jnp.moveaxis(weight.quants.reshape(2, tiles, rows, *weight.quants.shape[2:]), 1, 0)
-    scales = weight.scales.reshape(tiles, rows, -1)
 
-    def one(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return dot(x, Q8_0(*tile).dequantize(dtype)[None])
+    def one(tile: Quantized) -> jax.Array:
+        return dot(x, tile.dequantize(dtype)[None])
 
-    y_tiles = jax.lax.map(one, (quants, scales))
+    y_tiles = jax.lax.map(one, weight.in_tiles(tiles))
     return jnp.moveaxis(y_tiles, 0, 2).reshape(m, groups, -1)
 
 
-def _tiles(weight: Q8_0, groups: int) -> int:
-    """Into how many tiles of rows a quantised weight is cut, so that no tile has too many values."""
+def _tiles(weight: Quantized, groups: int) -> int:
+    """Number of row tiles of a quantised weight; each tile has at most `MAX_TILE_VALUES` values."""
     if groups > 1:
         return 1
     n, k = weight.shape
-    return next(tiles for tiles in range(1, n + 1) if n % tiles == 0 and (n // tiles * k <= MOST_TILE_VALUES or tiles == n))
+    return next(tiles for tiles in range(1, n + 1) if n % tiles == 0 and (n // tiles * k <= MAX_TILE_VALUES or tiles == n))
 
 
 def _fixed_rows(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Always eight rows at a time, so that the library cannot choose another algorithm for another number of rows."""
+    """Multiply eight rows at a time, so that XLA cannot choose another algorithm for another number of rows."""
     m = x.shape[0]
-    parts = jnp.pad(x, ((0, -m % MOST_ROWS), (0, 0), (0, 0))).reshape(-1, MOST_ROWS, *x.shape[1:])
-    dot = functools.partial(reference.dot, w=w, precision=jax.lax.Precision.HIGHEST)
+    parts = jnp.pad(x, ((0, -m % MAX_ROWS), (0, 0), (0, 0))).reshape(-1, MAX_ROWS, *x.shape[1:])
+    dot = functools.partial(meaning.dot, w=w, precision=jax.lax.Precision.HIGHEST)
     if m <= DECODE_ROWS:
         return jnp.concatenate([dot(part) for part in parts])[:m]
     y = jax.lax.map(dot, parts)

@@ -5,7 +5,9 @@ Settings go through the environment where a command that a test starts should ha
 
 from __future__ import annotations
 
+import collections
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,12 +60,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count skipped tests by reason, a line each; `-rs` lists them one by one."""
+    if "s" in terminalreporter.reportchars:
+        return
+    # Where, which line, and "Skipped: " before the reason.
+    skipped = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])]
+    for reason, count in collections.Counter(skipped).most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own answer to Ctrl-C, here and in processes that the test starts.
+
+    Under `nohup` and in a script's background job the signal is ignored, and children inherit that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
     """Forget compiled programs before they are too many: each takes mappings of memory, of which a process may have 65,530."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPPINGS:
+        from ds4jax.engine import compile
+
+        compile.forget()
         jax.clear_caches()
 
 

@@ -80,14 +80,29 @@ def write_small(path: Path, config: Config = SMALL, **options: Any) -> dict[str,
 
 
 def rewrite(
-    source: Path, target: Path, architecture: str, keep: Callable[[str], bool], *, keys: bool = True, add: str = ""
+    source: Path,
+    target: Path,
+    architecture: str,
+    keep: Callable[[str], bool],
+    *,
+    keys: bool = True,
+    add: str = "",
+    more: dict[str, int | list[int]] | None = None,
 ) -> None:
-    """Write the tensors that are kept into another file, last to first, with one more where `add` names it."""
+    """Write the tensors that are kept into another file, last to first, with one more where `add` names it.
+
+    Metadata is kept with `keys`; `more` are further keys, or other values.
+    """
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, architecture)
     for key, field in reader.fields.items():
-        if keys and not key.startswith("GGUF.") and key != "general.architecture":
+        if keys and not key.startswith("GGUF.") and key not in {"general.architecture", *(more or {})}:
             writer.add_key_value(key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
+    for key, value in (more or {}).items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_uint32(key, value)
     if add:
         writer.add_tensor(add, np.zeros(4, np.float32))
     for tensor in reversed(reader.tensors):

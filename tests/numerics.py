@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator
@@ -80,6 +81,25 @@ def golden_transformer(qat: bool = False, cache: str = "float32") -> Transformer
 def golden_model(qat: bool = False, cache: str = "float32") -> LanguageModel:
     """Golden model a, ready to run."""
     return LanguageModel(golden_transformer(qat, cache), None)
+
+
+@functools.cache
+def short_transformer(qat: bool = False, cache: str = "float32") -> Transformer:
+    """Layers 1 to 3 of golden model a, one of each kind, and its MTP block: half the compiler's time of all layers.
+
+    For what holds of any model; golden numbers are those of `golden_transformer`.
+    """
+    config = dataclasses.replace(golden_config(qat, cache), n_layers=3, n_hash_layers=1, compress_ratios=(0, 4, 16, 0))
+    held = {name: value for name, value in golden_tensors(golden_config()) if not name.startswith("layers.0.")}
+    for i in range(config.n_layers):
+        held = {name.replace(f"layers.{i + 1}.", f"layers.{i}."): value for name, value in held.items()}
+    return build(config, ((name, held[name]) for name in shapes(config)))
+
+
+@functools.cache
+def short_model(qat: bool = False, cache: str = "float32") -> LanguageModel:
+    """The short model, ready to run."""
+    return LanguageModel(short_transformer(qat, cache), None)
 
 
 def assert_component(actual: jax.Array | np.ndarray, expected: np.ndarray) -> None:

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.formats import MXFP4, Quantized
+from pallas_kernels.formats import FORMATS, MXFP4, Quantized
+from pallas_kernels.formats.iq1 import IQ1_M
+from pallas_kernels.formats.stored import Stored
+
+
+def layouts() -> list[str]:
+    """Formats that differ in their layout on the device: one stands for all that have none of their own."""
+    stored = [name for name, format in FORMATS.items() if issubclass(format, Stored)]
+    return [*(name for name in FORMATS if name not in stored), stored[0]]
 
 
 def random_blocks(
@@ -20,12 +28,25 @@ def random_blocks(
     """
     random = np.random.default_rng(seed)
     blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // format.BLOCK, format.BLOCK_BYTES), np.uint8)
+
+    def scale() -> np.ndarray:
+        numbers = random.standard_normal(blocks.shape[:-1]) * 10.0 ** random.integers(least, most, blocks.shape[:-1])
+        return numbers.astype(np.float16)
+
     for place in format.FLOAT16:
-        scale = random.standard_normal(blocks.shape[:-1]) * 10.0 ** random.integers(least, most, blocks.shape[:-1])
-        blocks[..., place : place + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
+        blocks[..., place : place + 2] = scale()[..., None].view(np.uint8)
     if format is MXFP4:
         blocks[..., 0] = random.integers(110, 130, blocks.shape[:-1])
+    if format is IQ1_M:
+        set_scale(blocks, scale())
     return blocks.reshape(*shape[:-1], -1)
+
+
+def set_scale(blocks: np.ndarray, scale: np.ndarray) -> None:
+    """Write float16 scales [...] into blocks of IQ1_M, uint8 [..., 56]: four bits into each of the four last words."""
+    for part in range(4):
+        blocks[..., 49 + 2 * part] &= 15
+        blocks[..., 49 + 2 * part] |= (((scale.view(np.uint16) >> (4 * part)) & 15) << 4).astype(np.uint8)
 
 
 def form(value: jax.Array | Quantized) -> str:

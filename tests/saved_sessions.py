@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numerics import arrays
 
+from ds4jax.engine.session import Session
 from ds4jax.language_model import LanguageModel
-from ds4jax.session import Session
 
 OPTIONS = {"strict": True, "ignore_eos": True, "max_new_tokens": 40}
 

@@ -59,6 +59,13 @@ def test_decode() -> None:
     assert _missing(lines) == []
 
 
+def test_decode_of_another_layout() -> None:
+    content = _result("h200-decode-ud-iq3-xxs")
+    [row] = content["rows"]
+    size = f"UD-IQ3_XXS ({content['weight_bytes'] / 1e9:.1f} GB on the device)"
+    assert _missing([f"{size} a plain step takes {row['ms_per_step']:.2f} ms: {row['tokens_per_second']:.1f} tokens/s"]) == []
+
+
 def test_kernels() -> None:
     lines = []
     for card, name in {"H100": "h100-80gb-hbm3", "H200": "h200"}.items():

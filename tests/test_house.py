@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import platform
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,6 +13,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import ds4jax
 
@@ -47,10 +52,15 @@ def test_size_and_docstrings(path: Path) -> None:
 
 
 def imported(path: Path) -> set[str]:
-    """Our modules that must be there before this one is: what it imports at its own level, type annotations aside."""
+    """Our modules that a file imports anywhere: at its top, inside functions, and for types alone.
+
+    Only the package's face may name at its top, for types, what it imports on demand.
+    """
     modules = set(map(module, PACKAGES))
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if path == ROOT / "ds4jax" / "__init__.py" else ast.walk(tree)
     found = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -59,9 +69,12 @@ def imported(path: Path) -> set[str]:
     return found & modules
 
 
-def test_any_module_can_be_imported_first() -> None:
+def test_no_imports_go_in_a_circle() -> None:
     graph = {module(path): imported(path) for path in PACKAGES}
-    assert graph["ds4jax.bench.prefill"] >= {"ds4jax.bench.whole", "ds4jax.decode"}
+    assert graph["ds4jax.bench.prefill"] >= {"ds4jax.bench.whole_model", "ds4jax.decode.loop"}
+    assert "ds4jax.evaluation.check" in graph["ds4jax.language_model"], "an import inside a function counts"
+    assert "ds4jax.text.tokenizer" in graph["ds4jax.text.prompt"], "an import for types counts"
+    assert graph["ds4jax"] == {"ds4jax.config", "ds4jax.errors"}
     graphlib.TopologicalSorter(graph).prepare()
 
 
@@ -73,10 +86,10 @@ def printed(program: str) -> list[str]:
 
 
 def test_kernels_stand_alone() -> None:
-    names = ", ".join(f"pallas_kernels.{path.stem}" for path in (ROOT / "pallas_kernels").glob("[!_]*.py"))
+    names = ", ".join(module(path) for path in (ROOT / "pallas_kernels").rglob("[!_]*.py"))
     modules = printed(f"import sys, {names}; print(*sys.modules)")[0].split()
-    assert "pallas_kernels.ops" in modules
-    assert [module for module in modules if module.split(".")[0] in ("ds4jax", "flax")] == []
+    assert {"pallas_kernels.ops", "pallas_kernels.experts.meaning"} <= set(modules)
+    assert [module for module in modules if module.split(".")[0] in ("ds4jax", "flax", "gguf")] == []
 
 
 def test_importing_ds4jax_starts_nothing() -> None:
@@ -98,7 +111,13 @@ def test_tests_are_strict_and_share_a_cache() -> None:
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
 
 
-def test_python_and_jax_versions() -> None:
+def test_the_readme_says_which_versions_of_python_and_jax() -> None:
+    """As the package asks for them, and jaxlib's are jax's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["requires-python"] == ">=3.11"
-    assert "jax>=0.10.2,!=0.11.0,!=0.11.1,<0.13" in project["dependencies"]
+    asked = {one.name: one.specifier for one in map(Requirement, project["dependencies"])}
+    assert asked["jax"] == asked["jaxlib"]
+    assert jax.__version__ in asked["jax"]
+    assert Version(platform.python_version()) in SpecifierSet(project["requires-python"])
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| Python, jax |"))
+    for one in (*SpecifierSet(project["requires-python"]), *asked["jax"]):
+        assert re.search(rf"\b{re.escape(one.version)}\b", row), one

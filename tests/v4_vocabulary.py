@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from gguf_files import GOLDEN
 
-from ds4jax.tokenizer import Tokenizer
+from ds4jax.text.tokenizer import Tokenizer
 
 GOLDEN_CASES = json.loads((GOLDEN / "v4_tokenizer_cases.json").read_text("utf-8"))
 

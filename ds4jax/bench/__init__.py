@@ -1,1 +1,1 @@
-"""Benchmarks on a GPU: times from the profiler, bytes from the kernels' own counts, and the bandwidth of the same run."""
+"""Benchmarks on a GPU: times from the profiler, bytes from the kernels' counts, and the copy bandwidth of the same run."""

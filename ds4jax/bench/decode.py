@@ -1,7 +1,6 @@
-"""The decode step at full shape: time, bytes, kernels, and whether drafting says what plain decode says.
+"""Measures the decode step at full shape: time, bytes, kernels, and whether drafting gives the same output as plain decode.
 
-Weights are random; so is what the caches hold. The loop, its programs and everything they read have the shapes of the published
-model.
+Weights and cache rows are random. The loop, its programs and their arrays have the shapes of the published model.
 """
 
 from __future__ import annotations
@@ -14,18 +13,22 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from ds4jax.bench import profile, synthetic
-from ds4jax.bench.programs import RUNS, Loop, Program, compiled, told
+from ds4jax.bench import calls, profile
+from ds4jax.bench.programs import RUNS, Loop, Program, compiled, with_truth
 from ds4jax.bench.traffic import step_bytes
-from ds4jax.bench.whole import Note, Row, Whole, finite, peak_bytes
-from ds4jax.buckets import capacity_for
-from ds4jax.decode import DecodeState
+from ds4jax.bench.whole_model import Note, Row, WholeModel, finite, peak_bytes
+from ds4jax.bounds import drafts_of, own_drafter
+from ds4jax.cache.capacity import capacity_for
+from ds4jax.decode.loop import DecodeState
 from ds4jax.errors import InputError
 from ds4jax.loading.plan import Plan, plan
+from ds4jax.random_models import checkpoint as synthetic
 
 SCHEMA = 1
 PLAIN = Program(0)
 STRICT = Program(0, strict=True)
+# Length of the texts for timing calls, as a multiple of the steps of a run.
+TEXT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +36,16 @@ class Options:
     """What to measure.
 
     Attributes:
-        layout: a name in `synthetic.LAYOUTS`.
-        layers: the first layers alone; None takes all.
-        context: rows that the caches hold before the first step.
-        drafts: drafts a step, each of 0 to 4; the deepest is what the drafting program is compiled for.
+        layout: a name in `LAYOUT_NAMES`.
+        layers: number of first layers; None for all.
+        context: rows in the caches before the first step.
+        drafts: drafts per step, none larger than the drafter can make. The drafting program is compiled for the maximum.
         strict: also measure strict plain decode.
-        steps: tokens that every run generates.
-        acceptance: shares of the first, second, .. draft that stand, for figures that are labelled simulated.
+        steps: tokens of each run.
+        acceptance: assumed acceptance of the first, second, .. draft, for the figures labelled simulated.
 
     Raises:
-        InputError: what cannot be measured; the message names it.
+        InputError: the options cannot be measured; the message names the option.
     """
 
     layout: str = "flash-q2"
@@ -57,37 +60,47 @@ class Options:
         config = synthetic.config_of(self.layout, self.layers)
         if self.context + self.steps > config.max_context:
             raise InputError(f"context is {self.context} and steps {self.steps}; {self.layout} ends at {config.max_context}")
-        if self.acceptance and len(self.acceptance) < self.most:
-            raise InputError(f"acceptance has {len(self.acceptance)} shares; draft {self.most} needs {self.most}")
+        name = own_drafter(config)
+        if self.max_draft > drafts_of(name, config)[1]:
+            raise InputError(f"draft is {self.max_draft}; the {name} drafter makes at most {drafts_of(name, config)[1]}")
+        if self.acceptance and len(self.acceptance) < self.max_draft:
+            raise InputError(f"acceptance has {len(self.acceptance)} shares; draft {self.max_draft} needs {self.max_draft}")
 
     @property
-    def most(self) -> int:
-        """The deepest draft."""
+    def max_draft(self) -> int:
+        """The maximum number of drafts per step."""
         return max(self.drafts)
 
     @property
+    def drafting(self) -> Program:
+        """The program that drafts, with the layout's own drafter."""
+        return Program(self.max_draft, inner=own_drafter(synthetic.config_of(self.layout, self.layers)))
+
+    @property
     def programs(self) -> tuple[Program, ...]:
-        """What has to be compiled, the largest first."""
-        drafting = (Program(self.most),) if self.most else ()
+        """The programs to compile, the largest first."""
+        drafting = (self.drafting,) if self.max_draft else ()
         return (*drafting, *((STRICT,) if self.strict else ()), PLAIN)
 
 
 def bench(options: Options, note: Note) -> Row:
-    """Build, compile, time, profile and compare; returns the content of a result file."""
-    model = Whole.make(options.layout, options.layers, note)
+    """Build, compile, time, profile and compare. Returns the content of a result file."""
+    model = WholeModel.make(options.layout, options.layers, note)
     config, bandwidth = model.config, model.bandwidth
-    planned = plan(model.checkpoint, options.context, max_draft=options.most)
+    planned = plan(model.checkpoint, options.context, max_draft=options.max_draft)
     capacity = capacity_for(options.context + options.steps, config.max_context)
     loops = compiled(options.programs, config, model.graph, model.weights, options.context, capacity)
     for loop in loops.values():
         note(f"{loop.program.name}: traced in {loop.lower_seconds:.1f} s, compiled in {loop.compile_seconds:.1f} s")
     problems: list[str] = []
     rows = _timed(options, loops, planned, bandwidth, problems, note)
-    lossless = _lossless(loops[Program(options.most)], options, note) if options.most else None
+    by_call = calls.measured(model, capacity, TEXT * options.steps, note)
+    lossless = _lossless(loops[options.drafting], options, note) if options.max_draft else None
     profiles, kernels = _profiles(options, loops, bandwidth, problems, note)
     return {
         "schema": SCHEMA,
         **model.fields(),
+        "drafter": options.drafting.inner,
         "context": options.context,
         "capacity": capacity,
         "tokens": options.steps,
@@ -97,6 +110,7 @@ def bench(options: Options, note: Note) -> Row:
         "peak_bytes": peak_bytes(),
         "compiled": [_compiled(loop) for loop in loops.values()],
         "rows": rows,
+        "calls": by_call,
         "simulated": _simulated(rows, options.acceptance),
         "lossless": lossless,
         "profiles": profiles,
@@ -106,7 +120,7 @@ def bench(options: Options, note: Note) -> Row:
 
 
 def good(content: Row) -> bool:
-    """Whether everything was measured, and drafting said what plain decode says."""
+    """Whether everything was measured, and drafting gave the same output as plain decode."""
     return not content["problems"] and (content["lossless"] is None or content["lossless"]["equal"])
 
 
@@ -121,10 +135,10 @@ def _compiled(loop: Loop) -> Row:
 def _timed(
     options: Options, loops: dict[Program, Loop], planned: Plan, bandwidth: float | None, problems: list[str], note: Note
 ) -> list[Row]:
-    """A row for each way to decode: plain alone, each depth inside the drafting program, strict plain."""
+    """A row for each way to decode: plain in its own program, each depth in the drafting program, strict plain."""
     ways = [("plain", PLAIN, 0)]
-    if options.most:
-        inside = Program(options.most)
+    if options.max_draft:
+        inside = options.drafting
         ways += [(f"{f'draft {depth}' if depth else 'plain'} in {inside.name}", inside, depth) for depth in options.drafts]
     if options.strict:
         ways.append(("strict plain", STRICT, 0))
@@ -142,7 +156,7 @@ def _timed(
 def _row(
     name: str, program: Program, depth: int, samples: Sequence[float], count: int, bandwidth: float | None, plain: Row | None
 ) -> Row:
-    """One row. Tokens a second are those of steps that commit one token; what drafts would add is not measured here."""
+    """One row. Tokens/s are given for plain steps only, because random weights accept hardly any drafts."""
     ms = statistics.median(samples)
     made: Row = {
         "name": name,
@@ -165,14 +179,14 @@ def _row(
 
 
 def _unusable(state: DecodeState, tokens: int) -> list[str]:
-    """Why the random model's run says nothing: values that are not finite, or steps that are all alike."""
-    marks = {tuple(mark) for mark in np.asarray(state.fingerprints)[:tokens].tolist()}
+    """Reasons not to trust the random model's run: values that are not finite, or steps with equal logits."""
+    marks = {tuple(mark) for mark in np.asarray(state.fingerprints)[0, :tokens].tolist()}
     found = [] if finite(state.cache) else ["values that are not finite"]
     return found if len(marks) > tokens // 2 else [*found, f"{len(marks)} different logits in {tokens} tokens"]
 
 
 def _simulated(rows: Sequence[Row], acceptance: Sequence[float]) -> list[Row]:
-    """Tokens a second if the stated shares of drafts stood; the steps' times are measured, the shares are not."""
+    """Tokens/s under the assumed acceptance. The times of the steps are measured; the acceptance is not."""
     made = []
     for row in rows:
         depth = row["draft"]
@@ -191,37 +205,37 @@ def _simulated(rows: Sequence[Row], acceptance: Sequence[float]) -> list[Row]:
 
 
 def _lossless(loop: Loop, options: Options, note: Note) -> Row:
-    """Plain decode and the deepest draft in one executable, with drafts that are right for 0, 1, .. of them in turn."""
+    """Compare plain decode and the maximum draft in one executable. In successive steps 0, 1, .. drafts are right."""
     count = options.steps
     plain = loop.run(loop.fresh(), count, 0)
-    tokens, marks = np.asarray(plain.tokens)[:count], np.asarray(plain.fingerprints)[:count]
-    drafted = loop.run(loop.fresh(told(loop.start, tokens)), count, options.most)
-    differing = np.asarray(drafted.tokens)[:count] != tokens
-    bits = np.any(np.asarray(drafted.fingerprints)[:count] != marks, axis=1)
+    tokens, marks = np.asarray(plain.tokens)[0, :count], np.asarray(plain.fingerprints)[0, :count]
+    drafted = loop.run(loop.fresh(with_truth(loop.start, tokens)), count, options.max_draft)
+    differing = np.asarray(drafted.tokens)[0, :count] != tokens
+    bits = np.any(np.asarray(drafted.fingerprints)[0, :count] != marks, axis=1)
     found = {
         "equal": not differing.any() and not bits.any(),
         "program": loop.program.name,
-        "draft": options.most,
+        "draft": options.max_draft,
         "tokens": count,
-        "steps": int(drafted.acceptance.steps),
-        "tried": np.asarray(drafted.acceptance.tried).tolist(),
-        "stood": np.asarray(drafted.acceptance.stood).tolist(),
+        "steps": int(drafted.acceptance.steps[0]),
+        "tried": np.asarray(drafted.acceptance.tried)[0].tolist(),
+        "stood": np.asarray(drafted.acceptance.stood)[0].tolist(),
         "differing_tokens": int(differing.sum()),
         "differing_fingerprints": int(bits.sum()),
     }
-    note(f"draft {options.most} and plain: {'equal' if found['equal'] else 'DIFFERENT'} over {count} tokens")
+    note(f"draft {options.max_draft} and plain: {'equal' if found['equal'] else 'DIFFERENT'} over {count} tokens")
     return found
 
 
 def _profiles(
     options: Options, loops: dict[Program, Loop], bandwidth: float | None, problems: list[str], note: Note
 ) -> tuple[list[Row], list[Row]]:
-    """Kernels of the plain step and of the deepest draft's, where there is a profiler."""
+    """Kernels of the plain step and of the step with the maximum draft; none without a GPU."""
     if jax.default_backend() != "gpu":
         note("no profile: kernels are timed on a GPU")
         return [], []
     together, kernels = [], []
-    for program, depth in ((PLAIN, 0), (Program(options.most), options.most))[: 2 if options.most else 1]:
+    for program, depth in ((PLAIN, 0), (options.drafting, options.max_draft))[: 2 if options.max_draft else 1]:
         try:
             summary, rows = profile.profile(loops[program], depth, bandwidth)
         except RuntimeError as error:

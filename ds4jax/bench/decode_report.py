@@ -1,4 +1,4 @@
-"""What the decode benchmark leaves for people: tables, a picture and the profiler's list."""
+"""Reports of the decode benchmark: tables, a figure and the list of kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ds4jax.bench import calls
 from ds4jax.bench.profile import KINDS, TOP
 from ds4jax.files import replacing
 
@@ -18,7 +19,7 @@ LONGEST_NAME = 60
 
 
 def title(content: Mapping[str, Any]) -> str:
-    """What was measured where; a slice says that it is one."""
+    """Title of a report: the model, the context and the device. A slice is labelled as one."""
     layers = f"{content['layers']} layers"
     if content["slice"]:
         layers = f"a SLICE of {content['layers']} of {content['whole_layers']} layers, not the model"
@@ -32,7 +33,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def table(content: Mapping[str, Any]) -> Table:
-    """A line for each way to decode; figures at a stated acceptance are labelled."""
+    """A table with a line for each way to decode. Figures under an assumed acceptance are labelled."""
     from rich import box
     from rich.table import Table
 
@@ -43,8 +44,8 @@ def table(content: Mapping[str, Any]) -> Table:
     simulated = {row["name"]: row for row in content["simulated"]}
     made.add_column("tokens/s, simulated", justify="right", no_wrap=True)
     for row in content["rows"]:
-        told = simulated.get(row["name"])
-        shares = "/".join(f"{share:g}" for share in told["acceptance"]) if told else ""
+        assumed = simulated.get(row["name"])
+        shares = "/".join(f"{share:g}" for share in assumed["acceptance"]) if assumed else ""
         made.add_row(
             row["name"],
             _number(row["ms_per_step"], 3),
@@ -53,13 +54,13 @@ def table(content: Mapping[str, Any]) -> Table:
             _number(row["fraction"], 3),
             _number(row.get("extra_ms"), 3),
             _number(row.get("extra_over_floor"), 2),
-            f"{told['tokens_per_second']:.1f} at {shares}" if told else "",
+            f"{assumed['tokens_per_second']:.1f} at {shares}" if assumed else "",
         )
     return made
 
 
-def kernel_table(content: Mapping[str, Any], where: Mapping[str, Any], most: int | None = TOP) -> Table:
-    """The kernels of one profile, longest first."""
+def kernel_table(content: Mapping[str, Any], where: Mapping[str, Any], limit: int | None = TOP) -> Table:
+    """A table of the kernels of one profile, longest first; at most `limit`."""
     from rich import box
     from rich.table import Table
 
@@ -68,7 +69,7 @@ def kernel_table(content: Mapping[str, Any], where: Mapping[str, Any], most: int
     for heading in ("calls", "µs", "share", "MB", "of the copy"):
         made.add_column(heading, justify="right", no_wrap=True)
     made.add_column("", no_wrap=True)
-    for row in _kernels(content, where)[:most]:
+    for row in _kernels(content, where)[:limit]:
         made.add_row(
             row["name"][:LONGEST_NAME],
             f"{row['calls']:g}",
@@ -95,15 +96,22 @@ def _summary(where: Mapping[str, Any]) -> str:
 
 
 def verdict(content: Mapping[str, Any]) -> list[str]:
-    """Lines below the tables."""
+    """The lines below the tables: kernels, the lossless check, compile times, memory and problems."""
     lines = [_summary(where) for where in content["profiles"]]
+    # Results of earlier versions do not have calls.
+    if content.get("calls"):
+        lines.append(calls.line(content["calls"]))
     lossless = content["lossless"]
     if lossless:
-        said = "the same tokens and fingerprints" if lossless["equal"] else "NOT the same"
+        output = "the same tokens and fingerprints" if lossless["equal"] else "NOT the same output"
         stood = ", ".join(f"{stood} of {tried}" for stood, tried in zip(lossless["stood"], lossless["tried"], strict=True))
-        lines.append(f"lossless: draft {lossless['draft']} says {said} as plain over {lossless['tokens']} tokens; stood: {stood}")
+        # Results of earlier versions do not name the drafter.
+        by = f" by {content['drafter']}" if content.get("drafter") else ""
+        lines.append(
+            f"lossless: draft {lossless['draft']}{by} gives {output} as plain over {lossless['tokens']} tokens; accepted: {stood}"
+        )
     if content["simulated"]:
-        lines.append("simulated: measured milliseconds at a stated acceptance; random weights accept next to nothing")
+        lines.append("simulated: measured milliseconds under an assumed acceptance; random weights accept hardly any drafts")
     compiled = ", ".join(f"{row['program']} {row['compile_seconds']:.0f} s" for row in content["compiled"])
     memory = f"; peak {content['peak_bytes'] / 1e9:.1f} GB" if content["peak_bytes"] else ""
     lines.append(f"{content['weight_bytes'] / 1e9:.1f} GB made in {content['build_seconds']:.1f} s; compiled: {compiled}{memory}")
@@ -111,7 +119,7 @@ def verdict(content: Mapping[str, Any]) -> list[str]:
 
 
 def show(content: Mapping[str, Any], *, kernels: bool = True) -> None:
-    """Print the tables and the lines below them on stdout, as wide as they are."""
+    """Print the tables and the lines below them on stdout, in their full width."""
     from rich.console import Console
 
     console = Console(width=max(150, Console().width), highlight=False, markup=False)
@@ -123,7 +131,7 @@ def show(content: Mapping[str, Any], *, kernels: bool = True) -> None:
 
 
 def write_profile(path: Path, content: Mapping[str, Any]) -> None:
-    """Write every kernel of every profile as text."""
+    """Write a text file with all kernels of all profiles."""
     from rich.console import Console
 
     with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
@@ -135,9 +143,9 @@ def write_profile(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def plot(path: Path, content: Mapping[str, Any]) -> None:
-    """Draw the longest kernels of each profile: microseconds of a step, coloured by what they read.
+    """Draw the longest kernels of each profile: microseconds per step, coloured by kind.
 
-    Without a profile the picture has the milliseconds of a step instead.
+    Without a profile, draw the milliseconds per step.
     """
     from matplotlib.figure import Figure
 

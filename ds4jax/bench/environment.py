@@ -1,4 +1,4 @@
-"""Where a benchmark ran: the device, its copy bandwidth, and the versions of everything."""
+"""The environment of a benchmark: the device, its copy bandwidth and the versions."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ COPIES = 10
 
 
 def require_gpu() -> None:
-    """Start jax on the GPU.
+    """Start JAX on the GPU.
 
     Raises:
-        InputError: jax has none.
+        InputError: JAX finds no GPU.
     """
     import jax
 
@@ -34,17 +34,17 @@ def require_gpu() -> None:
 
 
 def no_gpu(backend: str) -> InputError:
-    """What to tell who has no GPU; `backend` is what jax runs on instead."""
+    """The error for a machine without a GPU; `backend` is JAX's backend there."""
     return InputError(f"bench: jax runs on {backend} here; kernels are timed on an NVIDIA GPU (pip install 'ds4jax[cuda13]')")
 
 
 def slug(device: str) -> str:
-    """A device kind as file names hold it: nvidia-h100-80gb-hbm3."""
+    """A device kind for file names, such as nvidia-h100-80gb-hbm3."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _printed(*command: str) -> str | None:
-    """What a command prints, or None when it fails or is not there."""
+    """Output of a command; None if it fails or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired):
@@ -59,32 +59,31 @@ def _driver() -> str | None:
 
 
 def commit() -> str | None:
-    """What `DS4JAX_COMMIT` says, else the commit of the checkout, "-dirty" after it when a tracked or new file differs, or None.
+    """Commit of the source: `DS4JAX_COMMIT` if set, or else the checkout's commit. None outside a checkout.
 
-    The variable is for a copy of the tree that was sent somewhere with an older history or none. An installed package may lie
-    inside a repository that is not this project's; its own folder must be the top.
+    "-dirty" follows the checkout's commit if a tracked file is changed or a file is new. The variable is for copies of the tree
+    without this history. The project must be the top of its repository: an installed package may lie inside another one.
     """
-    if told := os.environ.get("DS4JAX_COMMIT"):
-        return told
+    if given := os.environ.get("DS4JAX_COMMIT"):
+        return given
     top = _printed("git", "rev-parse", "--show-toplevel")
     head = _printed("git", "rev-parse", "HEAD") if top and Path(top).resolve() == ROOT else None
     return head and head + ("-dirty" if _printed("git", "status", "--porcelain") else "")
 
 
 def kernels_sha256(folder: Path = ROOT / "pallas_kernels") -> str:
-    """SHA-256 over the bytes of the folder's *.py files, one after the other, sorted by name."""
+    """SHA-256 of all *.py files below the folder, concatenated in the order of their relative paths."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """A process's arguments as a user types them, and of absolute paths the last part only."""
+    """A process's arguments as a user types them. Absolute paths are cut to their last part."""
     program = Path(arguments[0])
     if program.name == "__main__.py":
-        package = ".".join(program.parts[-3:-1]) if program.parent.name == "bench" else program.parent.name
-        name = f"python -m {package}"
+        name = f"python -m {program.parent.name}"
     else:
         name = program.name
     words = []
@@ -95,7 +94,7 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def describe() -> dict[str, Any]:
-    """Device, driver, versions, commit, hash of the kernels and command line, as every result file carries them."""
+    """The fields of every result file: device, driver, versions, commit, hash of the kernels and command line."""
     import jax
 
     return {
@@ -111,17 +110,18 @@ def describe() -> dict[str, Any]:
 
 
 def copy_gbps() -> float:
-    """Bandwidth of a device copy in GB/s: `jnp.copy` of 1 GiB of float32, bytes read plus bytes written.
+    """Bandwidth of a device copy in GB/s.
 
-    Divided by the median of 10 kernel times from the profiler.
+    It is the bytes read plus the bytes written by `jnp.copy` of 1 GiB of float32, divided by the median of 10 kernel times from
+    the profiler.
 
     Raises:
-        RuntimeError: the trace does not hold the copies.
+        RuntimeError: the trace does not contain the copies.
     """
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.timing import device_events
+    from pallas_kernels.core.timing import device_events
 
     array = jnp.ones(COPY_FLOATS, jnp.float32)
     copy = jax.jit(jnp.copy)
@@ -129,6 +129,6 @@ def copy_gbps() -> float:
     events = device_events(lambda: [copy(array) for _ in range(COPIES)])
     if len(events) < COPIES:
         raise RuntimeError(f"copy: the trace holds {len(events)} kernels, expected {COPIES}")
-    # What else the device did meanwhile is shorter by orders of magnitude.
+    # The device's other kernels in this time are shorter by orders of magnitude.
     longest = sorted(us for _, us in events)[-COPIES:]
     return 2 * array.nbytes / statistics.median(longest) / 1e3

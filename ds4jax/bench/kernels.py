@@ -1,4 +1,4 @@
-"""Times of the kernels on the products of V4-Flash, beside `jnp.dot` on expanded weights."""
+"""Times the kernels on the products of V4-Flash, and `jnp.dot` on dequantised weights for comparison."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax.bench import bits
-from pallas_kernels import activation, timing, tune
+from pallas_kernels.core import timing
+from pallas_kernels.core.limits import MAX_ROWS
+from pallas_kernels.core.tiles import tile_for
 from pallas_kernels.formats import BLOCK
-from pallas_kernels.q8_matmul import MOST_ROWS
-from pallas_kernels.shapes import Product
-from pallas_kernels.tiles import tile_for
-from pallas_kernels.tune import Launch
+from pallas_kernels.linear import activation
+from pallas_kernels.tuning import tune
+from pallas_kernels.tuning.shapes import Product
+from pallas_kernels.tuning.tune import Launch
 
 ROWS = (1, 2, 3, 4, 8, 12)
 ACTIVATION_WIDTHS = (4096, 8192)
@@ -27,7 +29,7 @@ ACTIVATION_CALLS = 16
 DOT_ROWS = (1, 4)
 DOT_TYPES = {"dot_bf16": jnp.bfloat16, "dot_f16": jnp.float16}
 DOT_REPEATS = 4
-# The head's expanded weights take longer to make than the comparison is worth.
+# Sizes of weights that are compared with jnp.dot. The head is excluded: its dequantised weights take too long to make.
 DOT_BYTES = range(35_000_000, 100_000_000)
 
 Row = dict[str, Any]
@@ -35,11 +37,11 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass
 class Result:
-    """What a run found.
+    """The result of a run.
 
     Attributes:
-        rows: {shape, name, kind, m, us, gbps, fraction, samples}, share_warp with weight_bytes; us is the median of the samples,
-            microseconds of a call.
+        rows: {shape, name, kind, m, us, gbps, fraction, samples}; share_warp rows also have weight_bytes. us is the median of the
+            samples, in microseconds per call.
         bits: rows of `bits.check`.
         problems: one line for each part that could not be measured.
     """
@@ -51,7 +53,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
-    """Names the compiled program that quantises [M, width] activations."""
+    """Key of the compiled program that quantises [M, width] activations."""
 
     m: int
     width: int
@@ -59,39 +61,39 @@ class Quantize:
 
 @dataclasses.dataclass(frozen=True)
 class Dot:
-    """Names the compiled program of one `jnp.dot` on expanded weights."""
+    """Key of the compiled program of one `jnp.dot` on dequantised weights."""
 
     product: Product
     m: int
     kind: str
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of activations and weight, with a leading axis of groups in a grouped product."""
+        """Shapes of activations and weight. A grouped product has a leading axis of groups."""
         product, lead = self.product, (self.product.groups,) if self.product.groups > 1 else ()
         return (*lead, self.m, product.k), (*lead, sum(product.sizes), product.k)
 
     def traffic(self) -> int:
-        """Bytes of the weights and activations in their type and of the float32 results."""
+        """Bytes of the 16-bit weights and activations and of the float32 results."""
         product = self.product
         n = product.groups * sum(product.sizes)
         return 2 * (n * product.k + self.m * product.groups * product.k) + 4 * self.m * n
 
 
 def launch_rows(m: int) -> list[int]:
-    """How many rows each launch of an M-row product takes, at most 8: 12 is 8 and 4."""
-    return [MOST_ROWS] * (m // MOST_ROWS) + [m % MOST_ROWS] * (m % MOST_ROWS > 0)
+    """Rows of each launch of an M-row product, at most 8: 12 rows take launches of 8 and 4."""
+    return [MAX_ROWS] * (m // MAX_ROWS) + [m % MAX_ROWS] * (m % MAX_ROWS > 0)
 
 
 def together(samples: Mapping[int, Sequence[float]], m: int) -> list[float]:
-    """Microseconds of M rows: the sums of what their launches took, each with weights that were not in the cache."""
+    """Microseconds of M rows: the sums over their launches. Each launch reads weights that were not in the cache."""
     return [sum(parts) for parts in zip(*(samples[part] for part in launch_rows(m)), strict=True)]
 
 
 def per_call(events: Sequence[tuple[str, float]], calls: int) -> list[float]:
-    """Microseconds of each call of a program, the sum over its kernels.
+    """Microseconds of each call of a program, summed over its kernels.
 
     Raises:
-        RuntimeError: the events are not the same number for each call.
+        RuntimeError: the calls do not have equal numbers of events.
     """
     count, rest = divmod(len(events), calls)
     if rest or not count:
@@ -100,7 +102,7 @@ def per_call(events: Sequence[tuple[str, float]], calls: int) -> list[float]:
 
 
 def row(shape: str, name: str, kind: str, m: int, samples: Sequence[float], traffic: int, copy_gbps: float) -> Row:
-    """One row of the result; `traffic` is the bytes of a call, and the fraction is of the copy bandwidth."""
+    """One row of the result. `traffic` is the bytes of a call; the fraction is relative to the copy bandwidth."""
     us = statistics.median(samples)
     gbps = traffic / us / 1e3
     return {
@@ -116,7 +118,7 @@ def row(shape: str, name: str, kind: str, m: int, samples: Sequence[float], traf
 
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x · wᵀ as a user writes it; group by group where both have groups."""
+    """x · wᵀ as a user would write it, per group in a grouped product."""
     if x.ndim == 2:
         return jnp.dot(x, w.T, preferred_element_type=jnp.float32)
     return jnp.einsum("gmk,gnk->gmn", x, w, preferred_element_type=jnp.float32)
@@ -133,21 +135,21 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 class Bench:
-    """One run over some products: everything is compiled first, several programs at a time, then measured product by product."""
+    """One run over some products: compile everything first, several programs at a time, then measure product by product."""
 
     def __init__(self, products: Sequence[Product], rows: Sequence[int], copy_gbps: float, *, check_bits: bool):
         self.products, self.rows, self.copy_gbps, self.check_bits = products, rows, copy_gbps, check_bits
         self.result = Result()
 
     def launches(self, product: Product) -> list[Launch]:
-        """The programs of one product, one for each number of rows, with the tile that the model's launch of so many has."""
+        """The programs of one product, one for each number of rows, with the same tile as in the model."""
         device = jax.devices()[0].device_kind
         timed = [part for m in self.rows for part in launch_rows(m)]
         every = dict.fromkeys([*timed, *(bits.EVERY_M if self.check_bits else ())])
         return [Launch(product, m, tile_for(product.sizes, product.k, product.groups, m, device)) for m in every]
 
     def jobs(self) -> dict[Any, tuple[Any, tuple[Any, ...]]]:
-        """Everything to compile, the slow ones first."""
+        """All programs to compile, the slow ones first."""
         jobs: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
         for product in self.products:
             if product.weight_bytes in DOT_BYTES:
@@ -164,40 +166,39 @@ class Bench:
         return jobs
 
     def share_warp(self, product: Product, programs: Mapping[Launch, Any]) -> None:
-        """Times and bits of one product."""
+        """Measure times and bits of one product."""
         data = tune.Data(product)
         samples = {launch.m: us for launch, us in tune.times(programs, data).items()}
         for m in self.rows:
             if all(part in samples for part in launch_rows(m)):
                 traffic = sum(product.traffic(part) for part in launch_rows(m))
-                told = together(samples, m)
-                made = row(product.key, product.name, "share_warp", m, told, traffic, self.copy_gbps)
+                made = row(product.key, product.name, "share_warp", m, together(samples, m), traffic, self.copy_gbps)
                 self.result.rows.append({"weight_bytes": product.weight_bytes, **made})
         if self.check_bits:
             self.result.bits += bits.check(product, {launch.m: run for launch, run in programs.items()}, data)
 
     def quantization(self, programs: Mapping[Quantize, Any]) -> None:
-        """Times of the activation kernel, and the bits of its rows."""
+        """Measure times of the activation kernel and the bits of its rows."""
         runs, results = [], {}
         for named, run in programs.items():
-            # The same rows for each M, so that a row can be compared with itself in other company.
+            # The same rows for each M, so that a row can be compared with itself among other rows.
             rows = np.random.default_rng(0).standard_normal((ACTIVATION_CALLS, max(ACTIVATION_ROWS), named.width), np.float32)
             runs.append(functools.partial(run, [jnp.asarray(x) for x in rows[:, : named.m]]))
         measured = timing.kernel_times(runs, "q8_activation", ACTIVATION_CALLS)
         for named, run, samples in zip(programs, runs, measured, strict=True):
             traffic = named.m * named.width * (4 * BLOCK + BLOCK + 4) // BLOCK
-            told = row(f"activation {named.width}", "activation", "activation", named.m, samples, traffic, self.copy_gbps)
-            self.result.rows.append(told)
+            made = row(f"activation {named.width}", "activation", "activation", named.m, samples, traffic, self.copy_gbps)
+            self.result.rows.append(made)
             results[named] = [np.asarray(array) for quantized in run() for array in (quantized.quants, quantized.scales)]
         for named, arrays in results.items():
-            most = results.get(Quantize(max(ACTIVATION_ROWS), named.width))
-            if self.check_bits and most and named.m < max(ACTIVATION_ROWS):
-                count = bits.differing(arrays, [array[: named.m] for array in most])
+            largest = results.get(Quantize(max(ACTIVATION_ROWS), named.width))
+            if self.check_bits and largest and named.m < max(ACTIVATION_ROWS):
+                count = bits.differing(arrays, [array[: named.m] for array in largest])
                 found = {"shape": f"activation {named.width}", "m": named.m, "against": "its rows among 4", "differing": count}
                 self.result.bits.append(found)
 
     def dots(self, product: Product, kind: str, programs: Mapping[Dot, Any]) -> None:
-        """Times of `jnp.dot` on one product's weights expanded to one type."""
+        """Measure times of `jnp.dot` on one product's weights, dequantised to one type."""
         (_, shape), dtype = next(iter(programs)).shapes(), DOT_TYPES[kind]
         sets = -(-tune.ROTATION_BYTES // (2 * int(np.prod(shape))))
         weights = [_normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), sets)]
@@ -212,12 +213,12 @@ class Bench:
             self.result.rows.append(row(product.key, product.name, kind, dot.m, samples, dot.traffic(), self.copy_gbps))
 
     def run(self, note: Callable[[str], None]) -> Result:
-        """Do everything; a part that fails becomes a problem of the result and the others go on."""
+        """Compile and measure everything. A part that fails becomes a problem of the result; the other parts continue."""
         jobs = self.jobs()
         note(f"compiling {len(jobs)} programs")
         compiled, failed = tune.compile_all(jobs)
         self.result.problems += [f"{key}: {_first_line(error)}" for key, error in failed.items()]
-        # In the order of the jobs, not in that of their ends.
+        # In the order of the jobs; `compiled` has the order in which they finished.
         programs = {key: compiled[key] for key in jobs if key in compiled}
         for product in self.products:
             launches = {key: run for key, run in programs.items() if isinstance(key, Launch) and key.product == product}
@@ -237,7 +238,7 @@ class Bench:
         try:
             measure()
         except Exception as error:
-            # Time on a GPU machine is short: what was measured is kept, and the run still ends as failed.
+            # GPU time is short: keep the measurements so far. The run still fails.
             self.result.problems.append(f"{name}: {_first_line(error)}")
 
 

@@ -1,7 +1,7 @@
-"""The load rate: from a file in the page cache to weights on the device, beside what the machine can do at all.
+"""Measures the load rate: from a file in the page cache to weights on the device, compared with the machine's limits.
 
-A loader has to read the file and to bring its bytes onto the device; it looks at every value on the way and splits blocks into
-planes there. The slower of the two things that it cannot avoid is what it is held to.
+A loader must read the file and copy its bytes to the device. It also checks every value and splits blocks into planes. The target
+is a share of the slower of the two unavoidable steps, reading and copying.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ds4jax.loading import open_checkpoint
 
 SCHEMA = 1
 RUNS = 3
-# What a loader is asked for, of the slower of `cat` and `device_put`.
-LEAST = 0.6
-# Bytes that are put at once, at most: a large tensor's.
+# Target: the load rate divided by the slower of `cat` and `device_put`.
+MIN_RATIO = 0.6
+# Maximum bytes of one `device_put`: the size of a large tensor.
 PIECE = 1 << 28
 WAYS = {
     "cat": "cat, from the page cache",
@@ -39,14 +39,17 @@ WAYS = {
 
 
 def measure(nbytes: int, note: Callable[[str], None]) -> dict[str, Any]:
-    """Write a file of about so many bytes and time the three ways in turns; `note` is told what comes next.
+    """Write a file of about `nbytes` bytes, and time `cat`, `device_put` and the loader in turn.
+
+    Args:
+        note: called with a line before each step.
 
     Returns:
-        schema, bytes (of the file), tensors, runs (way → GB/s of each run), gbps (way → their median), slower (GB/s of the slower
-        of `cat` and `device_put`) and ratio (of loading to that).
+        schema, bytes (of the file), tensors, runs (way → GB/s of each run), gbps (way → median), slower (GB/s of the slower of
+        `cat` and `device_put`) and ratio (loading divided by `slower`).
 
     Raises:
-        InputError: the file does not fit into the folder for temporary files, or the weights onto the device.
+        InputError: the file does not fit in the temporary folder, or the weights do not fit on the device.
     """
     config = config_of(nbytes)
     with tempfile.TemporaryDirectory(prefix="ds4jax-load-") as folder:
@@ -92,7 +95,7 @@ def _require_room(folder: Path, nbytes: int) -> None:
 
 
 def _page_locked(nbytes: int) -> jax.Array | np.ndarray:
-    """Host memory that the device can read from directly."""
+    """Page-locked host memory, which the device reads directly."""
     host = np.ones(nbytes, np.uint8)
     if jax.default_backend() == "cpu":
         return host
@@ -104,9 +107,9 @@ def _cat(path: Path) -> None:
 
 
 def _put(host: jax.Array | np.ndarray, count: int) -> None:
-    """The same bytes onto the device so many times; the pieces stay there until the last has come, as weights do.
+    """Copy the same bytes to the device `count` times. All copies stay there until the last is done, as weights do.
 
-    A CPU would take host memory for its own; copies stand for that.
+    On a CPU, `device_put` would not copy, so NumPy copies replace it.
     """
     if isinstance(host, np.ndarray):
         _ = [host.copy() for _ in range(count)]
@@ -121,7 +124,7 @@ def _load(path: Path) -> None:
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    # Of the last round: modules refer to each other, and their weights go when the collector comes by.
+    # Free the weights of the run before: modules have reference cycles, so only the collector frees them.
     gc.collect()
     start = time.perf_counter()
     work()
@@ -129,8 +132,8 @@ def _seconds(work: Callable[[], None]) -> float:
 
 
 def enough(content: Mapping[str, Any]) -> bool:
-    """Whether loading reaches what a loader is asked for."""
-    return bool(content["ratio"] >= LEAST)
+    """Whether loading reaches the target."""
+    return bool(content["ratio"] >= MIN_RATIO)
 
 
 def show(content: Mapping[str, Any]) -> None:
@@ -140,4 +143,4 @@ def show(content: Mapping[str, Any]) -> None:
         runs = ", ".join(f"{rate:.2f}" for rate in content["runs"][way])
         print(f"  {name:<36} {content['gbps'][way]:>7.2f} GB/s  (runs: {runs})")
     verdict = "reached" if enough(content) else "not reached"
-    print(f"loading is at {content['ratio']:.2f} of the slower of the other two; {LEAST} is asked for on a GPU: {verdict}")
+    print(f"loading is at {content['ratio']:.2f} of the slower of the other two; the target on a GPU is {MIN_RATIO}: {verdict}")

@@ -1,39 +1,42 @@
-"""Decode at length: the time of a plain step with caches of 2 thousand to a million rows, and what they take.
+"""Measures long contexts: time of a plain step and memory, with caches of 2 thousand to a million rows.
 
-Weights and rows are random. The figure to compare with is that of the shortest context in the same run.
+Weights and rows are random. Speeds are relative to the shortest context of the same run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from ds4jax import decode
-from ds4jax.bench import synthetic
 from ds4jax.bench.programs import Program, arguments, filled, lower
-from ds4jax.bench.whole import Note, Row, Whole, finite, good, longest, peak_bytes
-from ds4jax.buckets import capacity_for
+from ds4jax.bench.whole_model import Note, Row, WholeModel, finite, good, longest, peak_bytes
+from ds4jax.cache.capacity import capacity_for
 from ds4jax.config import Config
-from ds4jax.decode import DecodeState
-from ds4jax.depth import Acceptance
+from ds4jax.decode import loop as decode
+from ds4jax.decode.depth import Acceptance
+from ds4jax.decode.loop import DecodeState
+from ds4jax.decode.module import Graph
+from ds4jax.engine.compile import compile_all
+from ds4jax.engine.prefill import nbytes
 from ds4jax.errors import InputError
-from ds4jax.generation import nbytes
 from ds4jax.model.parameters import build
-from pallas_kernels.timing import device_events
+from ds4jax.random_models import checkpoint as synthetic
+from pallas_kernels.core.timing import device_events
 
 SCHEMA = 1
 RUNS = 3
 PROFILED = 8
 TOP = 12
 PLAIN = Program(0)
+
+Weights = tuple[jax.Array, ...]
 
 __all__ = ["Options", "bench", "good", "show"]
 
@@ -43,13 +46,13 @@ class Options:
     """What to measure.
 
     Attributes:
-        layout, layers: as for `ds4jax.bench.decode.Options`.
-        caches: of "float32" and "narrow", how compressed rows are stored.
+        layout, layers: as in `ds4jax.bench.decode.Options`.
+        caches: storage of compressed rows, "float32" or "narrow" each.
         contexts: rows in the caches before the first step, ascending.
         steps: tokens of each run.
 
     Raises:
-        InputError: a context that the model does not have.
+        InputError: a context does not fit in the model's.
     """
 
     layout: str = "flash-q2"
@@ -59,25 +62,25 @@ class Options:
     steps: int = 64
 
     def __post_init__(self) -> None:
-        config, most = synthetic.config_of(self.layout, self.layers), max(self.contexts)
-        if most + self.all_steps > config.max_context:
-            raise InputError(f"context is {most} and steps {self.all_steps}; {self.layout} ends at {config.max_context}")
+        config, maximum = synthetic.config_of(self.layout, self.layers), max(self.contexts)
+        if maximum + self.all_steps > config.max_context:
+            raise InputError(f"context is {maximum} and steps {self.all_steps}; {self.layout} ends at {config.max_context}")
 
     @property
     def all_steps(self) -> int:
-        """Steps of all runs, one after the other in the same cache."""
+        """Steps of all runs; they follow each other in one cache."""
         return self.steps * (1 + RUNS) + PROFILED
 
 
 def bench(options: Options, note: Note) -> Row:
-    """Build, compile and time; returns the content of a result file."""
-    model = Whole.make(options.layout, options.layers, note)
+    """Build, compile and time. Returns the content of a result file."""
+    model = WholeModel.make(options.layout, options.layers, note)
     problems: list[str] = []
     rows: list[Row] = []
     for kind in options.caches:
-        # The weights are the same for either; what the model does with them is not.
+        # Both caches use the same weights; only the graph differs.
         config, weights = dataclasses.replace(model.config, cache=kind), model.weights
-        graph, _ = nnx.split(build(config, ((tensor.name, tensor.abstract) for tensor in model.checkpoint.tensors)))
+        graph, _ = Graph.split(build(config, ((tensor.name, tensor.abstract) for tensor in model.checkpoint.tensors)))
         for context, executable in _compiled(options, config, graph, weights):
             row = {"cache": kind, **_measured(options, config, weights, context, executable, problems)}
             base = rows[0]["tokens_per_second"] if rows else row["tokens_per_second"]
@@ -93,37 +96,36 @@ def bench(options: Options, note: Note) -> Row:
     }
 
 
-def _compiled(options: Options, config: Config, graph: nnx.GraphDef, weights: nnx.State) -> list[tuple[int, Any]]:
-    """A program for each context, compiled in threads of their own while others are traced."""
-    pending = []
-    with ThreadPoolExecutor(len(options.contexts)) as pool:
-        for context in options.contexts:
-            capacity = _capacity(options, config, context)
-            start = jax.eval_shape(lambda capacity=capacity: decode.start(config, capacity, 0, drafter=None, max_draft=0))
-            lowered = lower(PLAIN, graph, weights, start)
-            pending.append((context, pool.submit(lowered.compile)))
-        return [(context, future.result()) for context, future in pending]
+def _compiled(options: Options, config: Config, graph: Graph, weights: Weights) -> list[tuple[int, Any]]:
+    """A program for each context, each compiled in its own thread while others are traced."""
+    starts = []
+    for context in options.contexts:
+        capacity = _capacity(options, config, context)
+        starts.append(jax.eval_shape(lambda capacity=capacity: decode.start(config, capacity, [0], drafter=None, max_draft=0)))
+    lowers = [functools.partial(lower, PLAIN, graph, weights, start) for start in starts]
+    made = compile_all(lowers, len(lowers))
+    return [(context, one.executable) for context, one in zip(options.contexts, made, strict=True)]
 
 
 def _capacity(options: Options, config: Config, context: int) -> int:
     return capacity_for(context + options.all_steps, config.max_context)
 
 
-def _again(state: DecodeState) -> DecodeState:
-    """The state with everything that it generated forgotten and its cache kept; a copy would not fit at a million rows."""
-    return dataclasses.replace(state, count=jnp.int32(0), stopped=jnp.array(False), acceptance=Acceptance.none(0))
+def _restarted(state: DecodeState) -> DecodeState:
+    """The state without its generated tokens, with the same cache. A copy of the cache would not fit at a million rows."""
+    return dataclasses.replace(state, count=jnp.zeros(1, jnp.int32), stopped=jnp.zeros(1, bool), acceptance=Acceptance.none(0))
 
 
-def _measured(options: Options, config: Config, weights: nnx.State, context: int, executable: Any, problems: list[str]) -> Row:
+def _measured(options: Options, config: Config, weights: Weights, context: int, executable: Any, problems: list[str]) -> Row:
     capacity = _capacity(options, config, context)
     state = jax.block_until_ready(filled(config, PLAIN, context, capacity))
     cache_bytes = nbytes(state.cache)
     samples = []
     for _ in range(1 + RUNS):
-        state = jax.block_until_ready(_again(state))
+        state = jax.block_until_ready(_restarted(state))
         began = time.perf_counter()
-        state = jax.block_until_ready(executable(weights, state, *arguments(PLAIN, options.steps, 0)))
-        samples.append(1e3 * (time.perf_counter() - began) / int(state.acceptance.steps))
+        state, _ = jax.block_until_ready(executable(weights, state, *arguments(PLAIN, options.steps, 0)))
+        samples.append(1e3 * (time.perf_counter() - began) / int(state.acceptance.steps[0]))
     if not finite(state.cache):
         problems.append(f"context {context}: values that are not finite")
     ms = statistics.median(samples[1:])
@@ -140,16 +142,16 @@ def _measured(options: Options, config: Config, weights: nnx.State, context: int
     }
 
 
-def _profiled(weights: nnx.State, state: DecodeState, executable: Any) -> list[Row]:
-    """The longest kernels of a few more steps, where there is a profiler for them."""
+def _profiled(weights: Weights, state: DecodeState, executable: Any) -> list[Row]:
+    """The longest kernels of a few more steps; none without a GPU."""
     if jax.default_backend() != "gpu":
         return []
-    found = device_events(lambda: executable(weights, _again(state), *arguments(PLAIN, PROFILED, 0)))
+    found = device_events(lambda: executable(weights, _restarted(state), *arguments(PLAIN, PROFILED, 0)))
     return longest(found, PROFILED, TOP)
 
 
 def show(content: Mapping[str, Any]) -> None:
-    """Print a table on stdout, a line for each context."""
+    """Print a table on stdout with a line for each context."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

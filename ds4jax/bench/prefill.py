@@ -1,36 +1,35 @@
-"""Prefill at full shape: tokens a second, memory beside weights and cache, and where a call's time goes.
+"""Measures prefill at full shape: tokens/s, memory in addition to weights and cache, and the longest kernels.
 
-Weights are random, and so are the prompt's tokens; every call has the shapes that a real prompt of that length has.
+Weights and tokens are random. Each call has the shapes of a real prompt of that length.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from ds4jax import decode
-from ds4jax.bench import synthetic
-from ds4jax.bench.programs import timed_compile
-from ds4jax.bench.whole import Note, Row, Whole, finite, good, longest, peak_bytes
-from ds4jax.buckets import capacity_for
-from ds4jax.cache import Cache
+from ds4jax.bench.whole_model import Note, Row, WholeModel, finite, good, longest, peak_bytes
+from ds4jax.cache.capacity import capacity_for
+from ds4jax.cache.state import Cache
 from ds4jax.config import Config
+from ds4jax.decode import loop as decode
+from ds4jax.engine.compile import compile_all
+from ds4jax.engine.prefill import nbytes
 from ds4jax.errors import InputError
-from ds4jax.generation import nbytes
-from pallas_kernels.timing import device_events
+from ds4jax.random_models import checkpoint as synthetic
+from pallas_kernels.core.timing import device_events
 
 SCHEMA = 1
 RUNS = 2
-# Tokens that are to follow a prompt, for which its cache has room.
+# Tokens after a prompt for which its cache has room.
 FOLLOWING = 128
 TOP = 15
 
@@ -42,13 +41,13 @@ class Options:
     """What to measure.
 
     Attributes:
-        layout: a name in `synthetic.LAYOUTS`.
-        layers: the first layers alone; None takes all.
+        layout: a name in `LAYOUT_NAMES`.
+        layers: number of first layers; None for all.
         tokens: lengths of the prompts.
-        chunk: rows of a call; prompts are a multiple of it, or shorter.
+        chunk: rows of a call; each prompt is a multiple of it, or shorter.
 
     Raises:
-        InputError: what cannot be measured; the message names it.
+        InputError: the options cannot be measured; the message names the option.
     """
 
     layout: str = "flash-q2"
@@ -67,19 +66,19 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A compiled call of one width into a cache for one length.
+    """The compiled prefill call for prompts of one length.
 
     Attributes:
-        tokens: of the whole prompt.
+        tokens: length of the prompt.
         width: rows of a call.
-        lower_seconds, compile_seconds: to trace and to compile it, others beside it.
+        lower_seconds, compile_seconds: times of tracing and of compiling, in parallel with other programs.
     """
 
     config: Config
     tokens: int
     width: int
     executable: Any
-    weights: nnx.State
+    weights: tuple[jax.Array, ...]
     lower_seconds: float
     compile_seconds: float
 
@@ -89,16 +88,16 @@ class Prompt:
         return capacity_for(self.tokens + FOLLOWING, self.config.max_context)
 
     def empty(self) -> Cache:
-        """A cache without a row."""
-        return jax.block_until_ready(decode.start(self.config, self.capacity, 0, drafter=None, max_draft=0).cache)
+        """An empty cache."""
+        return jax.block_until_ready(decode.start(self.config, self.capacity, [0], drafter=None, max_draft=0).cache)
 
     def call(self, cache: Cache, ids_T: jax.Array) -> Cache:
-        """Take one chunk in; the cache is given away."""
+        """Prefill one chunk; the cache is donated."""
         made, _ = self.executable(self.weights, cache, None, ids_T, ids_T, jnp.int32(self.width))
         return made
 
     def run(self) -> tuple[float, list[float], Cache]:
-        """Seconds of a whole prompt, milliseconds of each call when waited for, and the cache."""
+        """Prefill the prompt twice: seconds of all calls together, then milliseconds of each call. Also returns the cache."""
         chunks = [jnp.asarray(_tokens(self.config, self.width, i)) for i in range(self.tokens // self.width)]
         cache = self.empty()
         began = time.perf_counter()
@@ -118,8 +117,8 @@ def _tokens(config: Config, width: int, chunk: int) -> np.ndarray:
 
 
 def bench(options: Options, note: Note) -> Row:
-    """Build, compile, time and profile; returns the content of a result file."""
-    model = Whole.make(options.layout, options.layers, note)
+    """Build, compile, time and profile. Returns the content of a result file."""
+    model = WholeModel.make(options.layout, options.layers, note)
     problems: list[str] = []
     rows = [_measured(prompt, model.nbytes, problems, note) for prompt in _compiled(options, model)]
     return {
@@ -132,22 +131,19 @@ def bench(options: Options, note: Note) -> Row:
     }
 
 
-def _compiled(options: Options, model: Whole) -> list[Prompt]:
-    """A program for each length, compiled in a thread of its own while the next is traced."""
-    config, pending = model.config, []
-    with ThreadPoolExecutor(len(options.tokens)) as pool:
-        for tokens in options.tokens:
-            width = min(tokens, options.chunk)
-            capacity = capacity_for(tokens + FOLLOWING, config.max_context)
-            start = jax.eval_shape(lambda capacity=capacity: decode.start(config, capacity, 0, drafter=None, max_draft=0))
-            began = time.perf_counter()
-            lowered = decode.lower_prefill(model.graph, model.weights, start, width, drafter=None, strict=False)
-            pending.append((tokens, width, time.perf_counter() - began, pool.submit(timed_compile, lowered)))
-        return [
-            Prompt(config, tokens, width, executable, model.weights, seconds, compile_seconds)
-            for tokens, width, seconds, future in pending
-            for executable, compile_seconds in [future.result()]
-        ]
+def _compiled(options: Options, model: WholeModel) -> list[Prompt]:
+    """A program for each length, each compiled in its own thread while the next is traced."""
+    config, calls, lowers = model.config, [], []
+    for tokens in options.tokens:
+        width, capacity = min(tokens, options.chunk), capacity_for(tokens + FOLLOWING, config.max_context)
+        start = jax.eval_shape(lambda capacity=capacity: decode.start(config, capacity, [0], drafter=None, max_draft=0))
+        lower = functools.partial(decode.lower_prefill, model.graph, model.weights, start, width, drafter=None, strict=False)
+        calls.append((tokens, width))
+        lowers.append(lower)
+    return [
+        Prompt(config, tokens, width, one.executable, model.weights, one.lower_seconds, one.compile_seconds)
+        for (tokens, width), one in zip(calls, compile_all(lowers, len(lowers)), strict=True)
+    ]
 
 
 def _measured(prompt: Prompt, held: int, problems: list[str], note: Note) -> Row:
@@ -183,7 +179,7 @@ def _measured(prompt: Prompt, held: int, problems: list[str], note: Note) -> Row
 
 
 def _profiled(prompt: Prompt, problems: list[str]) -> list[Row]:
-    """The longest kernels of the prompt's last call, where there is a profiler for them."""
+    """The longest kernels of the prompt's last call; none without a GPU."""
     if jax.default_backend() != "gpu":
         return []
     start = dataclasses.replace(prompt.empty(), length=jnp.full(1, prompt.tokens - prompt.width, jnp.int32))
@@ -196,7 +192,7 @@ def _profiled(prompt: Prompt, problems: list[str]) -> list[Row]:
 
 
 def show(content: Mapping[str, Any]) -> None:
-    """Print a table of the prompts and the longest kernels of each one's last call on stdout."""
+    """Print a table of the prompts on stdout, and the longest kernels of each prompt's last call."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""The kernels of a decode step by the profiler: how often, how long, and whether they read weights."""
+"""Profiles the kernels of a decode step: calls, time, and whether they read weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from ds4jax.bench.programs import Loop
 from ds4jax.bench.traffic import base_name, kernel_bytes
-from ds4jax.decode import DecodeState
-from pallas_kernels.timing import device_events
+from ds4jax.decode.loop import DecodeState
+from pallas_kernels.core.timing import device_events
 
 STEPS = 8
 TOP = 15
-# What a library or the compiler made of a product, and whatever else the compiler made: both may read weights.
+# Names of products by a library, and of the compiler's other kernels. Both may read weights.
 _LIBRARY = re.compile(r"gemm|gemv|cublas|cutlass|nvjet|cudnn|dot_", re.IGNORECASE)
 _COMPILER = re.compile(
     r"fusion|^wrapped_|^loop_|^input_|^copy|^memcpy|^memset|^sort|^topk|radix|cub::|scatter|^select_and|^transpose|^reduce"
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def kind(name: str) -> str:
-    """What a kernel is: "weights" and "none" are ours, which read some or none; of "library" and "compiler" nobody can say."""
+    """Kind of a kernel. Ours are "weights" (it reads weights) or "none"; "library" and "compiler" may read weights or not."""
     if kernel_bytes(name):
         return "weights"
     if _LIBRARY.search(name):
@@ -36,7 +36,7 @@ def kind(name: str) -> str:
 
 
 def events(loop: Loop, depth: int) -> tuple[list[tuple[str, float]], int]:
-    """Name and microseconds of every kernel of a few steps, and the number of steps."""
+    """Name and microseconds of each kernel in a few steps, and the number of steps."""
     state, done = loop.fresh(), []
 
     def run() -> DecodeState:
@@ -44,11 +44,11 @@ def events(loop: Loop, depth: int) -> tuple[list[tuple[str, float]], int]:
         return done[0]
 
     found = device_events(run)
-    return found, int(done[0].acceptance.steps)
+    return found, int(done[0].acceptance.steps[0])
 
 
 def rows(found: Sequence[tuple[str, float]], steps: int, copy_gbps: float | None) -> list[Row]:
-    """A row for each kernel, longest first: calls and microseconds of a step, share of all kernels' time, and bytes of a step."""
+    """A row for each kernel, longest first: calls, microseconds and bytes per step, and share of the kernels' total time."""
     times: dict[str, list[float]] = defaultdict(list)
     for name, us in found:
         times[base_name(name)].append(us)
@@ -72,9 +72,9 @@ def rows(found: Sequence[tuple[str, float]], steps: int, copy_gbps: float | None
 
 
 def summary(made: Sequence[Row], layers: int) -> Row:
-    """What the rows say together: kernels and milliseconds of a step, and the share of the time by what kernels read.
+    """Totals of the rows: kernels and milliseconds per step, and the share of the time by kind of kernel.
 
-    `no_weights_at_most` counts the compiler's kernels in, some of which do read weights.
+    `no_weights_at_most` includes the compiler's kernels, some of which do read weights.
     """
     shares = {one: round(sum(row["share"] for row in made if row["kind"] == one), 4) for one in KINDS}
     calls = sum(row["calls"] for row in made)
@@ -89,10 +89,10 @@ def summary(made: Sequence[Row], layers: int) -> Row:
 
 
 def profile(loop: Loop, depth: int, copy_gbps: float | None) -> tuple[Row, list[Row]]:
-    """The kernels of a program's step at a depth: what they are together, and a row for each.
+    """Profile a program's step at a depth: the totals, and a row for each kernel.
 
     Raises:
-        RuntimeError: the trace holds no kernels.
+        RuntimeError: the trace contains no kernels.
     """
     found, steps = events(loop, depth)
     if not found:

@@ -1,4 +1,4 @@
-"""The compiled decode loops of a benchmark, and the states that they start from."""
+"""The compiled decode loops of a benchmark, and their start states."""
 
 from __future__ import annotations
 
@@ -7,57 +7,58 @@ import functools
 import time
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from ds4jax import decode
-from ds4jax.bench.oracle import OracleDrafter
-from ds4jax.bench.synthetic import spread_numbers
+from ds4jax.bounds import NO_STOP
 from ds4jax.config import Config
-from ds4jax.decode import DecodeState, Limits
-from ds4jax.depth import Policy
-from ds4jax.model import fake_quant
-from ds4jax.sampling import Sampling
-from pallas_kernels.narrow import NarrowKeys, NarrowRows, Stored, narrow_keys, narrow_rows
+from ds4jax.decode import loop as decode
+from ds4jax.decode.depth import Policy
+from ds4jax.decode.drafters.named import named
+from ds4jax.decode.loop import DecodeState, Limits
+from ds4jax.decode.module import Graph
+from ds4jax.decode.sampling import Filters, Sampling
+from ds4jax.engine.compile import compile_all
+from ds4jax.random_models.checkpoint import spread_numbers
+from ds4jax.random_models.oracle import OracleDrafter
+from pallas_kernels.attention.stored_rows import NarrowKeys, NarrowRows, Stored, narrow_keys, narrow_rows
+from pallas_kernels.core import rounding
 
-NO_STOP = -1
 FIRST_TOKEN = 1
 RUNS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One executable: a loop that can draft so many tokens, strict or not."""
+    """One executable: a decode loop for at most `max_draft` drafts per step, strict or not.
+
+    Attributes:
+        inner: the name of the drafter whose drafts may be replaced.
+    """
 
     max_draft: int
     strict: bool = False
+    inner: str = "mtp"
 
     @property
     def name(self) -> str:
-        """As results name it."""
+        """Name in the results."""
         return f"max_draft {self.max_draft}{' strict' if self.strict else ''}"
 
     @property
     def drafter(self) -> OracleDrafter | None:
-        """Who drafts in it; static."""
-        return OracleDrafter() if self.max_draft else None
-
-
-def timed_compile(lowered: jax.stages.Lowered) -> tuple[Any, float]:
-    """The compiled program and the seconds that it took, for threads that compile while others trace."""
-    began = time.perf_counter()
-    return lowered.compile(), time.perf_counter() - began
+        """The program's drafter, a static argument; None without drafts."""
+        inner = named(self.inner)
+        return OracleDrafter(inner) if self.max_draft and inner else None
 
 
 def randomised(tree: Any, name: str) -> Any:
-    """Every float32 array of a tree replaced by random numbers of spread 1, each in a buffer of its own; the rest as it is.
+    """Replace each float32 array of a tree by random numbers of standard deviation 1, each in its own buffer.
 
-    Narrow rows and keys are replaced by the codes of such numbers.
+    Narrow rows and keys are replaced by the codes of such numbers. Other arrays stay.
     """
 
     def one(path: tuple, leaf: Stored) -> Stored:
@@ -73,78 +74,83 @@ def randomised(tree: Any, name: str) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _random_rows(shape: tuple[int, ...], rope: int, seed: jax.Array) -> NarrowRows:
-    still, turning = jnp.split(spread_numbers(shape, jnp.dtype("float32"), 1.0, seed), [shape[-1] - rope], axis=-1)
-    return narrow_rows(jnp.concatenate([fake_quant.fp8(still), turning], axis=-1), rope)
+    plain, rotary = jnp.split(spread_numbers(shape, jnp.dtype("float32"), 1.0, seed), [shape[-1] - rope], axis=-1)
+    return narrow_rows(jnp.concatenate([rounding.fp8_rows(plain), rotary], axis=-1), rope)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _random_keys(shape: tuple[int, ...], seed: jax.Array) -> NarrowKeys:
-    return narrow_keys(fake_quant.fp4(spread_numbers(shape, jnp.dtype("float32"), 1.0, seed)))
+    return narrow_keys(rounding.fp4_rows(spread_numbers(shape, jnp.dtype("float32"), 1.0, seed)))
 
 
 def filled(config: Config, program: Program, context: int, capacity: int) -> DecodeState:
-    """A state whose caches hold `context` rows of random values, the MTP block's likewise."""
+    """A state whose caches, including the MTP block's, hold `context` rows of random values."""
     last = FIRST_TOKEN % config.vocab_size
-    state = decode.start(config, capacity, last, drafter=program.drafter, max_draft=program.max_draft)
+    state = decode.start(config, capacity, [last], drafter=program.drafter, max_draft=program.max_draft)
     cache = dataclasses.replace(randomised(state.cache, "cache"), length=jnp.full(1, context, jnp.int32))
     return dataclasses.replace(state, cache=cache, drafting=randomised(state.drafting, "drafting"))
 
 
-def told(state: DecodeState, tokens: np.ndarray) -> DecodeState:
-    """The state with an oracle that knows what follows: int32 [n] tokens."""
+def with_truth(state: DecodeState, tokens: np.ndarray) -> DecodeState:
+    """The state with an oracle that knows the tokens int32 [n] to come."""
     first = int(state.cache.length[0]) + 1
     truth = np.zeros(state.drafting.truth.shape, np.int32)
-    part = tokens[: len(truth) - first]
-    truth[first : first + len(part)] = part
-    drafting = dataclasses.replace(state.drafting, truth=jnp.asarray(truth), told=jnp.array(True))
+    part = tokens[: truth.shape[1] - first]
+    truth[:, first : first + len(part)] = part
+    drafting = dataclasses.replace(state.drafting, truth=jnp.asarray(truth), forced=jnp.ones(1, bool))
     return dataclasses.replace(state, drafting=drafting)
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A compiled program with its weights and the state that every run starts from.
+    """A compiled program with its weights and the start state of every run.
 
     Attributes:
-        lower_seconds, compile_seconds: to trace it, and to compile it while others were traced or compiled.
+        lower_seconds, compile_seconds: times of tracing and of compiling, in parallel with other programs.
     """
 
     program: Program
     config: Config
     executable: Any
-    weights: nnx.State
+    weights: tuple[jax.Array, ...]
     start: DecodeState
     lower_seconds: float
     compile_seconds: float
 
     def fresh(self, state: DecodeState | None = None) -> DecodeState:
-        """A copy of a state, by default of the start; a run gives away what it gets."""
+        """A copy of a state, by default of the start state. Runs donate their state, so each needs a copy."""
         return jax.block_until_ready(jax.tree.map(jnp.copy, self.start if state is None else state))
 
     def run(self, state: DecodeState, tokens: int, depth: int) -> DecodeState:
-        """Generate so many tokens at a depth, whatever they are; the host does not wait."""
-        made: DecodeState = self.executable(self.weights, state, *arguments(self.program, tokens, depth))
+        """Generate a number of tokens at a depth, without a stop token. The host does not wait."""
+        return self._called(state, arguments(self.program, tokens, depth))
+
+    def _called(self, state: DecodeState, chosen: tuple[Any, ...]) -> DecodeState:
+        made: DecodeState
+        made, _ = self.executable(self.weights, state, *chosen)
         return made
 
     def timed(self, tokens: int, depth: int) -> tuple[list[float], DecodeState]:
-        """Milliseconds a step of each of several runs after one that warms up, and the last run's state."""
-        samples, state = [], jax.block_until_ready(self.run(self.fresh(), tokens, depth))
+        """Milliseconds per step of several runs after a warm-up run, and the last run's state."""
+        # Made once, as the engine keeps them: a random key alone takes several small programs.
+        chosen = jax.block_until_ready(arguments(self.program, tokens, depth))
+        samples, state = [], jax.block_until_ready(self._called(self.fresh(), chosen))
         for _ in range(RUNS):
             state = self.fresh()
             began = time.perf_counter()
-            state = jax.block_until_ready(self.run(state, tokens, depth))
-            samples.append(1e3 * (time.perf_counter() - began) / int(state.acceptance.steps))
+            state = jax.block_until_ready(self._called(state, chosen))
+            samples.append(1e3 * (time.perf_counter() - began) / int(state.acceptance.steps[0]))
         return samples, state
 
 
 def arguments(program: Program, tokens: int, depth: int) -> tuple[Any, ...]:
-    """Limits, filters and policy of a run of so many tokens at a depth, whatever the tokens are."""
-    most = jnp.int32(tokens)
-    policy = Policy(jnp.int32(depth), jnp.ones(1 + program.max_draft, jnp.float32))
-    return Limits(most, most, jnp.array([NO_STOP], jnp.int32)), Sampling().arrays(), policy
+    """Limits, filters and policy of a run of a number of tokens at a depth, without a stop token."""
+    policy = Policy(jnp.full(1, depth, jnp.int32), jnp.ones(1 + program.max_draft, jnp.float32))
+    return Limits.of([tokens], [tokens], [[NO_STOP]]), Filters.of([Sampling()]), policy
 
 
-def lower(program: Program, graph: nnx.GraphDef, weights: nnx.State, start: DecodeState) -> jax.stages.Lowered:
-    """The loop lowered for a state, of which the shapes are enough."""
+def lower(program: Program, graph: Graph, weights: tuple[jax.Array, ...], start: DecodeState) -> jax.stages.Lowered:
+    """Lower the loop for a state; its shapes are enough."""
     lowered: jax.stages.Lowered = decode.lower_run(
         graph, weights, start, *arguments(program, 1, 0),
         drafter=program.drafter, max_draft=program.max_draft, strict=program.strict,
@@ -153,20 +159,12 @@ def lower(program: Program, graph: nnx.GraphDef, weights: nnx.State, start: Deco
 
 
 def compiled(
-    programs: Sequence[Program], config: Config, graph: nnx.GraphDef, weights: nnx.State, context: int, capacity: int
+    programs: Sequence[Program], config: Config, graph: Graph, weights: tuple[jax.Array, ...], context: int, capacity: int
 ) -> dict[Program, Loop]:
-    """Compile all programs, each in a thread of its own while the next is traced."""
-
-    pending = []
-    with ThreadPoolExecutor(len(programs)) as pool:
-        for program in programs:
-            start = filled(config, program, context, capacity)
-            began = time.perf_counter()
-            lowered = lower(program, graph, weights, start)
-            seconds = time.perf_counter() - began
-            pending.append((program, start, seconds, pool.submit(timed_compile, lowered)))
-        return {
-            program: Loop(program, config, executable, weights, start, lower_seconds, compile_seconds)
-            for program, start, lower_seconds, future in pending
-            for executable, compile_seconds in [future.result()]
-        }
+    """Compile all programs, each in its own thread while the next is traced."""
+    starts = [filled(config, program, context, capacity) for program in programs]
+    lowers = [functools.partial(lower, program, graph, weights, start) for program, start in zip(programs, starts, strict=True)]
+    return {
+        program: Loop(program, config, one.executable, weights, start, one.lower_seconds, one.compile_seconds)
+        for program, start, one in zip(programs, starts, compile_all(lowers, len(programs)), strict=True)
+    }

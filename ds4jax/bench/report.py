@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a JSON file, a short table and a picture."""
+"""Reports of the kernel benchmark: a JSON file, a short table and a figure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEMA = 1
-BESIDE = {"activation": "q8_activation", "dot_bf16": "jnp.dot bf16", "dot_f16": "jnp.dot f16"}
+NAMES = {"activation": "q8_activation", "dot_bf16": "jnp.dot bf16", "dot_f16": "jnp.dot f16"}
 MARKERS = "osD^vPX*"
 
 
@@ -36,13 +36,13 @@ def document(
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a result file, one row a line; the file is there whole or not at all."""
+    """Write a result file, one row per line. The file is either complete or unchanged."""
     fields = []
     for key, value in content.items():
-        told = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False)
         if isinstance(value, list) and value:
-            told = "[\n" + ",\n".join(f"    {json.dumps(item, ensure_ascii=False)}" for item in value) + "\n  ]"
-        fields.append(f"  {json.dumps(key)}: {told}")
+            text = "[\n" + ",\n".join(f"    {json.dumps(item, ensure_ascii=False)}" for item in value) + "\n  ]"
+        fields.append(f"  {json.dumps(key)}: {text}")
     with replacing(path) as unfinished:
         unfinished.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
 
@@ -52,7 +52,7 @@ def _cell(row: Mapping[str, Any] | None) -> str:
 
 
 def table(content: Mapping[str, Any]) -> Table:
-    """Microseconds and fraction of the copy bandwidth: a line for each shape and kind, a column for each M."""
+    """A table of microseconds and fractions of the copy bandwidth: a line for each shape and kind, a column for each M."""
     from rich import box
     from rich.table import Table
 
@@ -67,12 +67,12 @@ def table(content: Mapping[str, Any]) -> Table:
     for m in columns:
         made.add_column(f"M={m}", justify="right", no_wrap=True)
     for name, shape, kind in dict.fromkeys(key[:3] for key in found):
-        made.add_row(BESIDE.get(kind, name), shape, *(_cell(found.get((name, shape, kind, m))) for m in columns))
+        made.add_row(NAMES.get(kind, name), shape, *(_cell(found.get((name, shape, kind, m))) for m in columns))
     return made
 
 
 def verdict(content: Mapping[str, Any]) -> list[str]:
-    """Lines below the table: what the bits say, how much faster than `jnp.dot`, and every problem."""
+    """The lines below the table: bit comparisons, the speed relative to `jnp.dot`, and all problems."""
     lines = []
     if content["bits"]:
         bad = [row for row in content["bits"] if row["differing"]]
@@ -86,7 +86,7 @@ def verdict(content: Mapping[str, Any]) -> list[str]:
 
 
 def show(content: Mapping[str, Any]) -> None:
-    """Print the table and the lines below it on stdout, as wide as they are."""
+    """Print the table and the lines below it on stdout, in their full width."""
     from rich.console import Console
 
     console = Console(width=max(120, Console().width), highlight=False, markup=False)
@@ -96,7 +96,7 @@ def show(content: Mapping[str, Any]) -> None:
 
 
 def plot(path: Path, content: Mapping[str, Any]) -> None:
-    """Draw the share-warp launches: bytes of weights against the fraction of the copy bandwidth, a marker for each M."""
+    """Draw the share-warp launches: fraction of the copy bandwidth over bytes of weights, with a marker for each M."""
     from matplotlib.figure import Figure
 
     rows = [row for row in content["rows"] if row["kind"] == "share_warp"]

@@ -1,7 +1,7 @@
-"""From the start of a process to its first token, with nothing compiled and with everything kept from an earlier process.
+"""Measures the time from the start of a process to its first token, with an empty and with a filled compilation cache.
 
-A process of its own does what `generate` does, with random weights made on the device in place of a file's; making them is told
-apart, since loading has a benchmark of its own.
+Each run is a separate process that works like `generate`, with random weights made on the device. Making the weights counts as
+load, and totals are also given without it, because loading has its own benchmark.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ds4jax import startup
+from ds4jax import timing as startup
 from ds4jax.errors import InputError
 
 SCHEMA = 1
@@ -27,12 +27,12 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to start.
+    """The model and the prompt of a start.
 
     Attributes:
-        layout, layers: as for `ds4jax.bench.decode.Options`.
-        prompt: its tokens.
-        max_draft: the deepest draft of the loop.
+        layout, layers: as in `ds4jax.bench.decode.Options`.
+        prompt: length of the prompt in tokens.
+        max_draft: maximum number of drafts per step of the loop.
     """
 
     layout: str = "flash-q2"
@@ -42,13 +42,13 @@ class Options:
 
 
 def measure(options: Options, note: Callable[[str], None]) -> Row:
-    """Run the processes one after the other, the first with an empty folder of compiled programs.
+    """Run the processes one after the other, the first with an empty compilation cache.
 
     Returns:
-        The options and `runs`: for each of `RUNS` the seconds of `ds4jax.startup.PARTS`, their total, and `without_load`.
+        The options and `runs`: for each of `RUNS` the seconds of `ds4jax.timing.PARTS`, their total, and `without_load`.
 
     Raises:
-        InputError: a process ended without a token.
+        InputError: a process failed.
     """
     runs = {}
     with tempfile.TemporaryDirectory(prefix="ds4jax-start-") as folder:
@@ -69,7 +69,7 @@ def measure(options: Options, note: Callable[[str], None]) -> Row:
 
 
 def show(content: Mapping[str, Any]) -> None:
-    """Print a line for each process on stdout."""
+    """Print a line on stdout for each process."""
     print(f"{content['device']}, jax {content['jax']}: {content['layout']}, a prompt of {content['prompt']} tokens")
     for name, seconds in content["runs"].items():
         parts = ", ".join(f"{part} {seconds[part]:.2f}" for part in startup.PARTS)
@@ -77,7 +77,7 @@ def show(content: Mapping[str, Any]) -> None:
 
 
 def _once(options: Options) -> dict[str, float]:
-    """Seconds of the parts of this process's start, weights counted as load."""
+    """Seconds of the parts of this process's start. Making the weights counts as load."""
     startup.watch()
     from ds4jax import runtime
 
@@ -85,14 +85,14 @@ def _once(options: Options) -> dict[str, float]:
     import jax
     import numpy as np
 
-    from ds4jax.bench import synthetic
     from ds4jax.language_model import LanguageModel
+    from ds4jax.random_models import checkpoint as synthetic
 
     startup.begin("load")
     config = synthetic.config_of(options.layout, options.layers)
     model = LanguageModel(synthetic.synthetic(synthetic.checkpoint(config, options.layout)), None, max_draft=options.max_draft)
     jax.block_until_ready(model.weights)
-    # What was compiled to make weights is part of making them.
+    # Compilations for making the weights count as load.
     load = startup.current().seconds()
     startup.begin("prefill")
     ids = np.random.default_rng(0).integers(0, config.vocab_size, options.prompt)

@@ -4,31 +4,49 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ds4jax.bounds import SHIPPED, SHIPPED_DSPARK
 from ds4jax.errors import InputError
-from ds4jax.loading.checkpoint import Checkpoint, Tensor
-from ds4jax.loading.gguf_read import open_gguf
+from ds4jax.loading.gguf_model import check_model
+from ds4jax.loading.gguf_split import open_set
 
-__all__ = ["Checkpoint", "Tensor", "open_checkpoint"]
+if TYPE_CHECKING:
+    from ds4jax.loading.checkpoint import Checkpoint
+
+__all__ = ["open_checkpoint"]
 
 
-def open_checkpoint(path: str | Path, mtp_file: str | Path | None = None, *, dense: str | None = None) -> Checkpoint:
-    """Open a GGUF file or a checkpoint directory in the hub's form; only headers are read.
+def open_checkpoint(
+    path: str | Path, drafter_file: str | Path | None = None, *, dense: str | None = None, drafter: str = "auto"
+) -> Checkpoint:
+    """Open a GGUF file, any shard of a split one, or a checkpoint directory in the hub's form; only headers are read.
 
     Args:
-        mtp_file: the GGUF file with the MTP block of a GGUF model. None looks for one beside a model that has none: with "mtp"
-            as a word in its name, and a support file by its architecture.
-        dense: what dense matrices of a checkpoint directory become, as for `open_hub`; a GGUF file is taken as it is.
+        drafter_file: the GGUF file with the MTP block or the DSpark drafter of a GGUF model. None takes the one inside the model,
+            or else searches the model's folder for such a file with "mtp", "dspark" or "dflash" as a word in its name. The tiny
+            model's DSpark drafter is found, too, if `drafter` asks for it.
+        dense: type of the dense matrices of a checkpoint directory, as for `open_hub`; refused for a GGUF file.
+        drafter: which drafter's weights are read, as for `ds4jax.load`.
 
     Raises:
-        InputError: nothing there, or files that cannot be used; one line that names the file and what is wrong.
+        InputError: no such file, or a file that cannot be used; one line names the file and the reason.
     """
-    path, mtp_path = Path(path), Path(mtp_file) if mtp_file is not None else None
+    path, side = Path(path), Path(drafter_file) if drafter_file is not None else None
+    if side is None and drafter == "dspark" and path == SHIPPED:
+        side = SHIPPED_DSPARK
     if os.path.isdir(path):
-        # Looking into a GGUF file needs neither safetensors nor the modules of the model.
+        # Imported on demand: reading a GGUF header needs neither safetensors nor the model's modules.
         from ds4jax.loading.hub import open_hub
 
-        if mtp_path is not None:
-            raise InputError(f"{mtp_path}: mtp file: it goes with a GGUF model; {path} is a checkpoint directory")
-        return open_hub(path, dense=dense)
-    return open_gguf(path, mtp_path)
+        if side is not None:
+            raise InputError(f"{side}: drafter file: it goes with a GGUF model; {path} is a checkpoint directory")
+        return open_hub(path, dense=dense, drafter=drafter)
+    header = open_set(path)
+    if dense is not None:
+        raise InputError(f"{path}: dense: it is for a checkpoint directory; the matrices of a GGUF file keep their types")
+    model = check_model(header, side, drafter)
+    # Imports JAX, which a file that is refused need not wait for.
+    from ds4jax.loading.gguf_read import open_gguf
+
+    return open_gguf(model)

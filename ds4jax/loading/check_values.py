@@ -1,4 +1,4 @@
-"""Looking at every stored value of a model without an accelerator."""
+"""Check every stored value of a model on the host, without an accelerator."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator
 import jax
 
 from ds4jax.loading.checkpoint import Checkpoint
-from ds4jax.loading.gguf_header import read_header
-from ds4jax.loading.gguf_names import match
-from ds4jax.loading.gguf_values import check_value
+from ds4jax.loading.gguf_model import check_model
+from ds4jax.loading.gguf_split import open_set
+from ds4jax.loading.gguf_values import check_value, stored_nbytes
 
 
 def check_values(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> None:
-    """Look at every tensor on the host: finite numbers and scales, expert ids that the model has.
+    """Check every tensor on the host: numbers and scales are finite, and the model has the experts of all expert ids.
 
-    A GGUF file is looked at where it is mapped, a part of a tensor at a time. A checkpoint in the hub's form is read as a model
-    would be, tensor by tensor, into the host's memory.
+    A GGUF file is checked in its memory map, a part of a tensor at a time. A hub checkpoint is read into host memory as a model
+    would be, one tensor at a time.
 
     Args:
-        progress: called after each tensor with the bytes that have been looked at and those of all tensors.
+        progress: called after each tensor with the bytes checked so far and the bytes of all tensors.
 
     Raises:
         InputError: the first value that no model can have, with file and tensor.
@@ -32,13 +32,11 @@ def check_values(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
 
 
 def _gguf(checkpoint: Checkpoint) -> Iterator[int]:
-    """Bytes of each tensor after it has been looked at, in the order of the files."""
-    config = checkpoint.config
-    mtp = read_header(checkpoint.mtp_path) if checkpoint.mtp_path is not None else None
-    found, _ = match(read_header(checkpoint.path), config, mtp)
-    for one in sorted(found, key=lambda one: (one.header is mtp, one.info.offset)):
-        check_value(one.header, one.info, config.n_experts)
-        yield one.info.nbytes
+    """Check each tensor in the order of the files and yield its bytes."""
+    model = check_model(open_set(checkpoint.path), checkpoint.drafter_path, checkpoint.drafter)
+    for one in model.in_order():
+        check_value(one.header, one.info, model.config.n_experts)
+        yield stored_nbytes(one.info, one.columns)
 
 
 def _hub(checkpoint: Checkpoint) -> Iterator[int]:

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import enum
+from collections.abc import Iterable, Iterator
 
 from ds4jax.config import Config
-from ds4jax.errors import InputError
-from ds4jax.loading.gguf_header import Header, TensorInfo
+from ds4jax.loading.dspark_names import hub_name
+from ds4jax.loading.gguf_header import QUANTISED
 
-DENSE = ("Q8_0", "BF16", "F32")
-EXPERTS = ("IQ2_XXS", "Q2_K", "Q4_K", "MXFP4", "Q8_0", "BF16", "F32")
-EMBEDDING = ("F16", "BF16", "F32", "Q8_0")
-SMALL = ("F16", "BF16", "F32")
-VECTOR = ("F32",)
-TABLE = ("I32",)
 
-# Parameter, GGUF name, shape in the axes of `_axes`, types. GGUF counts dimensions from the other end: [in, out, experts].
+class Kind(enum.Enum):
+    """What a parameter is. It decides which types a file may store it in and how the device holds it.
+
+    The device holds small matrices as numbers: a quantised one as float32, which has the same values.
+    """
+
+    DENSE = "dense"
+    EXPERTS = "experts"
+    EMBEDDING = "embedding"
+    SMALL = "small"
+    VECTOR = "vector"
+    TABLE = "table"
+
+
+DENSE, EXPERTS, EMBEDDING, SMALL, VECTOR, TABLE = Kind
+_MATRIX = (*QUANTISED, "BF16", "F16", "F32")
+_TYPES = dict.fromkeys(Kind, _MATRIX) | {VECTOR: ("F32", "BF16", "F16"), TABLE: ("I32",)}
+
+# Parameter, GGUF name, shape in the axes of `_axes`, kind. GGUF counts dimensions from the other end: [in, out, experts].
 _GLOBAL = (
     ("embed.weight", "token_embd.weight", "V D", EMBEDDING),
     ("head.weight", "output.weight", "V D", DENSE),
@@ -76,7 +89,20 @@ _MTP = (
     ("hnorm.weight", "hnorm.weight", "D", VECTOR),
     ("norm.weight", "norm.weight", "D", VECTOR),
 )
-_Rows = tuple[tuple[str, str, str, tuple[str, ...]], ...]
+_DSPARK = (
+    ("main_proj.weight", "D TD", DENSE),
+    ("main_norm.weight", "D", VECTOR),
+    ("norm.weight", "D", VECTOR),
+    ("hc_head_fn", "N ND", SMALL),
+    ("hc_head_base", "N", VECTOR),
+    ("hc_head_scale", "1", VECTOR),
+    ("markov_w1.weight", "V R", EMBEDDING),
+    ("markov_w2.weight", "V R", DENSE),
+    ("confidence.weight", "1 DR", SMALL),
+)
+_Rows = tuple[tuple[str, str, str, Kind], ...]
+# Matrices that multiply one input in one launch, which takes one type of numbers.
+TOGETHER = {name for name, _, _, kind in _COMPRESSED + _INDEXED if kind is SMALL and not name.endswith("ape")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +113,23 @@ class Slot:
         name: the parameter's name in the published checkpoint.
         gguf_name: the tensor's name.
         shape: shape of both, slowest axis first.
-        types: types that the tensor may have.
     """
 
     name: str
     gguf_name: str
     shape: tuple[int, ...]
-    types: tuple[str, ...]
+    kind: Kind
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Types that the tensor may have; the first is the usual one of a large model."""
+        return _TYPES[self.kind]
 
 
 def slots(config: Config) -> Iterator[Slot]:
     """Every parameter of a model, layer by layer.
 
-    The shapes repeat what `ds4jax.model.parameters.shapes` finds by tracing the whole model: a look at a file must be quicker.
+    The same shapes as `ds4jax.model.parameters.shapes`, which traces the model: too slow for reading a header.
 
     Source: the tensor table of the published deepseek4 GGUF files.
     """
@@ -110,44 +140,44 @@ def slots(config: Config) -> Iterator[Slot]:
     if config.n_mtp:
         ratio = config.mtp_ratio
         yield from _slots(_MTP + _block(ratio) + _SCORE_ROUTED, "mtp.0.", "mtp.0.", _axes(config, ratio))
+    if config.n_dspark:
+        yield from dspark_slots(config)
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A parameter and the tensor that holds it, with the file that it is in."""
+def device_form(slot: Slot, stored: str) -> str:
+    """How the device holds a parameter, "F32", "Q8_0" and so on, from its type in the file."""
+    if slot.kind is VECTOR:
+        return "F32"
+    if stored in QUANTISED:
+        fits = slot.shape[-1] % QUANTISED[stored] == 0
+        return stored if fits and slot.kind is not SMALL else "F32"
+    return stored
 
-    slot: Slot
-    header: Header
-    info: TensorInfo
 
+def contradiction(config: Config, ignored: Iterable[str]) -> tuple[str, str] | None:
+    """The configuration's field that leaves some of the model's own tensors unused, and the reason; None where no field does.
 
-def match(header: Header, config: Config, mtp: Header | None = None) -> tuple[list[Found], tuple[str, ...]]:
-    """Find every parameter in a file; also returns the names of tensors that the model has no use for.
+    Such a model would run and compute wrong values.
 
     Args:
-        mtp: the file of the MTP block, where it has its own.
-
-    Raises:
-        InputError: a tensor that is missing or has a wrong shape or a type that this tensor never has.
+        ignored: names of unused tensors, as in a published checkpoint or a GGUF file.
     """
-    unused = {id(source): dict(source.tensors) for source in (header, mtp) if source is not None}
-    found = []
-    for slot in slots(config):
-        source = mtp if mtp is not None and slot.name.startswith("mtp.") else header
-        where = f"{source.path}: {slot.gguf_name}"
-        info = unused[id(source)].pop(slot.gguf_name, None)
-        if info is None:
-            raise InputError(f"{where}: this tensor is missing")
-        if info.shape != slot.shape:
-            raise InputError(f"{where}: dimensions {list(info.shape[::-1])}; the metadata asks for {list(slot.shape[::-1])}")
-        if info.type not in slot.types:
-            raise InputError(f"{where}: type {info.type} is not supported for this tensor; it must be {' or '.join(slot.types)}")
-        found.append(Found(slot, source, info))
-    for one in found:
-        up = one.header.tensors[one.info.name.replace("ffn_gate_exps", "ffn_up_exps")]
-        if up.type != one.info.type:
-            raise InputError(f"{one.header.path}: {up.name}: type {up.type} differs from the {one.info.type} of {one.info.name}")
-    return found, tuple(name for names in unused.values() for name in names)
+    owners: dict[str, tuple[str, int]] = {}
+    for i, ratio in enumerate(config.layer_ratios):
+        for name, gguf_name, _, _ in _COMPRESSED + _INDEXED:
+            owners |= dict.fromkeys((f"layers.{i}.{name}", f"blk.{i}.{gguf_name}"), ("compress_ratios", ratio))
+        for name, gguf_name, _, _ in _HASH_ROUTED:
+            owners |= dict.fromkeys((f"layers.{i}.{name}", f"blk.{i}.{gguf_name}"), ("n_hash_layers", config.n_hash_layers))
+    if config.n_mtp:
+        for name, gguf_name, _, _ in _COMPRESSED + _INDEXED:
+            names = (f"mtp.0.{name}", f"mtp.0.{gguf_name}", f"blk.{config.n_layers}.{gguf_name}")
+            owners |= dict.fromkeys(names, ("compress_ratios", config.mtp_ratio))
+    for name in ignored:
+        if name in owners:
+            field, value = owners[name]
+            what = f"gives this layer {value}" if field == "compress_ratios" else f"is {value}"
+            return field, f"{what}, but the weights have {name}"
+    return None
 
 
 def _block(ratio: int) -> _Rows:
@@ -157,8 +187,19 @@ def _block(ratio: int) -> _Rows:
 
 
 def _slots(rows: _Rows, prefix: str, gguf_prefix: str, axes: dict[str, int]) -> Iterator[Slot]:
-    for name, gguf_name, shape, types in rows:
-        yield Slot(prefix + name, gguf_prefix + gguf_name, tuple(axes[axis] for axis in shape.split()), types)
+    for name, gguf_name, shape, kind in rows:
+        yield Slot(prefix + name, gguf_prefix + gguf_name, tuple(axes[axis] for axis in shape.split()), kind)
+
+
+def dspark_slots(config: Config) -> Iterator[Slot]:
+    """Every parameter of a DSpark drafter."""
+    axes = _axes(config, 0)
+    for stage in range(config.n_dspark):
+        yield from _slots(_block(0) + _SCORE_ROUTED, f"dspark.stages.{stage}.", f"mtp.{stage}.", axes)
+    for own, shape, kind in _DSPARK:
+        published = hub_name(f"dspark.{own}", config.n_dspark)
+        gguf_name = f"{published.removesuffix('.weight')}.weight"
+        yield Slot(f"dspark.{own}", gguf_name, tuple(axes[axis] for axis in shape.split()), kind)
 
 
 def _axes(config: Config, ratio: int) -> dict[str, int]:
@@ -189,4 +230,7 @@ def _axes(config: Config, ratio: int) -> dict[str, int]:
         "I": config.index_dim,
         "JI": config.index_heads * config.index_dim,
         "X": overlap * config.index_dim,
+        "TD": len(config.dspark_layers) * d,
+        "R": config.dspark_rank,
+        "DR": d + config.dspark_rank,
     }

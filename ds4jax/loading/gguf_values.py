@@ -1,4 +1,4 @@
-"""Stored bytes to parameter values and back, one function for each direction."""
+"""Conversion of stored bytes to parameter values and back."""
 
 from __future__ import annotations
 
@@ -12,154 +12,227 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax.errors import InputError
-from ds4jax.loading.gguf_header import Header, TensorInfo, shown
-from ds4jax.loading.reading import Reading
+from ds4jax.loading.gguf_header import Header, TensorInfo
+from ds4jax.loading.tensor_reader import Reading
 from pallas_kernels.formats import FORMATS, Q8_0, Quantized
 
 # Types of single numbers, as numpy reads them and as they stay on the device.
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16), "I32": np.dtype("<i4")}
-# The bits of an exponent: all ones in infinities and NaN. Whole numbers are looked at many times faster than halves.
+# The exponent's bits: all ones in infinities and NaN. Comparing integers is many times faster than comparing float16.
 _EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
-# Numbers looked at together, so that the look at a large tensor takes no memory to speak of.
+# Numbers checked at once. Bounds the temporary memory for a large tensor.
 _CHUNK = 1 << 20
-# A CPU takes an array as it lies in the mapped file, without a copy, when it begins at a multiple of so many bytes.
+# A CPU uses an array of the mapped file without a copy when it begins at a multiple of this many bytes.
 _ALIGNED = 64
-# A tensor of fewer bytes is copied on the host: that takes less time than compiling for where it begins.
+# A smaller tensor is copied on the host, which is faster than compiling a program for its alignment.
 _SMALL = 1 << 24
-# Bytes of a large tensor that are looked at, put onto the device and split together, at most.
+# Maximum bytes of a piece of a large tensor. A piece is checked, put onto the device and split at once.
 _PIECE = 1 << 25
 
 
-def device_nbytes(info: TensorInfo) -> int:
-    """Bytes that a tensor takes on the device."""
-    if info.type in FORMATS:
-        return math.prod(info.shape) // FORMATS[info.type].BLOCK * FORMATS[info.type].DEVICE_BYTES
-    return info.nbytes
+def device_nbytes(info: TensorInfo, form: str | None = None, columns: slice | None = None) -> int:
+    """Bytes that a tensor takes on the device; arguments as for `reading`."""
+    form, values = form or info.type, math.prod(_shape(info, columns))
+    if form in FORMATS:
+        return values // FORMATS[form].BLOCK * FORMATS[form].DEVICE_BYTES
+    return values * _PLAIN[form].itemsize
+
+
+def stored_nbytes(info: TensorInfo, columns: slice | None = None) -> int:
+    """Bytes in the file of a tensor's columns."""
+    return info.nbytes * _shape(info, columns)[-1] // info.shape[-1]
+
+
+def _shape(info: TensorInfo, columns: slice | None) -> tuple[int, ...]:
+    """Shape of a tensor's columns."""
+    return (*info.shape[:-1], len(range(*columns.indices(info.shape[-1])))) if columns else info.shape
+
+
+def _block(info: TensorInfo) -> int:
+    """Values that are stored together."""
+    return FORMATS[info.type].BLOCK if info.type in FORMATS else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A tensor, which of its columns are wanted, and the form that they get on the device."""
+
+    header: Header
+    info: TensorInfo
+    form: str
+    columns: slice | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the value."""
+        return _shape(self.info, self.columns)
+
+    @property
+    def row(self) -> int:
+        """Stored bytes of an entry of the first axis."""
+        return self.info.nbytes // self.info.shape[0]
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the value has the numbers of the file, so that the device has nothing to do."""
+        return self.form == self.info.type and self.form not in FORMATS and self.columns is None
+
+    def cut(self) -> list[_Part]:
+        """Parts of one length, so that one program decodes them; the last one overlaps the one before if needed."""
+        # A single matrix in planes is not cut: some of its planes do not have rows as their first axis.
+        widened = 0 if self.form == self.info.type else device_nbytes(self.info, self.form)
+        pieces = 1 if self.form in FORMATS and len(self.info.shape) < 3 else -(-max(self.info.nbytes, widened) // _PIECE)
+        entries = self.info.shape[0]
+        count = -(-entries // pieces)
+        firsts = sorted({min(first, entries - count) for first in range(0, entries, count)})
+        return [_Part(self, first, count) for first in firsts]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
     """`count` entries of a tensor's first axis, from `first` on."""
 
-    header: Header
-    info: TensorInfo
+    source: _Source
     first: int
     count: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.count, *self.info.shape[1:])
+        return (self.count, *self.source.shape[1:])
 
     @property
     def before(self) -> int:
         """Bytes of the tensor that lie before this part."""
-        return self.info.nbytes // self.info.shape[0] * self.first
+        return self.source.row * self.first
 
-    @property
-    def raw(self) -> np.ndarray:
-        """The stored bytes, uint8 [n], not copied."""
-        return self.header.raw(self.info)[self.before :][: self.info.nbytes // self.info.shape[0] * self.count]
+    def raw(self, skip: int = 0) -> np.ndarray:
+        """The stored bytes of all columns and `skip` bytes before them, uint8 [n], not copied."""
+        return self.source.header.raw(self.source.info, self.before - skip, self.before + self.source.row * self.count)
 
     @property
     def skip(self) -> int:
-        """Bytes that a large part is taken with although they lie before it, so that a CPU need not copy it."""
-        if self.info.nbytes < _SMALL or jax.default_backend() != "cpu":
+        """Bytes before a large part that are read with it, so that it begins aligned and a CPU need not copy it."""
+        info = self.source.info
+        if info.nbytes < _SMALL or self.source.columns is not None or jax.default_backend() != "cpu":
             return 0
-        return (self.info.offset + self.before) % _ALIGNED
+        return (info.offset + self.before) % _ALIGNED
 
     def check(self, n_experts: int) -> None:
         """As `check_value`."""
-        where, stored = f"{self.header.path}: {shown(self.info.name)}", self.info.type
+        info = self.source.info
+        where, stored, raw = self.source.header.where(info), info.type, self.raw()
         if stored in FORMATS:
-            _require_finite_scales(self.raw, FORMATS[stored], where, self.before // FORMATS[stored].BLOCK_BYTES)
+            _require_finite_scales(raw, FORMATS[stored], where, self.before // FORMATS[stored].BLOCK_BYTES)
         elif stored == "I32":
-            ids = self.raw.view(_PLAIN["I32"])
+            ids = raw.view(_PLAIN["I32"])
             if ids.min() < 0 or ids.max() >= n_experts:
                 wrong = ids[(ids < 0) | (ids >= n_experts)][0]
                 raise InputError(f"{where}: names expert {wrong}; the model has {n_experts}")
         else:
-            numbers = self.raw.view(_PLAIN[stored])
-            _require_finite(numbers, stored, where, self.info.shape, self.before // numbers.itemsize)
+            numbers = raw.view(_PLAIN[stored])
+            _require_finite(numbers, stored, where, info.shape, self.before // numbers.itemsize)
 
     def fetch(self, n_experts: int) -> jax.Array:
-        """The part on the default device after `check`: numbers as they are where it is the whole tensor, else stored bytes."""
+        """The checked part on the default device: numbers if they are the entire value, else stored bytes."""
         self.check(n_experts)
-        if self.info.type in FORMATS or self.count < self.info.shape[0]:
-            start = self.info.offset + self.before
-            return jax.device_put(self.header.data[start - self.skip : start + self.raw.size])
-        value = self.raw.view(_PLAIN[self.info.type]).reshape(self.shape)
-        # A CPU takes memory that is aligned as it is, whatever `may_alias` says; a parameter must not change when somebody
-        # writes to the file.
+        source = self.source
+        if source.columns is not None:
+            return jax.device_put(self._columns(source.columns))
+        if not source.is_copy or self.count < source.shape[0]:
+            return jax.device_put(self.raw(self.skip))
+        value = self.raw().view(_PLAIN[source.form]).reshape(self.shape)
+        # A CPU uses aligned memory without a copy, even if `may_alias` is False; a parameter must not change when another
+        # program writes to the file.
         return jax.device_put(value.copy() if jax.default_backend() == "cpu" else value)
+
+    def _columns(self, columns: slice) -> np.ndarray:
+        """The stored bytes of some columns side by side, uint8 [n]."""
+        block, rows = _block(self.source.info), math.prod(self.shape[:-1])
+        first, last, _ = columns.indices(self.source.info.shape[-1])
+        blocks = self.raw().reshape(rows, self.source.info.shape[-1] // block, -1)
+        return blocks[:, first // block : last // block].reshape(-1)
 
 
 def check_value(header: Header, info: TensorInfo, n_experts: int) -> None:
-    """Look at every stored value of a tensor on the host, a part at a time: numbers and scales are finite, and expert ids (all
-    that I32 is used for) below `n_experts`.
+    """Check every stored value of a tensor on the host: numbers and scales are finite, expert ids are below `n_experts`.
+
+    Only expert ids are stored as I32.
 
     Raises:
         InputError: a value that no model can have.
     """
-    _Part(header, info, 0, info.shape[0]).check(n_experts)
+    _Part(_Source(header, info, info.type), 0, info.shape[0]).check(n_experts)
 
 
-def reading(header: Header, info: TensorInfo, n_experts: int) -> Reading:
-    """Prepare to read a tensor onto the default device; every piece of it is looked at as by `check_value`.
+def reading(header: Header, info: TensorInfo, n_experts: int, form: str | None = None, columns: slice | None = None) -> Reading:
+    """Prepare to read a tensor onto the default device; every piece is checked as by `check_value`.
 
-    F32 becomes float32, F16 float16, BF16 bfloat16, I32 int32: whoever computes with halves widens them there, which is exact.
-    Quantised blocks go to the device as they are and are split into planes there, stacks of matrices a few at a time: beside the
-    planes, the device holds no more of a stack's stored bytes than the pieces that are on their way.
+    F32 becomes float32, F16 float16, BF16 bfloat16, I32 int32. Quantised blocks are copied to the device and split into planes
+    there, stacks of matrices a few at a time: the device then holds the planes and only a few pieces of the stored bytes.
+
+    Args:
+        form: how the device will hold it; None stands for the stored type. "F32" dequantises blocks there, some rows at a time,
+            to the bits of ggml's dequantisation, and widens F16 and BF16.
+        columns: part of the last axis, of whole blocks and in steps of one; None stands for all.
+
+    Raises:
+        ValueError: another form, or columns that are not whole blocks.
     """
-    # The planes of a single matrix do not all begin with its rows.
-    pieces = 1 if info.type in FORMATS and len(info.shape) < 3 else -(-info.nbytes // _PIECE)
-    count = -(-info.shape[0] // pieces)
-    # All are as long, so that one program splits them; the last begins inside the one before where they do not divide the tensor.
-    firsts = sorted({min(first, info.shape[0] - count) for first in range(0, info.shape[0], count)})
-    parts = [_Part(header, info, first, count) for first in firsts]
+    form = form or info.type
+    if form != info.type and (form != "F32" or info.type == "I32"):
+        raise ValueError(f"{info.name}: {info.type} cannot be read as {form}")
+    if columns is not None:
+        block = _block(info)
+        first, last, step = columns.indices(info.shape[-1])
+        if step != 1 or first % block or last % block or first >= last:
+            raise ValueError(f"{info.name}: columns {first} to {last} are not whole blocks of {block}")
+    parts = _Source(header, info, form, columns).cut()
     return Reading(tuple(functools.partial(part.fetch, n_experts) for part in parts), functools.partial(_join, parts))
 
 
 def _join(parts: Sequence[_Part], pieces: Iterator[jax.Array]) -> jax.Array | Quantized:
-    """The value of a tensor from what `fetch` returns for its parts."""
-    info = parts[0].info
+    """The value of a tensor, from the results of `fetch` for its parts."""
+    source = parts[0].source
+    types = source.info.type, source.form
     if len(parts) > 1:
-        planes = _empty(info.type, info.shape)
+        value = _empty(*types, source.shape)
         for part, piece in zip(parts, pieces, strict=True):
-            planes = _put_in(planes, piece, np.int32(part.first), info.type, part.skip, part.shape)
-        return planes
-    return _decoded(next(pieces), info.type, parts[0].skip, info.shape) if info.type in FORMATS else next(pieces)
+            value = _put_in(value, piece, np.int32(part.first), *types, part.skip, part.shape)
+        return value
+    return next(pieces) if source.is_copy else _decoded(next(pieces), *types, parts[0].skip, source.shape)
 
 
-def _decode(stored: jax.Array, type: str, skip: int, shape: tuple[int, ...]) -> jax.Array | Quantized:
-    """A value of shape `shape` from its bytes, which begin `skip` bytes into `stored`."""
+def _decode(stored: jax.Array, type: str, form: str, skip: int, shape: tuple[int, ...]) -> jax.Array | Quantized:
+    """A value of shape `shape` from its bytes of a stored type, which begin `skip` bytes into `stored`."""
     if type in FORMATS:
-        return FORMATS[type].split(stored[skip:].reshape(*shape[:-1], -1, FORMATS[type].BLOCK_BYTES))
-    return jax.lax.bitcast_convert_type(stored[skip:].reshape(*shape, -1), _PLAIN[type])
+        planes = FORMATS[type].split(stored[skip:].reshape(*shape[:-1], -1, FORMATS[type].BLOCK_BYTES))
+        return planes if form == type else planes.dequantize()
+    return jax.lax.bitcast_convert_type(stored[skip:].reshape(*shape, -1), _PLAIN[type]).astype(_PLAIN[form])
 
 
-_decoded = functools.partial(jax.jit, static_argnums=(1, 2, 3))(_decode)
+_decoded = functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))(_decode)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6), donate_argnums=0)
 def _put_in(
-    planes: jax.Array | Quantized, stored: jax.Array, first: jax.Array, type: str, skip: int, shape: tuple[int, ...]
+    value: jax.Array | Quantized, stored: jax.Array, first: jax.Array, type: str, form: str, skip: int, shape: tuple[int, ...]
 ) -> jax.Array | Quantized:
-    """A value with a part of it, of shape `shape`, put in its place from `first` of the first axis on."""
-    part = _decode(stored, type, skip, shape)
-    return jax.tree.map(lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, first, 0), planes, part)
+    """A value with one part of it, of shape `shape`, written from index `first` of the first axis on."""
+    part = _decode(stored, type, form, skip, shape)
+    return jax.tree.map(lambda plane, new: jax.lax.dynamic_update_slice_in_dim(plane, new, first, 0), value, part)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _empty(type: str, shape: tuple[int, ...]) -> jax.Array | Quantized:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(type: str, form: str, shape: tuple[int, ...]) -> jax.Array | Quantized:
     """A value of zeros, to be filled."""
     row = shape[-1] // FORMATS[type].BLOCK * FORMATS[type].BLOCK_BYTES if type in FORMATS else shape[-1] * _PLAIN[type].itemsize
     stored = jax.ShapeDtypeStruct((math.prod(shape[:-1]) * row,), np.uint8)
-    made = jax.eval_shape(functools.partial(_decode, type=type, skip=0, shape=shape), stored)
+    made = jax.eval_shape(functools.partial(_decode, type=type, form=form, skip=0, shape=shape), stored)
     return jax.tree.map(lambda plane: jnp.zeros(plane.shape, plane.dtype), made)
 
 
 def encode(value: jax.Array | np.ndarray | Quantized, stored: str, where: str) -> np.ndarray:
-    """A value as a file stores it: numbers [...] of the stored type, or uint8 [..., bytes of a row] for blocks.
+    """A value in stored form: numbers [...] of the stored type, or uint8 [..., bytes of a row] for blocks.
 
     Raises:
         ValueError: a value that is not finite in that type, or a quantised value asked for as another type.
@@ -178,7 +251,7 @@ def encode(value: jax.Array | np.ndarray | Quantized, stored: str, where: str) -
 
 
 def _require_finite(array: np.ndarray, stored: str, where: str, shape: tuple[int, ...], before: int) -> None:
-    """Refuse what is not finite in an array that begins `before` numbers into one of shape `shape`."""
+    """Refuse values that are not finite. The array begins `before` numbers into a tensor of shape `shape`."""
     bits, exponent = array.reshape(-1).view(f"<u{array.itemsize}"), _EXPONENT[stored]
     for first in range(0, bits.size, _CHUNK):
         broken = (bits[first : first + _CHUNK] & exponent) == exponent

@@ -1,11 +1,12 @@
-"""Writing a model as a GGUF file in the published naming."""
+"""Write a model as a GGUF file with the published tensor names."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +18,25 @@ from ds4jax.errors import InputError
 from ds4jax.files import replacing
 from ds4jax.loading import gguf_config
 from ds4jax.loading.gguf_header import DEFAULT_ALIGNMENT
-from ds4jax.loading.gguf_names import EMBEDDING, SMALL, Slot, slots
+from ds4jax.loading.gguf_names import DENSE, EMBEDDING, EXPERTS, SMALL, TABLE, Slot, slots
 from ds4jax.loading.gguf_values import encode
-from ds4jax.tokenizer import KIND, MERGES_KEY, PRE_TOKENIZER, TOKENS_KEY, TYPES_KEY
+from ds4jax.text.tokenizer import KIND, MERGES_KEY, PRE_TOKENIZER, TOKENS_KEY, TYPES_KEY
 from pallas_kernels.formats import Quantized
 
 # Multiple of bytes at which the data of each tensor begins.
 ALIGNMENT = DEFAULT_ALIGNMENT
 
+# Key, type and value of one piece of metadata. Types are named as in `gguf_header.Value`.
+Entry = tuple[str, str, Any]
+
 _VALUE_TYPES = {
+    "u8": GGUFValueType.UINT8,
+    "i8": GGUFValueType.INT8,
+    "u16": GGUFValueType.UINT16,
+    "i16": GGUFValueType.INT16,
     "u32": GGUFValueType.UINT32,
     "i32": GGUFValueType.INT32,
+    "u64": GGUFValueType.UINT64,
     "i64": GGUFValueType.INT64,
     "f32": GGUFValueType.FLOAT32,
     "f64": GGUFValueType.FLOAT64,
@@ -50,7 +59,7 @@ def write_gguf(
     small: str = "F16",
     embedding: str = "F16",
 ) -> None:
-    """Write a model, its MTP block included, as one GGUF file; the file is there complete or not at all.
+    """Write a model, its MTP block included, as one GGUF file. After an error there is no new file.
 
     Args:
         tensors: every parameter by its name in the published checkpoint. Quantised values are stored as they are.
@@ -66,41 +75,60 @@ def write_gguf(
         InputError: a path that cannot be written.
         ValueError: tensors that do not fit the configuration or the chosen types.
     """
-    path = Path(path)
-    writer = _writer(config, tokens, merges, token_types, metadata or {})
-    rest = dict(tensors)
-    for slot in slots(config):
+    stored = stored_tensors(slots(config), tensors, quantize=quantize, small=small, embedding=embedding)
+    write_tensors(path, gguf_config.ARCHITECTURE, entries(config, tokens, merges, token_types, metadata or {}), stored)
+
+
+# Name, values as they are stored, and type of a tensor.
+StoredTensor = tuple[str, np.ndarray, str]
+
+
+def stored_tensors(
+    wanted: Iterable[Slot],
+    tensors: Mapping[str, jax.Array | np.ndarray | Quantized],
+    *,
+    quantize: bool,
+    small: str,
+    embedding: str,
+) -> list[StoredTensor]:  # fmt: skip
+    """The tensors of these parameters under their own GGUF names; other arguments and errors as for `write_gguf`."""
+    rest, made = dict(tensors), []
+    for slot in wanted:
         if slot.name not in rest:
             raise ValueError(f"{slot.name}: no value given")
         value = rest.pop(slot.name)
         if tuple(value.shape) != slot.shape:
             raise ValueError(f"{slot.name}: shape {list(value.shape)}, the configuration asks for {list(slot.shape)}")
         stored = _stored_type(slot, value, quantize=quantize, small=small, embedding=embedding)
-        array = encode(value, stored, slot.name)
-        writer.add_tensor(slot.gguf_name, array, raw_dtype=GGMLQuantizationType[stored])
+        made.append((slot.gguf_name, encode(value, stored, slot.name), stored))
     if rest:
         raise ValueError(f"{min(rest)}: the model has no such parameter")
-    _write_atomically(writer, path)
+    return made
 
 
-def header(
-    config: Config,
-    tensors: Sequence[tuple[str, tuple[int, ...], str, int]],
-    *,
-    tokens: Sequence[str] = (),
-    merges: Sequence[str] = (),
-    token_types: Sequence[int] = (),
-    metadata: Mapping[str, str | bool | int | float] | None = None,
-) -> bytes:
-    """All of a GGUF file that comes before its data, whose tensors follow in this order, each padded to `ALIGNMENT` bytes.
+def write_tensors(path: str | Path, architecture: str, metadata: Iterable[Entry], tensors: Iterable[StoredTensor]) -> None:
+    """Write a GGUF file with these tensors in their order. After an error there is no new file.
+
+    Raises:
+        InputError: a path that cannot be written.
+    """
+    writer = _writer(architecture, metadata)
+    for name, array, stored in tensors:
+        writer.add_tensor(name, array, raw_dtype=GGMLQuantizationType[stored])
+    _write_atomically(writer, Path(path))
+
+
+def header(architecture: str, metadata: Iterable[Entry], tensors: Iterable[tuple[str, tuple[int, ...], str, int]]) -> bytes:
+    """Bytes of a GGUF file before its data. The tensors follow in this order, each padded to `ALIGNMENT` bytes.
 
     Args:
-        tensors: of each its GGUF name, shape, stored type and bytes.
-        tokens, merges, token_types, metadata: as for `write_gguf`.
+        architecture: the value of the first key, `general.architecture`.
+        metadata: all other keys, in the order of the file.
+        tensors: GGUF name, shape, stored type and number of bytes of each.
     """
-    writer = _writer(config, tokens, merges, token_types, metadata or {})
+    writer = _writer(architecture, metadata)
     for name, shape, stored, nbytes in tensors:
-        # With the stored type given, the writer takes the shape as it is for any type but uint8.
+        # With a stored type the writer keeps the shape, for every dtype but uint8.
         writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=GGMLQuantizationType[stored])
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(writer):
         path = Path(folder) / "header.gguf"
@@ -111,56 +139,59 @@ def header(
     return content + bytes(-len(content) % ALIGNMENT)
 
 
-def _writer(
+def entries(
     config: Config,
-    tokens: Sequence[str],
-    merges: Sequence[str],
-    token_types: Sequence[int],
-    metadata: Mapping[str, str | bool | int | float],
-) -> GGUFWriter:
-    """A writer that has all metadata and no tensor yet."""
-    writer = GGUFWriter(None, gguf_config.ARCHITECTURE)
-    writer.add_quantization_version(2)
-    for key, kind, value in gguf_config.metadata(config):
-        _add(writer, key, kind, value)
-    if tokens:
-        _add_tokenizer(writer, tokens, merges, token_types)
-    for key, value in metadata.items():
-        _add(writer, key, _TYPE_OF[type(value)], value)
+    tokens: Sequence[str] = (),
+    merges: Sequence[str] = (),
+    token_types: Sequence[int] = (),
+    metadata: Mapping[str, str | bool | int | float] | None = None,
+) -> list[Entry]:
+    """Metadata of a file as the ds4 project publishes it; the arguments are those of `write_gguf`."""
+    own = [(key, _TYPE_OF[type(value)], value) for key, value in (metadata or {}).items()]
+    quantization = ("general.quantization_version", "u32", 2)
+    return [quantization, *gguf_config.metadata(config), *vocabulary_entries(tokens, merges, token_types), *own]
+
+
+def vocabulary_entries(tokens: Sequence[str], merges: Sequence[str], token_types: Sequence[int]) -> list[Entry]:
+    """Metadata of a vocabulary, as for `write_gguf`; empty without tokens."""
+    if not tokens:
+        return []
+    return [
+        *((key, "str", value) for key, value in (KIND, PRE_TOKENIZER)),
+        (TOKENS_KEY, "str[]", list(tokens)),
+        (MERGES_KEY, "str[]", list(merges)),
+        (TYPES_KEY, "i32[]", list(token_types)),
+    ]
+
+
+def _writer(architecture: str, metadata: Iterable[Entry]) -> GGUFWriter:
+    """A writer with all metadata and no tensors."""
+    writer = GGUFWriter(None, architecture)
+    for key, kind, value in metadata:
+        if kind.endswith("[]"):
+            items = value.tolist() if isinstance(value, np.ndarray) else value
+            writer.add_key_value(key, items, GGUFValueType.ARRAY, _VALUE_TYPES[kind[:-2]])
+        else:
+            writer.add_key_value(key, value, _VALUE_TYPES[kind])
     return writer
 
 
 def _stored_type(slot: Slot, value: jax.Array | np.ndarray | Quantized, *, quantize: bool, small: str, embedding: str) -> str:
     if isinstance(value, Quantized):
         stored = type(value).__name__
-    elif slot.types is EMBEDDING:
+    elif slot.kind is EMBEDDING:
         stored = embedding
-    elif slot.types is SMALL:
+    elif slot.kind is SMALL:
         stored = small
-    elif "Q8_0" in slot.types and quantize:
+    elif slot.kind in (DENSE, EXPERTS) and quantize:
         stored = "Q8_0"
-    elif "BF16" in slot.types and value.dtype == jnp.bfloat16:
+    elif slot.kind in (DENSE, EXPERTS) and value.dtype == jnp.bfloat16:
         stored = "BF16"
     else:
-        stored = "I32" if "I32" in slot.types else "F32"
+        stored = "I32" if slot.kind is TABLE else "F32"
     if stored not in slot.types:
         raise ValueError(f"{slot.name}: cannot be stored as {stored}; it must be {' or '.join(slot.types)}")
     return stored
-
-
-def _add(writer: GGUFWriter, key: str, kind: str, value: object) -> None:
-    if kind.endswith("[]"):
-        writer.add_key_value(key, value, GGUFValueType.ARRAY, _VALUE_TYPES[kind[:-2]])
-    else:
-        writer.add_key_value(key, value, _VALUE_TYPES[kind])
-
-
-def _add_tokenizer(writer: GGUFWriter, tokens: Sequence[str], merges: Sequence[str], token_types: Sequence[int]) -> None:
-    for key, value in (KIND, PRE_TOKENIZER):
-        _add(writer, key, "str", value)
-    _add(writer, TOKENS_KEY, "str[]", list(tokens))
-    _add(writer, MERGES_KEY, "str[]", list(merges))
-    _add(writer, TYPES_KEY, "i32[]", list(token_types))
 
 
 def _write_atomically(writer: GGUFWriter, path: Path) -> None:

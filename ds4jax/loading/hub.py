@@ -1,80 +1,96 @@
-"""Checkpoints in the hub's form: a directory of config.json, safetensors shards with an index, and perhaps tokenizer.json."""
+"""Hub checkpoints: a directory with config.json, safetensors shards, their index, and optionally tokenizer.json."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from ds4jax.bounds import DENSE_FORMS
 from ds4jax.config import Config
 from ds4jax.errors import InputError
-from ds4jax.loading import hub_values
+from ds4jax.files import open_regular
+from ds4jax.loading import hub_values, safetensors_header
 from ds4jax.loading.checkpoint import Checkpoint, Tensor
-from ds4jax.loading.gguf_names import DENSE, EXPERTS, TABLE, slots
-from ds4jax.loading.hub_config import read_config, read_json, with_mtp
+from ds4jax.loading.drafter_choice import NOT_WANTED, WITH_DSPARK, kinds, lacking
+from ds4jax.loading.dspark_names import hub_name
+from ds4jax.loading.gguf_names import DENSE, EXPERTS, TABLE, contradiction, slots
+from ds4jax.loading.hub_config import KEYS, read_config, read_json, with_fields, with_mtp
+from ds4jax.loading.hub_dspark import read_dspark
 from ds4jax.loading.hub_read import INTEGERS, Entry, Source, Stored
-from ds4jax.loading.mtp_file import DSPARK, drafter
-from ds4jax.loading.reading import Reading
+from ds4jax.loading.mtp_file import NONE_INSIDE, is_named_drafter, no_block
+from ds4jax.loading.mtp_names import drafter as drafter_of
+from ds4jax.loading.tensor_reader import Reading
 from ds4jax.model.parameters import shapes
 from pallas_kernels.formats import Q8_0
 
 if TYPE_CHECKING:
-    from ds4jax.tokenizer import Tokenizer
+    from ds4jax.text.tokenizer import Tokenizer
 
 CONFIG, INDEX, SINGLE, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "tokenizer.json"
 EXPERTS_IN = ".ffn.experts."
 
-# What may store a matrix, and everything else but a table of expert ids.
+# Types that may store a matrix, and types of all other tensors but tables of expert ids.
 MATRICES = ("F8_E4M3", "I8", "BF16", "F32")
 VECTORS = ("BF16", "F32")
 SCALED = ("F8_E4M3", "I8")
 # I8 holds two FP4 codes a byte.
 FORMAT = {"I8": "F4_E2M1"}
-# What `dense` may be, and the GGUF type that it stands for.
-DENSE_FORMS = {"q8_0": "Q8_0", "bf16": "BF16", "f32": "F32"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """A checkpoint directory whose headers were read and agree with its config.
+    """A checkpoint directory with headers that were read and agree with its config.
 
     Attributes:
-        metadata: everything that `config.json` says.
+        metadata: the content of `config.json`.
         sources: every parameter once, in the order of the files.
-        ignored: tensors that the model has no use for.
-        no_mtp: as in `Checkpoint`.
+        index: the file that lists the tensors.
+        entries: every stored tensor by name.
+        files: every file of the directory that belongs to the checkpoint.
+        ignored: tensors that the model does not use.
+        drafter, no_mtp: as in `Checkpoint`.
     """
 
     path: Path
     config: Config
     metadata: dict[str, Any]
     sources: tuple[Source, ...]
+    index: Path
+    entries: dict[str, Entry]
+    files: tuple[Path, ...]
     ignored: tuple[str, ...]
+    drafter: str
     no_mtp: str
 
 
-def open_hub(path: Path, *, dense: str | None = None) -> Checkpoint:
-    """Open a checkpoint directory: config and headers are read and checked, no tensor is.
+def open_hub(path: Path, *, dense: str | None = None, drafter: str = "auto") -> Checkpoint:
+    """Open a checkpoint directory: config and headers are read and checked, tensors are not.
 
-    The model gets an MTP block when the weights hold one, whatever the config claims.
+    The tensors decide whether the model has an MTP block or a DSpark drafter, whatever the config says.
 
     Args:
-        dense: None multiplies everything out to exact float32. "q8_0", "bf16" or "f32" keeps FP4 experts as MXFP4, which loses
-            nothing, and makes dense matrices of that type. Then the embedding, the router's matrix and those of compressors and
-            indexers become bfloat16, in which published values are exact; where the files have float32, or with "f32",
-            float32. All else is float32: norms, biases, sinks, hyper-connections.
+        drafter: which drafter's weights are read, as for `ds4jax.load`.
+        dense: None, "q8_0", "bf16" or "f32". Decides the type of each tensor:
+
+            | tensors                                | None    | "q8_0", "bf16"                      | "f32"   |
+            |----------------------------------------|---------|-------------------------------------|---------|
+            | FP4 experts                            | float32 | MXFP4, exact                        | MXFP4   |
+            | dense matrices, other experts          | float32 | Q8_0 or bfloat16, as asked          | float32 |
+            | embedding, router, compressor, indexer | float32 | as stored, bfloat16 or float32      | float32 |
+            | norms, biases, sinks, hyper-connections| float32 | float32                             | float32 |
 
     Raises:
-        InputError: a file is missing or broken, or a tensor is missing, mis-shaped, stored in an unsupported way or not to be had
-            as `dense`; names file and key or tensor.
+        InputError: a file is missing or broken, or a tensor is missing, has a wrong shape or type or cannot become `dense`; the
+            message names file and key or tensor.
 
     Source: file layout and tensor inventory of the V4-Flash checkpoint.
     """
-    hub = read_hub(path, dense=dense)
+    hub = read_hub(path, dense=dense, drafter=drafter)
     return Checkpoint(
         path=path,
         kind="hub",
@@ -83,38 +99,81 @@ def open_hub(path: Path, *, dense: str | None = None) -> Checkpoint:
         tokenizer=_tokenizer(path / TOKENIZER, hub.config),
         metadata=hub.metadata,
         ignored=hub.ignored,
+        files=hub.files,
+        drafter=hub.drafter,
         no_mtp=hub.no_mtp,
     )
 
 
-def read_hub(path: Path, *, dense: str | None = None) -> Hub:
-    """What `open_hub` makes a checkpoint of: config and headers, and where and how each parameter is to be read.
+def read_hub(path: Path, *, dense: str | None = None, mainline: bool = False, drafter: str = "auto") -> Hub:
+    """Read config and headers, and find where and how each parameter is stored.
+
+    Args:
+        mainline: give each parameter the type of `mainline_form` instead of the table of `open_hub`.
+        drafter: as for `open_hub`.
 
     Raises:
-        InputError: as for `open_hub`, the tokenizer aside.
+        InputError: as for `open_hub`, except errors of the tokenizer.
     """
     if dense is not None and dense not in DENSE_FORMS:
         raise InputError(f"dense is {dense!r}; it must be {', '.join(DENSE_FORMS)}")
+    if not os.path.lexists(path / CONFIG) and any(path.glob("*.gguf")):
+        # A model before the files that only a drafter's name tells from one.
+        first = min(path.glob("*.gguf"), key=lambda file: (is_named_drafter(file), file)).name
+        raise InputError(f"{path}: a folder with GGUF files, and no {CONFIG}; give the name of a file, such as {first}")
     config, metadata = read_config(path / CONFIG)
     source, entries = _entries(path)
-    kind = drafter(entries)
+    kind, no_mtp = _drafter(path, entries, drafter)
     if kind == "mtp":
         config = with_mtp(config, path / CONFIG)
+    elif kind == "dspark":
+        numbers = read_dspark(path / CONFIG, config, metadata, source, entries)
+        config = with_fields(config, path / CONFIG, numbers.fields)
     found = {
-        name: tuple(_stored(source, entries, part, size) for part, size in _parts(name, shape))
+        name: tuple(_stored(source, entries, part, size) for part, size in _parts(hub_name(name, config.n_dspark), shape))
         for name, shape in shapes(config).items()
     }
-    forms = _forms(config, found, dense)
+    if mainline:
+        forms = {name: mainline_form(name, parts, dense or "q8_0") for name, parts in found.items()}
+    else:
+        forms = _forms(config, found, dense)
     used = {entry.name for parts in found.values() for part in parts for entry in (part.entry, part.scale) if entry}
+    # A drafter that was not wanted is not unknown.
+    known = "mtp." if no_mtp == NOT_WANTED else None
+    ignored = tuple(sorted(name for name in entries.keys() - used if known is None or not name.startswith(known)))
+    wrong = contradiction(config, ignored)
+    if wrong is not None:
+        raise InputError(f"{path / CONFIG}: {KEYS[wrong[0]]}: {wrong[1]}")
     in_order = sorted(found.items(), key=lambda one: (one[1][0].entry.file, one[1][0].entry.offset))
     return Hub(
         path=path,
         config=config,
         metadata=metadata,
         sources=tuple(_source(name, parts, forms[name], config) for name, parts in in_order),
-        ignored=tuple(sorted(entries.keys() - used)),
-        no_mtp={"mtp": "", "dspark": DSPARK, "": "these weights have no MTP block"}[kind],
+        index=source,
+        entries=entries,
+        ignored=ignored,
+        files=(path / CONFIG, source, *{entry.file: None for entry in entries.values()}, path / TOKENIZER),
+        drafter=kind,
+        no_mtp=no_mtp,
     )
+
+
+def _drafter(path: Path, entries: dict[str, Entry], wanted: str) -> tuple[str, str]:
+    """The drafter of the weights, as `drafter` and `no_mtp` of `Hub`.
+
+    Raises:
+        InputError: a kind that the weights do not have is wanted.
+    """
+    if not kinds(wanted):
+        return wanted, NOT_WANTED
+    own = drafter_of(entries)
+    if own in kinds(wanted):
+        return own, WITH_DSPARK if own == "dspark" else ""
+    reason = no_block(entries, NONE_INSIDE)
+    if wanted != "auto":
+        raise InputError(f"{path}: {lacking(wanted, reason if wanted == 'mtp' else '')}")
+    return "none", reason
 
 
 def _forms(config: Config, found: dict[str, tuple[Stored, ...]], dense: str | None) -> dict[str, str]:
@@ -124,19 +183,40 @@ def _forms(config: Config, found: dict[str, tuple[Stored, ...]], dense: str | No
     for slot in slots(config):
         # Gate and up of an expert have one type.
         partner = slot.name.replace(".experts.w1.", ".experts.w3.") if ".w1." in slot.name else slot.name.replace(".w3.", ".w1.")
-        if slot.types is TABLE:
+        if slot.kind is TABLE:
             form = "I32"
         elif dense is None or not slot.name.endswith(".weight") or len(slot.shape) == 1:
             form = "F32"
-        elif slot.types is EXPERTS and {slot.name, partner} <= fp4:
+        elif slot.kind is EXPERTS and {slot.name, partner} <= fp4:
             form = "MXFP4"
-        elif slot.types in (DENSE, EXPERTS):
+        elif slot.kind in (DENSE, EXPERTS):
             form = DENSE_FORMS[dense]
         else:
             is_float32 = dense == "f32" or any(part.entry.dtype == "F32" for part in found[slot.name])
             form = "F32" if is_float32 else "BF16"
         forms[slot.name] = form
     return forms
+
+
+def mainline_form(name: str, parts: tuple[Stored, ...], dense: str) -> str:
+    """The type that llama.cpp's converter gives a parameter.
+
+    FP4 experts become MXFP4, FP8 matrices `dense`; bfloat16 matrices stay unless `dense` is "f32"; all else is float32.
+
+    Args:
+        parts: its stored tensors, one for each expert of a stack.
+        dense: "q8_0" as the converter does, "bf16", which holds FP8 values without loss, or "f32".
+    """
+    kinds = {part.entry.dtype for part in parts}
+    if kinds <= set(INTEGERS):
+        return "I32"
+    if not name.endswith(".weight") or len(parts[0].shape) == 1:
+        return "F32"
+    if EXPERTS_IN in name and kinds == {"I8"}:
+        return "MXFP4"
+    if kinds & set(SCALED):
+        return DENSE_FORMS[dense]
+    return "F32" if "F32" in kinds or dense == "f32" else "BF16"
 
 
 def _source(name: str, parts: tuple[Stored, ...], form: str, config: Config) -> Source:
@@ -154,21 +234,18 @@ def _tensor(source: Source) -> Tensor:
 
 
 def _tokenizer(path: Path, config: Config) -> Tokenizer | None:
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    from ds4jax.tokenizer import Tokenizer
+    from ds4jax.text.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_file(path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"{path}: has {tokenizer.vocab_size} tokens; the model of {CONFIG} has {config.vocab_size}")
-    return tokenizer
+    return Tokenizer.from_file(path, config.vocab_size)
 
 
 def _entries(directory: Path) -> tuple[Path, dict[str, Entry]]:
-    """The file that says which tensors there are, and every tensor by name."""
+    """The file that lists the tensors, and every tensor by name."""
     index, single = directory / INDEX, directory / SINGLE
-    if not index.exists():
-        if not single.exists():
+    if not os.path.lexists(index):
+        if not os.path.lexists(single):
             raise InputError(f"{directory}: has neither {INDEX} nor {SINGLE}; fetch the weights")
         return single, _header(single)
     places = read_json(index).get("weight_map")
@@ -176,7 +253,7 @@ def _entries(directory: Path) -> tuple[Path, dict[str, Entry]]:
         raise InputError(f"{index}: weight_map: missing or not a table of tensor names and shard files; fetch the file again")
     entries: dict[str, Entry] = {}
     for shard in sorted(set(places.values())):
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or shard in ("", ".."):
             raise InputError(f"{index}: weight_map: names the shard {shard!r}; a shard lies beside the index")
         for name, entry in _header(directory / shard).items():
             if name in entries or places.get(name, shard) != shard:
@@ -193,36 +270,36 @@ def _header(file: Path) -> dict[str, Entry]:
     """Tensors of one safetensors file.
 
     The library checks that the offsets fill the file and agree with types and shapes. It cannot give FP8 values to numpy, so the
-    bytes of every type are read in one way, at the offsets that it has checked.
+    bytes of every type are read at the offsets that it has checked.
     """
-    if not file.is_file():
-        raise InputError(f"{file}: no such file, though the checkpoint needs it; fetch the shard")
     try:
-        with safe_open(file, framework="numpy"):
-            pass
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-    except (SafetensorError, OSError) as error:
+        stream = open_regular(file)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}), though the checkpoint needs it; fetch the shard") from error
+    try:
+        with stream, safe_open(file, framework="numpy"):
+            header, data = safetensors_header.read_header(stream)
+    except (SafetensorError, safetensors_header.BadLength, ValueError, OSError) as error:
         raise InputError(f"{file}: not a whole safetensors file ({' '.join(str(error).split())}); fetch it again") from error
     header.pop("__metadata__", None)
-    return {name: _entry(file, name, info, 8 + length) for name, info in header.items()}
+    return {name: _entry(file, name, info, data) for name, info in header.items()}
 
 
 def _entry(file: Path, name: str, info: Any, data: int) -> Entry:
-    if not isinstance(info, dict):
-        raise InputError(f"{file}: {name!r}: described by {info!r}, which is not an object; fetch the file again")
-    start, end = info["data_offsets"]
-    return Entry(file, name, info["dtype"], tuple(info["shape"]), data + start, end - start)
+    try:
+        found = safetensors_header.entry(info, data)
+    except ValueError:
+        raise InputError(f"{file}: {name!r}: described by {info!r}, which is not an object; fetch the file again") from None
+    return Entry(found.dtype, found.shape, found.offset, found.nbytes, file, name)
 
 
 def _parts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each stored tensor that makes up a parameter: one for every expert of a stack, else itself."""
+    """Name and shape of each stored tensor of a parameter: one for each expert of a stack, else one."""
     head, experts, tail = name.partition(EXPERTS_IN)
     if not experts:
         yield name, shape
         return
-    # One at a time: the first that is missing ends the search, however many a broken config asks for.
+    # A generator: the first missing tensor ends the search, however many experts a broken config has.
     for expert in range(shape[0]):
         yield f"{head}{EXPERTS_IN}{expert}.{tail}", shape[1:]
 

@@ -1,4 +1,4 @@
-"""Config of a checkpoint in the hub's form: its `config.json`, every value checked and none assumed."""
+"""Config of a hub checkpoint: every value of its `config.json` is checked, none is assumed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from ds4jax.config import Config
 from ds4jax.errors import InputError
+from ds4jax.files import read_regular
 from ds4jax.loading.limits import require_plausible
 
 KEYS = {
@@ -51,7 +52,7 @@ YARN_KEYS = {
 }
 TYPES = {field.name: field.type for field in dataclasses.fields(Config)}
 
-# What the model is built for; a file that says otherwise describes a model that this would compute wrongly.
+# Values that the model is built for. With other values it would compute wrong results.
 REQUIRED: dict[str, Any] = {"model_type": "deepseek_v4", "scoring_func": "sqrtsoftplus"}
 IF_PRESENT: dict[str, Any] = {
     "num_key_value_heads": 1,
@@ -80,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return result
 
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=once)
+        value = json.loads(read_regular(path), object_pairs_hook=once)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); a checkpoint directory needs it") from error
     except (ValueError, RecursionError) as error:
@@ -91,7 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
-    """Config, as yet without an MTP block, and everything else that `config.json` says.
+    """Config without an MTP block, and the content of `config.json`.
 
     Raises:
         InputError: a key is missing or not usable, or the file describes another architecture; names file and key.
@@ -111,9 +112,22 @@ def with_mtp(config: Config, path: Path) -> Config:
     """The same model with the MTP block that its weights hold.
 
     Raises:
-        InputError: `compress_ratios` of the file has no entry for it.
+        InputError: `compress_ratios` of the file has no entry for it, or entries for more than it.
     """
-    return _construct(path, **(dataclasses.asdict(config) | {"n_mtp": 1}))
+    entries, needed = len(config.compress_ratios), config.n_layers + 1
+    if entries > needed:
+        made = f"{config.n_layers} layers and the MTP block of these weights make {needed}"
+        raise InputError(f"{path}: compress_ratios: has {entries} entries; {made}")
+    return with_fields(config, path, {"n_mtp": 1})
+
+
+def with_fields(config: Config, path: Path, fields: dict[str, Any]) -> Config:
+    """The same model with other values of some fields.
+
+    Raises:
+        InputError: no model can have them.
+    """
+    return _construct(path, **(dataclasses.asdict(config) | fields))
 
 
 def _construct(path: Path, **values: Any) -> Config:
@@ -137,7 +151,7 @@ def _check_architecture(path: Path, raw: dict[str, Any]) -> None:
 
 
 def _yarn(path: Path, raw: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Where the file describes YaRN, and what it says there."""
+    """The key under which the file describes YaRN, and its value."""
     key = "rope_scaling" if raw.get("rope_scaling") is not None else "rope_parameters"
     yarn = raw.get(key)
     if yarn is None:

@@ -1,4 +1,4 @@
-"""Parameters of a hub checkpoint, read a few rows at a time from the types of its files to the bytes of a GGUF tensor."""
+"""Read parameters of a hub checkpoint a few rows at a time, as the bytes of GGUF tensors."""
 
 from __future__ import annotations
 
@@ -12,31 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax.errors import InputError
-from ds4jax.loading import hub_values
+from ds4jax.files import open_regular
+from ds4jax.loading import hub_values, safetensors_header
 from pallas_kernels.formats import FORMATS, MXFP4, Q8_0, Quantized
 
 INTEGERS = ("I64", "I32")
 _PLAIN = {"F32": "<f4", "I64": "<i8", "I32": "<i4"}
 _NUMBERS = {"F32": np.dtype("<f4"), "BF16": np.dtype(jnp.bfloat16), "I32": np.dtype("<i4")}
-# Values that are multiplied out together: 16 MB in float32.
+# Values dequantised at once: 16 MB in float32.
 _VALUES = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """One tensor of a shard: where its bytes are."""
+class Entry(safetensors_header.Entry):
+    """A tensor with its shard."""
 
     file: Path
     name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor with the scales that belong to it; `shape` is that of its values."""
+    """A tensor with its scales; `shape` is the shape of its values."""
 
     entry: Entry
     scale: Entry | None
@@ -50,7 +47,7 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A parameter: the tensors that make it up, one for each expert of a stack, and the GGUF type that it becomes.
+    """A parameter: its stored tensors, one for each expert of a stack, and the GGUF type that it becomes.
 
     Attributes:
         form: "F32", "BF16", "I32", "Q8_0", or "MXFP4" where all parts are FP4.
@@ -65,7 +62,7 @@ class Source:
 
     @property
     def row_nbytes(self) -> int:
-        """Bytes of a row, that is of the last axis."""
+        """Bytes of a row, which is the last axis."""
         if self.form in FORMATS:
             return self.shape[-1] // FORMATS[self.form].BLOCK * FORMATS[self.form].BLOCK_BYTES
         return self.shape[-1] * _NUMBERS[self.form].itemsize
@@ -79,7 +76,7 @@ class Source:
         """Rows in order as a GGUF file stores them, uint8 [n, bytes of a row], of a few million values at a time.
 
         Raises:
-            InputError: a file that cannot be read, or values that no model can have.
+            InputError: a file that cannot be read, or values that are not valid in a model.
         """
         for part in self.parts:
             columns = part.shape[-1]
@@ -89,7 +86,7 @@ class Source:
                 yield self._piece(part, rows, first, min(step, rows - first))
 
     def read(self) -> jax.Array | Quantized:
-        """The parameter on the default device; on the way it is in host memory once, in its final type.
+        """The parameter on the default device. Host memory holds one copy of it, in its final type.
 
         Raises:
             InputError: as for `pieces`.
@@ -119,9 +116,9 @@ class Source:
 
 
 def _values(part: Stored, raw: np.ndarray, rows: int, first: int) -> np.ndarray:
-    """Values float32 [n, K] of rows from `first` on, whose bytes are `raw` [n, bytes of a row]."""
+    """Values float32 [n, K] of the rows from `first` on, from their bytes `raw` [n, bytes of a row]."""
     entry, count = part.entry, len(raw)
-    # Codes that overflow are refused by the caller, with the name of the tensor.
+    # The caller refuses values that overflow, with the name of the tensor.
     with np.errstate(over="ignore", invalid="ignore"):
         if entry.dtype == "F8_E4M3":
             assert part.scale is not None
@@ -166,10 +163,11 @@ def _require(finite: bool, entry: Entry) -> None:
 
 
 def _bytes(entry: Entry, rows: int, first: int, count: int) -> np.ndarray:
-    """`count` of a tensor's `rows` rows as the file holds them, uint8 [count, bytes of a row]."""
+    """Bytes of `count` rows from `first` on, of a tensor with `rows` rows, uint8 [count, bytes of a row]."""
     row_nbytes = entry.nbytes // rows
     try:
-        raw = np.fromfile(entry.file, np.uint8, count * row_nbytes, offset=entry.offset + first * row_nbytes)
+        with open_regular(entry.file) as stream:
+            raw = np.fromfile(stream, np.uint8, count * row_nbytes, offset=entry.offset + first * row_nbytes)
     except OSError as error:
         raise InputError(f"{entry.file}: {entry.name}: cannot be read ({error.strerror})") from error
     if len(raw) < count * row_nbytes:

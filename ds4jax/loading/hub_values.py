@@ -8,13 +8,14 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.formats.mxfp4 import E2M1
+
 FP8_BLOCK = 128
 FP4_GROUP = 32
 
 # float32 holds every product of a code and a power of two down to the smallest, 2^-127 · 2^-9. The last scale code is NaN.
 POWERS = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan)).astype(np.float32)
 E4M3 = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 E2M1_PAIRS = np.stack([np.tile(E2M1, 16), np.repeat(E2M1, 16)], axis=-1)
 
 
@@ -39,6 +40,15 @@ def from_fp4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     values = E2M1_PAIRS[codes].reshape(rows, -1, FP4_GROUP)
     values *= POWERS[scales][..., None]
     return values.reshape(rows, -1)
+
+
+def from_mxfp4(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `to_mxfp4`: codes uint8 [N, K/2] and scales uint8 [N, K/32] from rows uint8 [N, 17·K/32]."""
+    parts = blocks.reshape(len(blocks), -1, 1 + FP4_GROUP // 2)
+    low, high = parts[..., 1:] & 15, parts[..., 1:] >> 4
+    # The first half of a block's codes is low, the second high; neighbours make a byte.
+    codes = np.concatenate([low[..., ::2] | (low[..., 1::2] << 4), high[..., ::2] | (high[..., 1::2] << 4)], axis=-1)
+    return codes.reshape(len(blocks), -1), np.ascontiguousarray(parts[..., 0])
 
 
 def from_bf16(raw: np.ndarray) -> np.ndarray:

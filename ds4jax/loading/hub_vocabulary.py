@@ -1,4 +1,4 @@
-"""The vocabulary of a `tokenizer.json` as GGUF metadata lists it."""
+"""The vocabulary of a `tokenizer.json` as GGUF metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from ds4jax.config import Config
 from ds4jax.errors import InputError
 from ds4jax.loading.hub_config import read_json
-from ds4jax.tokenizer import (
+from ds4jax.text.tokenizer import (
     CONTROL,
     KIND,
     MERGES_KEY,
@@ -23,37 +23,41 @@ from ds4jax.tokenizer import (
     USER_DEFINED,
     VOCAB_SIZE_KEY,
     Tokenizer,
+    by_id,
+    listed,
     pre_tokenizer,
 )
 
 
 def read_vocabulary(path: Path, config: Config) -> dict[str, list[Any]]:
-    """Tokens, merges and token types as `write_gguf` takes them, with place holders for ids that have no token.
+    """Tokens, merges and token types for `write_gguf`, with place holders for ids without a token.
 
     Raises:
-        InputError: not the tokenizer of a V4 model; a GGUF file could name no other.
+        InputError: not the tokenizer of a V4 model. A GGUF file of this architecture cannot hold another.
     """
-    Tokenizer.from_file(path)
+    Tokenizer.from_file(path, config.vocab_size)
     raw = read_json(path)
     _require_v4(path, raw)
-    names = dict.fromkeys(range(config.vocab_size), "")
-    types = dict.fromkeys(names, UNUSED)
-    added = {one["id"]: one for one in raw.get("added_tokens") or ()}
-    found = {i: token for token, i in raw["model"]["vocab"].items()} | {i: one["content"] for i, one in added.items()}
-    if max(found) >= config.vocab_size:
-        raise InputError(f"{path}: has {max(found) + 1} tokens; the model of config.json has {config.vocab_size}")
-    for i in names:
-        names[i] = found.get(i, f"[PAD{i}]")
-        if i in found:
-            types[i] = NORMAL if i not in added else CONTROL if added[i]["special"] else USER_DEFINED
+    ids = listed(raw, path)
+    types = [UNUSED] * config.vocab_size
+    for i in ids.values():
+        types[i] = NORMAL
+    for one in raw.get("added_tokens", ()):
+        types[one["id"]] = CONTROL if one["special"] else USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]]
-    vocabulary: dict[str, list[Any]] = {"tokens": list(names.values()), "merges": merges, "token_types": list(types.values())}
+    vocabulary: dict[str, list[Any]] = {
+        "tokens": by_id(ids, config.vocab_size, path),
+        "merges": merges,
+        "token_types": types,
+    }
     _require_readable(path, config, vocabulary)
+    if not merges:
+        raise InputError(f"{path}: model.merges: none, and GGUF files hold no empty list; this tokenizer cannot be converted")
     return vocabulary
 
 
 def _require_v4(path: Path, raw: dict[str, Any]) -> None:
-    """Refuse what would read text in another way than GGUF files of this architecture do."""
+    """Refuse a tokenizer that splits text differently from GGUF files of this architecture."""
     model = raw["model"]
     if model.get("type") != "BPE" or model.get("ignore_merges") or model.get("byte_fallback"):
         raise InputError(f"{path}: model: is not V4's byte-level BPE; only that can be converted")
@@ -64,9 +68,9 @@ def _require_v4(path: Path, raw: dict[str, Any]) -> None:
 
 
 def _splits(described: Any) -> Any:
-    """A pre-tokenizer without what has no part in splitting text."""
+    """A pre-tokenizer without the settings that do not affect splitting."""
     if isinstance(described, str):
-        # A pattern may spell these out or escape them.
+        # A pattern may hold these characters or their escapes.
         return described.replace("\r", "\\r").replace("\n", "\\n")
     if isinstance(described, dict):
         return {key: _splits(value) for key, value in described.items() if key != "trim_offsets"}
@@ -74,7 +78,7 @@ def _splits(described: Any) -> Any:
 
 
 def _require_readable(path: Path, config: Config, vocabulary: dict[str, list[Any]]) -> None:
-    """Read it as it will be read from the converted file, and name the file that it comes from if that fails."""
+    """Read the vocabulary as from the converted file; an error names the file that it came from."""
     metadata = {
         **dict((KIND, PRE_TOKENIZER)),
         TOKENS_KEY: vocabulary["tokens"],

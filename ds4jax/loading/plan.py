@@ -1,51 +1,43 @@
-"""What a model will take, from its headers alone: bytes in the file and on the device, bytes a token reads, and what fits."""
+"""Memory plan of a model from its headers: bytes in the file and on the device, bytes read per token, largest context."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
 import jax
 
-from ds4jax import cache as caches
-from ds4jax.buckets import LEAST_CAPACITY, capacity_for
-from ds4jax.cache import OVERLAP_RATIO, Cache, LayerCache
+from ds4jax.bounds import DEVICES, SLOTS, Device, drafts_of, own_drafter
+from ds4jax.cache import state as caches
+from ds4jax.cache.capacity import MIN_CAPACITY, capacity_for
+from ds4jax.cache.state import OVERLAP_RATIO, Cache
+from ds4jax.cache.stored_rows import Stored
 from ds4jax.config import Config
+from ds4jax.decode.drafters.named import named
+from ds4jax.decode.width import step_rows
+from ds4jax.device import device_memory, host_memory
 from ds4jax.errors import InputError
-from ds4jax.language_model import DEFAULT_DRAFTS
+from ds4jax.loading import gguf_names
 from ds4jax.loading.checkpoint import Checkpoint, Tensor
-from ds4jax.loading.gguf_names import DENSE, slots
-from ds4jax.row_store import Stored
+from ds4jax.loading.gguf_names import DENSE
 
 GB = 1e9
-# Left free beside weights and cache for what a program computes with: the logits of a prefill of 512 rows are 0.3 GB, the rest is
-# rows of activations, experts while they are decoded, and the program itself.
+# Reserved for the temporary arrays of a program: the logits of a prefill of 512 rows take 0.3 GB, the rest is for activations,
+# dequantised experts and the program itself.
 WORKING_BYTES = 2_000_000_000
-# The context of a plan that nobody chose one for.
+# The default context.
 USUAL_CONTEXT = 32768
-CLASSES = ("routed experts", "dense", "embedding", "head", "small", "MTP")
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """Memory in bytes and bandwidth in bytes/s of an accelerator; None for a bandwidth that is not known."""
-
-    name: str
-    memory: int
-    bandwidth: float | None
-
-
-# Source: NVIDIA's data sheets of H100 SXM and H200.
-DEVICES = {
-    "h100": Device("h100", 80_000_000_000, 3.35e12),
-    "h200": Device("h200", 141_000_000_000, 4.8e12),
-}
+CLASSES = ("routed experts", "dense", "embedding", "head", "small", "MTP", "DSpark")
+# Classes that every card of a mesh would hold in whole.
+WHOLE = ("embedding", "small")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A class of tensors: bytes in the file, on the device, and of those what one decoded token reads."""
+    """A class of tensors: bytes in the file, bytes on the device, and bytes that one decoded token reads."""
 
     file: int = 0
     device: int = 0
@@ -57,21 +49,23 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a model takes with a context.
+    """Memory that a model takes with a context.
 
     Attributes:
-        parts: every class of `CLASSES` with its bytes. A token reads nothing of the MTP block: a draft does.
-        draft: bytes that one draft of the MTP block reads, the head included; 0 without the block.
-        context: tokens that the cache is for.
-        capacity: rows that it is made with.
-        cache: its bytes.
-        cache_token: bytes of it that the context's last token reads.
-        context_values, context_bytes: values that a token of context adds to the cache, and bytes; windows do not grow.
+        parts: the bytes of each of `CLASSES`. Drafts read the MTP block or the DSpark drafter, tokens do not.
+        draft: bytes that one draft of the MTP block, or all drafts of a DSpark block read, including the head; 0 without both.
+        context: tokens.
+        slots: S, the number of sequences at once.
+        capacity: rows of each sequence's cache for this context.
+        cache: bytes of the cache of all sequences.
+        cache_token: bytes of the cache that the context's last token reads.
+        context_values, context_bytes: values and bytes that a token of context adds to the cache. Windows do not grow.
     """
 
     parts: dict[str, Part]
     draft: int
     context: int
+    slots: int
     capacity: int
     cache: int
     cache_token: int
@@ -98,12 +92,31 @@ class Plan:
         """Bytes of device memory for decoding."""
         return self.device + self.cache + WORKING_BYTES
 
+    def weights_on(self, device: Device) -> int:
+        """Bytes of weights on each of the device's cards.
+
+        Of several cards this is a model of what a mesh would hold: large matrices are cut into equal parts, embedding and small
+        tensors are whole on each. Cache and temporary arrays are whole as well, since all heads share one row of keys.
+        """
+        kept = sum(self.parts[name].device for name in WHOLE)
+        return kept + -(-(self.device - kept) // device.cards)
+
+    def needed_on(self, device: Device) -> int:
+        """Bytes of memory for decoding on each of the device's cards, as by `weights_on`."""
+        return self.weights_on(device) + self.cache + WORKING_BYTES
+
     def bound(self, device: Device) -> float | None:
-        """Tokens/s that the device's bandwidth allows without drafts, at the context's last token."""
-        return device.bandwidth / self.token if device.bandwidth else None
+        """Maximum tokens/s by the device's bandwidth, without drafts, at the context's last token; None if it is unknown.
+
+        Several cards read their parts at once; what they tell each other costs more time and is not counted.
+        """
+        if not device.bandwidth:
+            return None
+        kept = self.cache_token + sum(self.parts[name].token for name in WHOLE)
+        return device.bandwidth / (kept + (self.token - kept) / device.cards)
 
     def line(self) -> str:
-        """The plan in a line, for a person."""
+        """The plan as one line of text."""
         return (
             f"{self.file / GB:.1f} GB of weights, {self.device / GB:.1f} GB on the device; "
             f"{self.cache / GB:.2f} GB of cache for {self.context:,} tokens, "
@@ -111,35 +124,37 @@ class Plan:
         )
 
 
-def plan(checkpoint: Checkpoint, context: int | None = None, *, max_draft: int | None = None) -> Plan:
-    """Work out what a model takes with a context; nothing is read or allocated.
+def plan(checkpoint: Checkpoint, context: int | None = None, *, max_draft: int | None = None, slots: int = 1) -> Plan:
+    """Plan the memory of a model with a context; nothing is read or allocated.
 
     Args:
-        context: tokens, 1 to the model's own limit; None takes 32,768 or that limit.
-        max_draft: as for `ds4jax.load`; the cache's rings are that much longer, and drafts have a cache of their own.
+        context: tokens, 1 to the model's maximum; None is the smaller of 32,768 and that maximum.
+        slots: S, the number of sequences at once, each with this context.
+        max_draft: as for `ds4jax.load`. The cache's rings grow by it, and drafts have their own cache.
 
     Raises:
-        InputError: a context that the model does not have.
+        InputError: a context beyond the model's maximum, or below 1.
     """
     config = checkpoint.config
     context = min(USUAL_CONTEXT, config.max_context) if context is None else context
     if not 1 <= context <= config.max_context:
         raise InputError(f"{checkpoint.path}: context is {context}; it must be 1 to {config.max_context}")
-    dense = {slot.name for slot in slots(config) if slot.types is DENSE}
+    dense = {slot.name for slot in gguf_names.slots(config) if slot.kind is DENSE}
     parts = dict.fromkeys(CLASSES, Part())
     draft = 0
     for tensor in checkpoint.tensors:
-        name, read = _class(tensor, dense), _token_bytes(tensor, config)
-        if name == "MTP":
-            draft += read
+        name, read = _class(tensor, dense), token_bytes(tensor, config)
+        if name in ("MTP", "DSpark"):
+            draft += read if name == "MTP" else dspark_bytes(tensor, config)
             read = 0
         parts[name] += Part(tensor.nbytes, tensor.device_nbytes, read)
     return Plan(
         parts=parts,
         draft=draft + parts["head"].token if draft else 0,
         context=context,
+        slots=slots,
         capacity=capacity_for(context, config.max_context),
-        cache=cache_bytes(config, context, max_draft=max_draft),
+        cache=cache_bytes(config, context, max_draft=max_draft, slots=slots),
         cache_token=cache_read(config, context),
         context_values=cache_growth(config)[0],
         context_bytes=cache_growth(config)[1],
@@ -147,8 +162,8 @@ def plan(checkpoint: Checkpoint, context: int | None = None, *, max_draft: int |
 
 
 def _class(tensor: Tensor, dense: set[str]) -> str:
-    if tensor.name.startswith("mtp."):
-        return "MTP"
+    if tensor.name.startswith(("mtp.", "dspark.")):
+        return "MTP" if tensor.name.startswith("mtp.") else "DSpark"
     if ".ffn.experts." in tensor.name:
         return "routed experts"
     if tensor.name in ("embed.weight", "head.weight"):
@@ -156,8 +171,8 @@ def _class(tensor: Tensor, dense: set[str]) -> str:
     return "dense" if tensor.name in dense else "small"
 
 
-def _token_bytes(tensor: Tensor, config: Config) -> int:
-    """Bytes of a tensor on the device that one token reads: a row of a table, the chosen experts of a stack, else all."""
+def token_bytes(tensor: Tensor, config: Config) -> int:
+    """Bytes that one token reads of a tensor on the device: a row of a table, the chosen experts of a stack, else all."""
     if tensor.name == "embed.weight" or tensor.name.endswith("tid2eid"):
         return tensor.device_nbytes // config.vocab_size
     if ".ffn.experts." in tensor.name:
@@ -165,13 +180,29 @@ def _token_bytes(tensor: Tensor, config: Config) -> int:
     return tensor.device_nbytes
 
 
-def _cache(config: Config, capacity: int, max_draft: int | None) -> tuple[Cache, LayerCache | None]:
-    """The decode loop's caches without their values."""
-    depth = (DEFAULT_DRAFTS if config.n_mtp else 0) if max_draft is None else max_draft
+def dspark_bytes(tensor: Tensor, config: Config) -> int:
+    """Bytes that a block of DSpark drafts reads of one of the drafter's tensors on the device.
 
-    def made() -> tuple[Cache, LayerCache | None]:
-        mtp = caches.empty_mtp(config, capacity, slack=1 + depth) if config.n_mtp and depth else None
-        return caches.empty(config, capacity, slack=1 + depth), mtp
+    Each row of the block chooses its own experts; the count of distinct ones is the mean for independent uniform choices. The
+    second Markov table is read once a draft, of the first a row a draft.
+    """
+    rows = config.dspark_block
+    if ".ffn.experts." in tensor.name:
+        return round(tensor.device_nbytes * (1 - (1 - config.n_active / config.n_experts) ** rows))
+    if tensor.name == "dspark.markov_w1.weight":
+        return rows * (tensor.device_nbytes // config.vocab_size)
+    return tensor.device_nbytes * (rows if tensor.name == "dspark.markov_w2.weight" else 1)
+
+
+def _cache(config: Config, capacity: int, max_draft: int | None, slots: int = 1) -> tuple[Cache, Any]:
+    """Shapes of the decode loop's caches, and of the state of the weights' own drafter; None without drafts."""
+    name = own_drafter(config)
+    depth = drafts_of(name, config)[0] if max_draft is None else max_draft
+    slack, drafter = step_rows(depth, slots), named(name) if depth else None
+
+    def made() -> tuple[Cache, Any]:
+        drafting = drafter.init(config, capacity, slack, slots) if drafter else None
+        return caches.empty(config, capacity, sequences=slots, slack=slack), drafting
 
     return jax.eval_shape(made)
 
@@ -180,16 +211,17 @@ def _nbytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def cache_bytes(config: Config, context: int, *, max_draft: int | None = None) -> int:
-    """Bytes of the caches that a context of so many tokens gets."""
-    return _nbytes(jax.tree.leaves(_cache(config, capacity_for(context, config.max_context), max_draft)))
+@functools.lru_cache(256)
+def cache_bytes(config: Config, context: int, *, max_draft: int | None = None, slots: int = 1) -> int:
+    """Bytes of the caches of `slots` sequences with a context of `context` tokens each."""
+    return _nbytes(jax.tree.leaves(_cache(config, capacity_for(context, config.max_context), max_draft, slots)))
 
 
 def cache_read(config: Config, context: int) -> int:
-    """Bytes of cache rows that the context's last token has to look at: windows, indexer keys, and compressed rows.
+    """Bytes of cache rows that the context's last token reads: windows, indexer keys and compressed rows.
 
-    Where the indexer chooses, only as many compressed rows count as it takes. The pending inputs of compressors, a few rows that
-    are read when a block closes, are left out.
+    With an indexer, only the chosen compressed rows count. The compressors' pending inputs, a few rows that are read when a block
+    closes, do not count.
     """
     cache, _ = _cache(config, capacity_for(context, config.max_context), 0)
     total = 0
@@ -219,15 +251,22 @@ def cache_growth(config: Config) -> tuple[float, float]:
 
 
 def _rows(rows: Stored | jax.ShapeDtypeStruct, count: int) -> int:
-    """Bytes of so many rows of [B, S, w], however they are kept."""
+    """Bytes of `count` rows of [B, S, w], float32 or narrow."""
     return sum(count * array.shape[-1] * array.dtype.itemsize for array in jax.tree.leaves(rows))
 
 
-def largest_context(checkpoint: Checkpoint, weights: int, memory: int, *, max_draft: int | None = None) -> int:
-    """The most tokens whose cache fits beside `weights` bytes into `memory` bytes, 0 when not even the smallest cache does."""
+def most_slots(checkpoint: Checkpoint, weights: int, memory: int, context: int) -> int:
+    """Maximum number of sequences with `context` tokens each whose caches and `weights` bytes fit in `memory` bytes; up to 64."""
+    left = memory - weights - WORKING_BYTES
+    counts = range(1, 1 + (SLOTS.largest or 1))
+    return bisect.bisect_right(counts, left, key=lambda slots: cache_bytes(checkpoint.config, context, slots=slots))
+
+
+def largest_context(checkpoint: Checkpoint, weights: int, memory: int, *, max_draft: int | None = None, slots: int = 1) -> int:
+    """Maximum tokens for which caches and `weights` bytes fit in `memory` bytes; 0 if the smallest cache does not fit."""
     config, left = checkpoint.config, memory - weights - WORKING_BYTES
-    best, capacity = 0, min(LEAST_CAPACITY, config.max_context)
-    while cache_bytes(config, capacity, max_draft=max_draft) <= left:
+    best, capacity = 0, min(MIN_CAPACITY, config.max_context)
+    while cache_bytes(config, capacity, max_draft=max_draft, slots=slots) <= left:
         best = capacity
         if capacity == config.max_context:
             break
@@ -236,52 +275,28 @@ def largest_context(checkpoint: Checkpoint, weights: int, memory: int, *, max_dr
 
 
 def present_device() -> Device | None:
-    """The default device with its memory, where it says how much it has; None on a CPU."""
-    device = jax.devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
-    if limit is None:
+    """The default device with its memory; None on a CPU, and where the memory is unknown."""
+    memory = device_memory()
+    if memory is None:
         return None
-    kind = device.device_kind
+    kind = jax.devices()[0].device_kind
     known = next((one for name, one in DEVICES.items() if name in kind.lower()), None)
-    return Device(kind, limit, known.bandwidth if known else None)
+    return Device(kind, memory.limit, known.bandwidth if known else None)
 
 
 def free_bytes() -> int | None:
-    """Bytes that the default device has left, on a CPU those of the host; None where nobody says."""
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return _host_bytes(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
-    stats = device.memory_stats() or {}
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
-
-
-def _host_bytes(meminfo: Path, group: Path) -> int | None:
-    """Bytes of host memory that can be had without swapping, and within a container's limit.
-
-    Source: Linux documentation, proc(5) and "Control Group v2".
-    """
-    try:
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        # Pages of files count as used and are given up when memory is asked for.
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return min(free, limit - used + int(cached.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        # No such limit ("max" is no number), or no control groups.
-        return free
+    """Free bytes of the default device, on a CPU of the host; None where they are unknown."""
+    memory = host_memory() if jax.devices()[0].platform == "cpu" else device_memory()
+    return memory.limit - memory.used if memory else None
 
 
 def require_fit(checkpoint: Checkpoint) -> None:
-    """Refuse a model whose weights the default device has no room for.
+    """Refuse a model with more bytes of weights than the default device has free.
 
     Raises:
-        InputError: the numbers.
+        InputError: the message gives both numbers.
     """
-    # While a tensor is split, stored bytes lie on the device beside its planes: all of a matrix, of a stack a few pieces.
+    # While a tensor is split, the device also holds its stored bytes: all of a matrix, a few pieces of a stack.
     needed = sum(tensor.device_nbytes for tensor in checkpoint.tensors) + max(tensor.nbytes for tensor in checkpoint.tensors)
     free = free_bytes()
     if free is not None and needed > free:

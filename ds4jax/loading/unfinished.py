@@ -1,4 +1,4 @@
-"""How a file that `ds4jax convert` has not finished is told from a model."""
+"""Recognise a file that `ds4jax convert` has not finished."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ from pathlib import Path
 
 from ds4jax.errors import InputError
 
-# Stands where a GGUF file has its magic until the last byte is written, so that no program takes the file for a model.
+# In place of the GGUF magic until the file is complete, so that no program reads it as a model.
 MAGIC = b"part"
 SUFFIX = ".partial"
 
 
 def require_finished(path: Path, magic: bytes) -> None:
-    """Refuse a file that begins like an unfinished conversion, under whatever name, or that is named like one.
+    """Refuse a file with the magic or the name of an unfinished conversion.
 
     Raises:
-        InputError: it is one; says how to go on.
+        InputError: it is one; the message says how to resume.
     """
     if magic == MAGIC or path.suffix == SUFFIX:
-        out = path.name.removesuffix(SUFFIX)
-        raise InputError(
-            f"{path}: an unfinished conversion, not a model; the same `ds4jax convert HUB_DIR {out}` again goes on with it"
-        )
+        raise InputError(f"{path}: an unfinished conversion, not a model; the same `ds4jax convert` again goes on with it")

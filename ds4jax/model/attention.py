@@ -13,53 +13,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ds4jax.cache import OVERLAP_RATIO, LayerCache, Rows, held_positions, ring_positions, with_ring, write_ring
+from ds4jax.cache.state import OVERLAP_RATIO, LayerCache, Rows, own, ring_and_rows, with_ring, write_ring
+from ds4jax.cache.stored_rows import taken, widen
 from ds4jax.config import Config
-from ds4jax.model import fake_quant, many_rows
+from ds4jax.model import paths, prefill_kernels
 from ds4jax.model.compressor import Compressor, visible_blocks
-from ds4jax.model.indexer import Indexer
-from ds4jax.model.layers import GroupedLinear, Linear, RMSNorm, Rngs, parameter, rms_scale, together
-from ds4jax.model.many_rows import Queries
+from ds4jax.model.indexer import Indexer, Queries
+from ds4jax.model.layers import GroupedLinear, Linear, RMSNorm, Rngs, parameter, together
 from ds4jax.model.rope import inverse_frequencies, rotate
+from ds4jax.model.row_slices import in_slices, slice_rows
 from ds4jax.model.tape import Record, ignore, under
-from ds4jax.row_store import expanded, taken
-
-# Above this many rows a masked product over all compressed rows is cheaper than gathering each query's own.
-GATHER_ROWS = 8
-
-Segment = tuple[jax.Array, jax.Array]
-
-
-def attend(
-    q_THQ: jax.Array, segments: list[Segment], sink_H: jax.Array, scale: float, record: Record = ignore
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Softmax attention with a sink over several sets of rows that are keys and values at once.
-
-    Args:
-        q_THQ: float32 [T, H, Q].
-        segments: pairs of rows, [S, Q] shared by the queries or [T, S, Q] each query's own, and which of them each query sees,
-            bool [T, S]. Every query must see at least one row.
-        sink_H: one logit a head, which takes part in the denominator alone.
-
-    Returns:
-        float32 [T, H, Q], and the attention probabilities [T, H, S] of each segment.
-    """
-    scores = []
-    for rows, visible in segments:
-        keys = "sq" if rows.ndim == 2 else "tsq"
-        score = jnp.einsum(f"thq,{keys}->ths", q_THQ, rows, preferred_element_type=jnp.float32) * scale
-        scores.append(jnp.where(visible[:, None, :], score, -jnp.inf))
-    top = jnp.max(jnp.concatenate(scores, axis=-1), axis=-1, keepdims=True)
-    top = jnp.maximum(top, sink_H[None, :, None])
-    weights = [jnp.exp(score - top) for score in scores]
-    total = jnp.exp(sink_H[None, :, None] - top) + sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-    record("sink_weights", (jnp.exp(sink_H[None, :, None] - top) / total)[..., 0])
-    weights = [w / total for w in weights]
-    out = jnp.zeros_like(q_THQ)
-    for (rows, _), weight in zip(segments, weights, strict=True):
-        keys = "sq" if rows.ndim == 2 else "tsq"
-        out += jnp.einsum(f"ths,{keys}->thq", weight, rows, preferred_element_type=jnp.float32)
-    return out, weights
+from pallas_kernels.attention.meaning import Segment, attend, in_window, ring_positions, round_rows
+from pallas_kernels.core.limits import MAX_ROWS
+from pallas_kernels.core.norm import rms_scale
 
 
 class Attention(nnx.Module):
@@ -90,22 +56,35 @@ class Attention(nnx.Module):
         record("q_low", q_low_TL)
         q_THQ = self.wq_b(q_low_TL, strict=rows.strict).reshape(-1, config.n_heads, config.head_dim)
         q_THQ = rotate(q_THQ * rms_scale(q_THQ, config.norm_eps), rows.position, frequencies)
-        kv_TQ = self._finish_rows(rotate(self.kv_norm(kv_TQ), rows.position, frequencies))
+        kv_TQ = self._key_rows(kv_TQ, rows)
         record("kv", kv_TQ)
 
-        before, cache = cache.window, self._take_in(x_TD, kv_TQ, rows, cache, record)
+        before, cache = cache.window, self._append(x_TD, kv_TQ, rows, cache, record)
         index = self.indexer.queries(x_TD, q_low_TL, rows) if cache.indexer is not None else None
 
         def modules(q_THQ: jax.Array) -> jax.Array:
-            segments = [self._window(kv_TQ, rows, before, cache.window), *self._compressed(index, rows, cache, record)]
+            window, visible_TS = self._window(kv_TQ, rows, before, cache.window)
             sink_H = self.attn_sink.get_value().astype(jnp.float32)
-            out_THQ, weights = attend(q_THQ, segments, sink_H, config.head_dim**-0.5, record)
-            for name, weight in zip(("window", "compressed"), weights, strict=False):
-                record(f"{name}_weights", weight)
-            return out_THQ
+            gather = len(q_THQ) <= MAX_ROWS or not rows.single
 
-        if record is ignore and many_rows.serves(config, rows, self.wq_b.weight.get_value()):
-            kernels = functools.partial(many_rows.attend, config, self.ratio, self.attn_sink.get_value(), kv_TQ, index, rows)
+            def some(queries: tuple[jax.Array, jax.Array, Queries | None, jax.Array]) -> jax.Array:
+                q, visible, index, position = queries
+                compressed = self._compressed(index, rows.some(position), cache, gather, record)
+                out, weights = attend(q, [(window, visible), *compressed], sink_H, config.head_dim**-0.5)
+                for name, weight in zip(("sink", "window", "compressed"), (weights[-1], *weights[:-1]), strict=False):
+                    record(f"{name}_weights", weight)
+                return out
+
+            # Recorded scores are for all rows at once, and few rows gather instead of scoring all.
+            count = len(q_THQ)
+            columns = window.shape[-2] + (cache.compressor.rows.shape[1] if cache.compressor else 0)
+            size = count if gather or record is not ignore else slice_rows(config, count, columns)
+            return in_slices(some, (q_THQ, visible_TS, index, rows.position), count, size)
+
+        if record is ignore and paths.why_not_prefill_attention(config, rows, self.wq_b.weight.get_value()) is None:
+            kernels = functools.partial(
+                prefill_kernels.attend, config, self.ratio, self.attn_sink.get_value(), kv_TQ, index, rows
+            )
             out_THQ = jax.lax.platform_dependent(q_THQ, cuda=lambda q: kernels(before, cache, q), default=modules)
         else:
             out_THQ = modules(q_THQ)
@@ -113,12 +92,18 @@ class Attention(nnx.Module):
         out = self.wo_a(out_THQ.reshape(x_TD.shape[0], -1), strict=rows.strict)
         return self.wo_b(out, strict=rows.strict), cache
 
+    def keep(self, x_TD: jax.Array, rows: Rows, window: jax.Array) -> jax.Array:
+        """The window's ring [B, ring, Q] with rows made of inputs float32 [T, D], without attending."""
+        return write_ring(window, self._key_rows(self.wkv(x_TD, strict=rows.strict), rows), rows)
+
+    def _key_rows(self, kv_TQ: jax.Array, rows: Rows) -> jax.Array:
+        """Keys and values of projected rows [T, Q]: normed, rotated at their positions, and rounded as in training."""
+        frequencies = inverse_frequencies(self.config, compressed=self.ratio > 0)
+        return self._finish_rows(rotate(self.kv_norm(kv_TQ), rows.position, frequencies))
+
     def _finish_rows(self, x: jax.Array) -> jax.Array:
         """Round the part of rows [.., Q] that does not rotate, as training did."""
-        if not self.config.qat:
-            return x
-        still, turning = jnp.split(x, [x.shape[-1] - self.config.rope_dim], axis=-1)
-        return jnp.concatenate([fake_quant.fp8(still), turning], axis=-1)
+        return round_rows(x, self.config.rope_dim) if self.config.qat else x
 
     def _window(self, kv_TQ: jax.Array, rows: Rows, before: jax.Array, written: jax.Array) -> Segment:
         """Rows that may be in the window, and which of them each query sees.
@@ -126,39 +111,38 @@ class Attention(nnx.Module):
         A call that leaves the ring enough of the past reads the written ring, where a row's place follows from its position
         alone: its sums have the same order and the same bits, whether the rows before it came in this call or in earlier ones.
         """
+        if rows.sees is not None:
+            return with_ring(before, kv_TQ), rows.sees
         size, window = written.shape[1], self.config.window
-        if kv_TQ.shape[0] <= size - window + 1:
-            position, sequence = ring_positions(size, rows.end)
-            held = written.reshape(-1, written.shape[-1])
+        if rows.per_sequence <= size - window + 1:
+            held, position = own(written, rows), ring_positions(size, rows.end[rows.readers])
         else:
-            position, sequence = held_positions(size, rows)
-            held = with_ring(before, kv_TQ)
-        age = rows.position[:, None] - position[None, :]
-        seen = (age >= 0) & (age < window) & (position >= 0)[None, :]
-        return held, seen & (sequence[None, :] == rows.sequence[:, None])
+            held, position = ring_and_rows(before, kv_TQ, rows)
+        return held, in_window(rows.horizon, position, rows.reach(window))
 
-    def _take_in(self, x_TD: jax.Array, kv_TQ: jax.Array, rows: Rows, cache: LayerCache, record: Record) -> LayerCache:
+    def _append(self, x_TD: jax.Array, kv_TQ: jax.Array, rows: Rows, cache: LayerCache, record: Record) -> LayerCache:
         """The cache with the call's rows in its window and the blocks that they close among the compressed rows."""
         cache = dataclasses.replace(cache, window=write_ring(cache.window, kv_TQ, rows))
         if cache.compressor is not None:
             finished = self.compressor(x_TD, rows, cache.compressor, finish=self._finish_rows, record=under(record, "compressor"))
             cache = dataclasses.replace(cache, compressor=finished)
         if cache.indexer is not None:
-            keys = self.indexer.take_in(x_TD, rows, cache.indexer, under(record, "indexer"))
+            keys = self.indexer.append(x_TD, rows, cache.indexer, under(record, "indexer"))
             cache = dataclasses.replace(cache, indexer=keys)
         return cache
 
-    def _compressed(self, index: Queries | None, rows: Rows, cache: LayerCache, record: Record) -> list[Segment]:
-        """Compressed rows and which of them each query sees, as far as the layer has any."""
+    def _compressed(self, index: Queries | None, rows: Rows, cache: LayerCache, gather: bool, record: Record) -> list[Segment]:
+        """Compressed rows and which of them each query sees, as far as the layer has any; `gather` is for few rows."""
         if cache.compressor is None:
             return []
-        rows_SQ = expanded(cache.compressor.rows).reshape(-1, self.config.head_dim)
+        held = cache.compressor.rows
         if cache.indexer is None or index is None:
-            return [(rows_SQ, visible_blocks(cache.compressor.rows.shape[1], self.ratio, rows))]
+            return [(widen(own(held, rows)), visible_blocks(held.shape[1], self.ratio, rows))]
         index_TK, visible_TK = self.indexer(index, rows, cache.indexer, under(record, "indexer"))
         record("indexer.selected", jnp.where(visible_TK, index_TK, -1))
-        if index_TK.shape[0] <= GATHER_ROWS:
-            return [(taken(cache.compressor.rows, index_TK), visible_TK)]
+        if gather:
+            return [(taken(held, rows.sequence, index_TK), visible_TK)]
+        # For many rows a masked product over all compressed rows is cheaper than gathering each query's own.
         query = jnp.arange(index_TK.shape[0], dtype=jnp.int32)[:, None]
-        chosen = jnp.zeros((index_TK.shape[0], rows_SQ.shape[0]), bool).at[query, index_TK].max(visible_TK)
-        return [(rows_SQ, chosen)]
+        chosen = jnp.zeros((index_TK.shape[0], held.shape[1]), bool).at[query, index_TK].max(visible_TK)
+        return [(widen(own(held, rows)), chosen)]

@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ds4jax.cache import LayerCache, Rows
+from ds4jax.cache.state import LayerCache, Rows
 from ds4jax.config import Config
-from ds4jax.model import hyper_connections as hc
 from ds4jax.model.attention import Attention
 from ds4jax.model.layers import RMSNorm, Rngs, parameter
 from ds4jax.model.moe import MoE
 from ds4jax.model.tape import Record, ignore, under
+from pallas_kernels.hyper_connections import meaning as hc
 
 
 def initial_base(config: Config, layer: int) -> jax.Array:
-    """Biases under which each sub-layer reads mostly one stream and the streams mostly keep to themselves.
+    """Initial biases [M] for training: each sub-layer reads mostly one stream, and streams mix little.
 
-    Only a start for training: equal streams would stay equal without it.
+    Without them, equal streams would stay equal.
     """
     n = config.hc_mult
     pre = jnp.where(jnp.arange(n) == layer % n, 2.0, -2.0)
@@ -43,27 +43,38 @@ class Block(nnx.Module):
     def __call__(
         self, h_TND: jax.Array, ids_T: jax.Array, rows: Rows, cache: LayerCache, record: Record = ignore
     ) -> tuple[jax.Array, LayerCache]:
-        """Streams float32 [T, N, D] through the block; ids choose the experts of a hash-routed layer."""
+        """Run rows through the block.
+
+        Args:
+            h_TND: float32 [T, N, D] streams.
+            ids_T: int32 [T] tokens, which choose the experts of a hash-routed layer.
+            cache: the layer's cache before the call.
+
+        Returns:
+            Streams float32 [T, N, D], and the cache with the live rows.
+        """
         with jax.named_scope("attention"):
             x_TD, post, comb = self._collapse("attn", h_TND, record)
             x_TD = self.attn_norm(x_TD)
             y_TD, cache = self.attn(x_TD, rows, cache, under(record, "attn"))
             record("attn_in", x_TD)
             record("attn_out", y_TD)
-            h_TND = hc.expand(y_TD, h_TND, post, comb)
+            h_TND = hc.write_back(y_TD, h_TND, post, comb)
         with jax.named_scope("experts"):
             x_TD, post, comb = self._collapse("ffn", h_TND, record)
             x_TD = self.ffn_norm(x_TD)
             y_TD = self.ffn(x_TD, ids_T, strict=rows.strict, record=under(record, "ffn"))
             record("ffn_in", x_TD)
             record("ffn_out", y_TD)
-            h_TND = hc.expand(y_TD, h_TND, post, comb)
+            h_TND = hc.write_back(y_TD, h_TND, post, comb)
         record("streams", h_TND)
         return h_TND, cache
 
     def _collapse(self, part: str, h_TND: jax.Array, record: Record) -> tuple[jax.Array, jax.Array, jax.Array]:
         fn, base, scale = (getattr(self, f"hc_{part}_{name}").get_value() for name in ("fn", "base", "scale"))
-        pre, post, comb = hc.split(hc.mixes(h_TND, fn, self.config.norm_eps), scale, base, self.config)
+        config = self.config
+        mixes_TM = hc.mixes(h_TND, fn, config.norm_eps)
+        pre, post, comb = hc.split(mixes_TM, scale, base, n=config.hc_mult, iterations=config.hc_iters, eps=config.hc_eps)
         for name, value in (("pre", pre), ("post", post), ("comb", comb)):
             record(f"hc_{part}_{name}", value)
         return hc.collapse(h_TND, pre), post, comb

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ds4jax.cache import OVERLAP_RATIO, CompressorCache, Rows, with_ring, write_ring
+from ds4jax.cache.state import OVERLAP_RATIO, CompressorCache, Rows, with_ring, write_ring
+from ds4jax.cache.stored_rows import put
 from ds4jax.config import Config
 from ds4jax.model.layers import Linear, RMSNorm, Rngs, parameter, together
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import Record, ignore
-from ds4jax.row_store import put
+from pallas_kernels.compressor import meaning
 
 Finish = Callable[[jax.Array], jax.Array]
 
@@ -72,31 +73,19 @@ class Compressor(nnx.Module):
         index = jnp.maximum(index, 0)
         a = with_ring(cache.values, values)[index]
         g = with_ring(cache.gates, gates)[index]
-        if self.overlap == 2:
-            a, g = previous_then_current(a, self.ratio), previous_then_current(g, self.ratio)
-        g = jnp.where(position[..., None] >= 0, g, -jnp.inf)
-        return jnp.sum(jax.nn.softmax(g, axis=1) * a, axis=1)
+        return meaning.pool(a, g, position >= 0, ratio=self.ratio)
 
 
 def closing_rows(rows: Rows, ratio: int) -> tuple[jax.Array, jax.Array]:
-    """Rows of the call that close a block: indices [n] with n the most that T rows can close, and which of them are real."""
+    """Rows of the call that close a block: indices [n], n the maximum that T rows can close, and which of them are real."""
     width = rows.position.shape[0]
+    # Each sequence's rows close at most one block more than there are whole blocks among them.
+    count = -(-width // ratio) if rows.single else min(width, (width + rows.start.shape[0] * (ratio - 1)) // ratio)
     closes = rows.live & ((rows.position + 1) % ratio == 0)
-    index = jnp.nonzero(closes, size=-(-width // ratio), fill_value=width)[0].astype(jnp.int32)
+    index = jnp.nonzero(closes, size=count, fill_value=width)[0].astype(jnp.int32)
     return jnp.minimum(index, width - 1), index < width
 
 
-def previous_then_current(x: jax.Array, ratio: int) -> jax.Array:
-    """Of [n, 2·ratio, 2·w], the first half of the channels for the previous block's tokens and the second for the current's."""
-    previous, current = jnp.split(x, [ratio], axis=1)
-    half = x.shape[-1] // 2
-    return jnp.concatenate([previous[..., :half], current[..., half:]], axis=1)
-
-
 def visible_blocks(count: int, ratio: int, rows: Rows) -> jax.Array:
-    """Which of the compressed rows [B·S] each query may see, bool [T, B·S]: those of blocks closed at its own position."""
-    block = jnp.arange(count, dtype=jnp.int32)
-    sequence = jnp.arange(rows.start.shape[0], dtype=jnp.int32)
-    mine = sequence[None, :, None] == rows.sequence[:, None, None]
-    closed = block[None, None, :] < ((rows.position + 1) // ratio)[:, None, None]
-    return (mine & closed).reshape(rows.position.shape[0], -1)
+    """Which of its sequence's `count` compressed rows each query may see, bool [T, S]: blocks closed at its own position."""
+    return jnp.arange(count, dtype=jnp.int32) < ((rows.position + 1) // ratio)[:, None]

@@ -1,12 +1,12 @@
-"""The model as a function of a whole sequence."""
+"""The model as a differentiable function of one sequence."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from ds4jax import cache as caches
-from ds4jax.cache import Rows
+from ds4jax.cache import state as caches
+from ds4jax.cache.state import Rows
 from ds4jax.model.tape import into
 from ds4jax.model.transformer import Transformer
 
@@ -14,15 +14,15 @@ from ds4jax.model.transformer import Transformer
 def score(
     model: Transformer, ids_T: jax.Array, *, tape: dict[str, jax.Array] | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Logits at every position of one sequence that starts at position 0; differentiable, and made for `jax.vmap`.
+    """Logits at every position of one sequence from position 0 on; differentiable, for use with `jax.vmap`.
 
     Args:
         ids_T: int32 [T].
         tape: filled with named intermediates when given.
 
     Returns:
-        float32 [T, V], and the MTP block's logits [T, V], row t predicting token t+2, or None where there is no such block. Its
-        last row, which has no next token, takes token 0 for it. A jitted function that does not use a part does not compute it.
+        Logits float32 [T, V], and the MTP block's logits [T, V], or None without the block. Their row t predicts token t+2. The
+        last row has no next token and uses token 0. A jitted function does not compute a result that it does not use.
     """
     length = ids_T.shape[0]
     record = into(tape)

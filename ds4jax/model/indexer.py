@@ -1,4 +1,4 @@
-"""The lightning indexer of the ratio-4 layers: which compressed rows a query attends to.
+"""The lightning indexer of the ratio-4 layers chooses the compressed rows that a query attends to.
 
 Source: `Indexer` of the reference inference code; DeepSeek-V3.2's lightning indexer on compressed keys.
 """
@@ -6,28 +6,41 @@ Source: `Indexer` of the reference inference code; DeepSeek-V3.2's lightning ind
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ds4jax.cache import CompressorCache, Rows
+from ds4jax.cache.state import CompressorCache, Rows, own
+from ds4jax.cache.stored_rows import widen
 from ds4jax.config import Config
-from ds4jax.model import fake_quant
 from ds4jax.model.compressor import Compressor, visible_blocks
 from ds4jax.model.layers import Linear, Rngs
-from ds4jax.model.many_rows import Queries
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import Record, ignore, under
-from ds4jax.row_store import expanded
+from pallas_kernels.core import rounding
+from pallas_kernels.indexer.meaning import scores
+
+
+class Queries(NamedTuple):
+    """Indexer queries of a call's rows.
+
+    Attributes:
+        q: float32 [T, Hi·Di], not rotated yet.
+        weights: float32 [T, Hi], one for each head.
+    """
+
+    q: jax.Array
+    weights: jax.Array
 
 
 def finish_keys(config: Config, x: jax.Array) -> jax.Array:
-    """Hadamard transform and FP4 rounding of rotated queries or keys.
+    """Hadamard transform and FP4 rounding of rotated queries or keys float32 [.., Di]; neither without `config.qat`.
 
-    Without the rounding the transform would cancel in every product, and is left out.
+    Without rounding the transform would cancel in every product.
     """
-    return fake_quant.fp4(fake_quant.hadamard(x)) if config.qat else x
+    return rounding.hadamard_fp4(x) if config.qat else x
 
 
 class Indexer(nnx.Module):
@@ -39,8 +52,8 @@ class Indexer(nnx.Module):
         self.compressor = Compressor(config, ratio, config.index_dim, rngs=rngs)
         self.config, self.ratio = config, ratio
 
-    def take_in(self, x_TD: jax.Array, rows: Rows, cache: CompressorCache, record: Record = ignore) -> CompressorCache:
-        """The cache with the keys of the blocks that the call's rows, float32 [T, D], close."""
+    def append(self, x_TD: jax.Array, rows: Rows, cache: CompressorCache, record: Record = ignore) -> CompressorCache:
+        """The cache with the call's rows, float32 [T, D], and the keys of the blocks that they close."""
         finish = functools.partial(finish_keys, self.config)
         return self.compressor(x_TD, rows, cache, finish=finish, record=under(record, "compressor"))
 
@@ -59,19 +72,16 @@ class Indexer(nnx.Module):
         """Choose compressed rows for each query.
 
         Args:
-            cache: the call's own keys included.
+            cache: keys, with the call's own ones.
 
         Returns:
-            Indices int32 [T, k] into the flattened rows [B·S] with k = min(index_topk, B·S), and whether each is visible, bool
-            [T, k]. Equal scores keep the lower index.
+            Indices int32 [T, k] into the compressed rows [S] of each query's sequence with k = min(index_topk, S), and whether
+            each is visible, bool [T, k]. Equal scores keep the lower index.
         """
         config = self.config
         q_THI = queries.q.reshape(-1, config.index_heads, config.index_dim)
         q_THI = finish_keys(config, rotate(q_THI, rows.position, inverse_frequencies(config, compressed=True)))
-        weights_TH = queries.weights * (config.index_dim**-0.5 * config.index_heads**-0.5)
-        keys_SI = expanded(cache.rows).reshape(-1, config.index_dim)
-        products = jnp.einsum("thi,si->ths", q_THI, keys_SI, preferred_element_type=jnp.float32)
-        score_TS = jnp.einsum("ths,th->ts", jax.nn.relu(products), weights_TH, preferred_element_type=jnp.float32)
+        score_TS = scores(q_THI, queries.weights, widen(own(cache.rows, rows)))
         score_TS = jnp.where(visible_blocks(cache.rows.shape[1], self.ratio, rows), score_TS, -jnp.inf)
         record("score", score_TS)
         best, index = jax.lax.top_k(score_TS, min(config.index_topk, score_TS.shape[1]))

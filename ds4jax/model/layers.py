@@ -9,24 +9,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import ops
-from pallas_kernels.formats import Q8_0
+from pallas_kernels.core import norm
+from pallas_kernels.formats import Quantized
 
 
 class Rngs(Protocol):
-    """Whatever yields keys for parameters; `nnx.Rngs` does."""
+    """A source of random keys for parameters, such as `nnx.Rngs`."""
 
     def params(self) -> jax.Array:
         """The next key."""
 
 
 def parameter(rngs: Rngs, *shape: int, scale: float = 0.0, mean: float = 0.0) -> nnx.Param:
-    """A float32 parameter of normal random values; loading a checkpoint replaces it."""
+    """A float32 parameter of `shape` with normal random values; loading a checkpoint replaces them."""
     return nnx.Param(mean + scale * jax.random.normal(rngs.params(), shape, jnp.float32))
-
-
-def rms_scale(x: jax.Array, eps: float) -> jax.Array:
-    """1 / sqrt(mean(x²) + eps) over the last axis, kept."""
-    return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
 class RMSNorm(nnx.Module):
@@ -37,11 +33,11 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x * rms_scale(x, self.eps) * self.weight.get_value().astype(jnp.float32)
+        return norm.rms_norm(x, self.weight.get_value(), self.eps)
 
 
 class Linear(nnx.Module):
-    """x [T, K] → x Wᵀ [T, N]; the weight [N, K] stays float32, bfloat16, float16 or Q8_0."""
+    """x [T, K] → x Wᵀ [T, N]; the weight [N, K] stays in its stored format, float or quantised."""
 
     def __init__(self, n_out: int, n_in: int, *, rngs: Rngs):
         self.weight = parameter(rngs, n_out, n_in, scale=n_in**-0.5)
@@ -51,7 +47,7 @@ class Linear(nnx.Module):
 
 
 def together(x: jax.Array, *layers: Linear, strict: bool) -> list[jax.Array]:
-    """Several linear maps of the same x [T, K], one launch where the share-warp kernel runs."""
+    """Outputs [T, N] of several linear maps of the same x [T, K]; one launch where a kernel runs and their formats agree."""
     return ops.matmul_many(x, [layer.weight.get_value() for layer in layers], strict=strict)
 
 
@@ -75,4 +71,4 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         table = self.weight.get_value()
-        return table.take(ids).dequantize() if isinstance(table, Q8_0) else table[ids].astype(jnp.float32)
+        return table.take(ids).dequantize() if isinstance(table, Quantized) else table[ids].astype(jnp.float32)

@@ -6,16 +6,20 @@ Source: `MTPBlock` of the reference inference code; DeepSeek-V3 report (arXiv 24
 from __future__ import annotations
 
 import jax
+from flax import nnx
 
-from ds4jax.cache import Rows
+from ds4jax.cache.state import Rows
 from ds4jax.config import Config
 from ds4jax.model.block import Block
 from ds4jax.model.layers import Linear, RMSNorm, Rngs, parameter
 from ds4jax.model.tape import Record, ignore
 
+# Filter of `nnx.split` for the block's parameters.
+MTP_PARAMETERS = nnx.PathContains("mtp")
+
 
 class MTP(Block):
-    """A block with its own cache, fed with the main model's streams and the next token's embedding."""
+    """A block with its own cache; its inputs are the main model's streams and the next token's embedding."""
 
     def __init__(self, config: Config, *, rngs: Rngs):
         super().__init__(config, config.n_layers, config.mtp_ratio, hashed=False, rngs=rngs)
@@ -29,7 +33,7 @@ class MTP(Block):
         self.hc_head_scale = parameter(rngs, 1, mean=0.1)
 
     def mixed(self, h_TND: jax.Array, embedded_TD: jax.Array, rows: Rows, record: Record = ignore) -> jax.Array:
-        """What goes into the block at rows of positions t, streams float32 [T, N, D].
+        """Input of the block for rows of positions t, streams float32 [T, N, D].
 
         Args:
             h_TND: float32 [T, N, D], the main model's streams after its last layer, or this block's own for deeper drafts.

@@ -1,4 +1,4 @@
-"""Parameter names and shapes, and filling a model with loaded values."""
+"""Names and shapes of parameters, and models made of loaded values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Value = jax.Array | Quantized
 
 @dataclasses.dataclass(frozen=True)
 class OneKey:
-    """Stands in for `nnx.Rngs` where the values drawn do not matter."""
+    """In place of `nnx.Rngs` where the random values do not matter."""
 
     key: jax.Array
 
@@ -27,9 +27,9 @@ class OneKey:
 
 
 def abstract(config: Config) -> Transformer:
-    """The model without values: nothing is allocated.
+    """The model with shapes in place of values; nothing is allocated.
 
-    Every parameter draws from one key here, since a stream of keys under a trace costs 40 s on 43 layers.
+    All parameters use one key: tracing a stream of keys takes 40 s for 43 layers.
     """
     key = jax.random.key(0)
     return nnx.eval_shape(lambda: Transformer(config, rngs=OneKey(key)))
@@ -39,14 +39,19 @@ def _dotted(path: tuple) -> str:
     return ".".join(str(part) for part in path)
 
 
+def values(module: nnx.Module) -> dict[str, Value]:
+    """Parameters of a module by name."""
+    return {_dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+
+
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by its name in the published checkpoint, `ffn.experts.w1.weight` and its like stacked [E, ...]."""
+    """Shape of every parameter by its name in the published checkpoint; the experts of a layer are stacked, [E, ...]."""
     state = nnx.state(abstract(config), nnx.Param)
     return {_dotted(path): tuple(leaf.get_value().shape) for path, leaf in nnx.to_flat_state(state)}
 
 
 def build(config: Config, tensors: Iterable[tuple[str, Value]]) -> Transformer:
-    """Make a model of loaded values, taking them one at a time.
+    """Make a model of loaded values; `tensors` yields names and values one at a time.
 
     Raises:
         ValueError: a name that the model lacks, a shape that differs, or a parameter without a value.

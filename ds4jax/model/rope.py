@@ -1,4 +1,4 @@
-"""Rotary positions: interleaved pairs in the last R dimensions, YaRN on the layers with a compressor."""
+"""Rotary positions: the angle of each pair, with YaRN on layers with a compressor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax.config import Config
+from pallas_kernels.core import rotary
 
 
 @functools.lru_cache
@@ -24,14 +25,14 @@ def inverse_frequencies(config: Config, compressed: bool) -> np.ndarray:
     """
     theta = config.compress_rope_theta if compressed else config.rope_theta
     exponent = np.arange(0, config.rope_dim, 2, dtype=np.float32) / np.float32(config.rope_dim)
-    # numpy's own float32 power is off by one unit here and there; the correctly rounded one has the reference's bits.
+    # numpy's float32 power is off by one unit for some inputs; the correctly rounded power has the reference's bits.
     power = np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
     plain = np.float32(1.0) / power
     if not compressed:
         return plain
 
-    def pair_of(turns: float) -> float:
-        return config.rope_dim * math.log(config.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def pair_of(rotations: float) -> float:
+        return config.rope_dim * math.log(config.original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_of(config.beta_fast)), 0)
     high = min(math.ceil(pair_of(config.beta_slow)), config.rope_dim - 1)
@@ -45,8 +46,5 @@ def rotate(x: jax.Array, position: jax.Array, frequencies: np.ndarray, *, invers
     pairs = frequencies.shape[0]
     angle = position.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)
     angle = angle.reshape(x.shape[0], *(1,) * (x.ndim - 2), pairs)
-    cos, sin = jnp.cos(angle), jnp.sin(-angle if inverse else angle)
-    still, turning = jnp.split(x, [x.shape[-1] - 2 * pairs], axis=-1)
-    even, odd = turning[..., 0::2], turning[..., 1::2]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(turning.shape)
-    return jnp.concatenate([still, turned], axis=-1)
+    # Negate the angle, not the sine: a compiler may give sin(-a) and -sin(a) different bits.
+    return rotary.rotate(x, jnp.cos(angle), jnp.sin(-angle if inverse else angle))

@@ -1,4 +1,4 @@
-"""Named intermediates: every part of the model offers them to a callback, and a jitted program drops those nobody takes."""
+"""Named intermediates: each part of the model passes them to a callback. A jitted program drops unused ones."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def ignore(name: str, value: jax.Array) -> None:
 
 
 def into(tape: dict[str, jax.Array] | None) -> Record:
-    """A callback that fills a dictionary, or that keeps nothing when there is none."""
+    """A callback that fills the dictionary; `ignore` without one."""
     return ignore if tape is None else tape.__setitem__
 
 
 def under(record: Record, prefix: str) -> Record:
-    """The same callback for a part of the model: names get a prefix."""
+    """The callback for a part of the model: names get the prefix."""
     if record is ignore:
         return ignore
     return lambda name, value: record(f"{prefix}.{name}", value)

@@ -1,1 +1,1 @@
-"""Training of the tiny model: text to windows, windows to weights, weights to a GGUF file."""
+"""Training of the tiny model: from text to windows, from windows to weights, from weights to a GGUF file."""

@@ -1,4 +1,4 @@
-"""Runs on disk: the whole state to go on from, and the averaged weights alone in files of moderate size."""
+"""Saves and loads training runs: the complete state for resuming, and the averaged weights alone in files of moderate size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from ds4jax.errors import InputError
-from ds4jax.files import replacing
+from ds4jax.files import open_regular, replacing
 from ds4jax.training.data import Vocabulary
 from ds4jax.training.loop import TrainState
 from ds4jax.training.network import Weights
@@ -28,11 +28,11 @@ _KEY = "run"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is besides its weights.
+    """A run's description: everything except its weights.
 
     Attributes:
         corpus: SHA-256 of the text.
-        command: the command line that began it.
+        command: the command line that started the run.
         figures: results measured so far, by name.
     """
 
@@ -49,14 +49,14 @@ class Run:
 
     @classmethod
     def from_json(cls, text: str) -> Run:
-        """Read `to_json`'s text. Raises KeyError, TypeError or ValueError when it is something else."""
+        """Read the text that `to_json` wrote. Raises KeyError, TypeError or ValueError for any other text."""
         fields = json.loads(text)
         vocabulary = Vocabulary(tuple(fields["vocabulary"]["tokens"]), tuple(fields["vocabulary"]["merges"]))
         return cls(**fields | {"recipe": Recipe(**fields["recipe"]), "vocabulary": vocabulary})
 
 
 def save(folder: Path, run: Run, state: TrainState, tables: Weights) -> None:
-    """Write state and averaged weights; each file is there complete or as it was before."""
+    """Write the state and the averaged weights. Each file is either complete or unchanged."""
     metadata = {_KEY: run.to_json()}
     names, leaves = _flat(state)
     _write(folder / STATE, dict(zip(names, leaves, strict=True)), metadata)
@@ -70,10 +70,10 @@ def save(folder: Path, run: Run, state: TrainState, tables: Weights) -> None:
 
 
 def load_run(folder: Path) -> Run:
-    """Read what a run is, from whichever of its files is there.
+    """Read a run's description from its state file or, without one, from its weights.
 
     Raises:
-        InputError: no run there, or files that are none of ours.
+        InputError: the folder holds no run, or a file was not written by a training run.
     """
     for path in (folder / STATE, *sorted(folder.glob(WEIGHTS.format(1, "*")))):
         if path.exists():
@@ -85,24 +85,24 @@ def load_state(folder: Path, template: TrainState) -> TrainState:
     """Read the state of a run into the structure of `template`, arrays or their shapes.
 
     Raises:
-        InputError: no state there, or one of another recipe.
+        InputError: the folder holds no state, or the state of another recipe.
     """
     path = folder / STATE
     if not path.exists():
-        raise InputError(f"{path}: no such file; weights alone can be exported (--steps 0) but not trained further")
+        raise InputError(f"{path}: no such file; weights alone can be exported (--steps 0), but training cannot resume from them")
     _, arrays = _open(path)
     names, leaves = _flat(template)
     if set(names) != set(arrays) or any(arrays[name].shape != leaf.shape for name, leaf in zip(names, leaves, strict=True)):
-        raise InputError(f"{path}: holds other tensors than this recipe asks for; resume without changing model or optimiser")
+        raise InputError(f"{path}: its tensors do not fit this recipe; resume without changing the model or the optimiser")
     values = [jnp.asarray(arrays[name]) for name in names]
     return jax.tree.unflatten(jax.tree.structure(template), values)
 
 
 def load_weights(folder: Path) -> tuple[Run, dict[str, np.ndarray]]:
-    """Read the averaged weights of a run and its tables.
+    """Read the averaged weights and the tables of a run, by canonical name.
 
     Raises:
-        InputError: files missing, or of different steps.
+        InputError: files are missing or come from different steps.
     """
     paths = sorted(folder.glob(WEIGHTS.format("*", "*")))
     if not paths:
@@ -110,7 +110,7 @@ def load_weights(folder: Path) -> tuple[Run, dict[str, np.ndarray]]:
     opened = [_open(path) for path in paths]
     run = opened[0][0]
     if len(paths) != int(paths[0].stem.rpartition("-")[2]) or any(other.step != run.step for other, _ in opened):
-        raise InputError(f"{folder}: the files {WEIGHTS.format('*', '*')} are not one set; copy them again, all of one step")
+        raise InputError(f"{folder}: the files {WEIGHTS.format('*', '*')} are not one set; copy all files of one step again")
     return run, {name: value for _, part in opened for name, value in part.items()}
 
 
@@ -138,7 +138,7 @@ def _write(path: Path, arrays: dict[str, Any], metadata: dict[str, str]) -> None
 
 def _open(path: Path) -> tuple[Run, dict[str, np.ndarray]]:
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
+        with open_regular(path), safetensors.safe_open(path, framework="numpy") as file:
             run = Run.from_json((file.metadata() or {})[_KEY])
             return run, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""From a text to windows of tokens: chapters, the vocabulary, varied segmentations, and which window a step sees."""
+"""Turns a text into windows of tokens: chapters, vocabulary, varied segmentations, and the windows of each step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import numpy as np
 import tokenizers
 from tokenizers import trainers
 
-from ds4jax import evaluate
-from ds4jax.corpus import split_chapters
 from ds4jax.errors import InputError
-from ds4jax.tokenizer import BOS as BOS_TOKEN
-from ds4jax.tokenizer import BYTE_OF, build_bpe
-from ds4jax.tokenizer import EOS as EOS_TOKEN
+from ds4jax.evaluation import evaluate
+from ds4jax.files import read_regular
+from ds4jax.text.tokenizer import BOS as BOS_TOKEN
+from ds4jax.text.tokenizer import BYTE_OF, build_bpe
+from ds4jax.text.tokenizer import EOS as EOS_TOKEN
+from ds4jax.training.corpus import split_chapters
 
 FIRST_SPECIALS = (BOS_TOKEN, EOS_TOKEN, "<｜▁pad▁｜>")
 LAST_SPECIALS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "｜DSML｜", "<｜latest_reminder｜>")
@@ -28,7 +29,7 @@ BOS, EOS, PAD = range(3)
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A text cut into what is trained on, what the curve is measured on, and what only the last evaluation sees."""
+    """A text in three parts: for training, for the validation curve, and for the final evaluation."""
 
     train: str
     validation: str
@@ -37,13 +38,15 @@ class Corpus:
 
 
 def read_corpus(path: Path, held_out: int, validation: int) -> Corpus:
-    """Cut a UTF-8 text of chapters separated by blank lines; the last ones are held out, those before them validate.
+    """Read and split a UTF-8 text whose chapters are separated by blank lines.
+
+    The last `held_out` chapters are held out; the `validation` chapters before them validate.
 
     Raises:
         InputError: the file cannot be read, is not UTF-8, or has too few chapters.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
         text = data.decode()
         train, held_out_text = split_chapters(text, held_out)
         train, validation_text = split_chapters(train.rstrip("\n") + "\n", validation) if validation else (train, "")
@@ -65,19 +68,21 @@ class Vocabulary:
 
     @property
     def specials(self) -> tuple[str, ...]:
-        """The special tokens, V4's own strings."""
+        """The special tokens, with the same strings as in V4."""
         return (*FIRST_SPECIALS, *LAST_SPECIALS)
 
     def bpe(self) -> tokenizers.Tokenizer:
-        """The encoder of this vocabulary with the pre-tokenizer that V4 has; it takes text as text, without special tokens."""
+        """The BPE encoder with V4's pre-tokenizer. It encodes special tokens in the text as ordinary text."""
         return build_bpe(self.tokens, self.merges, ())
 
 
 def train_vocabulary(text: str, vocab_size: int) -> Vocabulary:
-    """Learn a byte-level BPE from a text, all 256 bytes included; ids 0, 1, 2 are bos, eos, pad, other specials come last.
+    """Learn a byte-level BPE vocabulary from a text.
+
+    It includes all 256 bytes. Ids 0, 1, 2 are bos, eos, pad; the other special tokens come last.
 
     Raises:
-        InputError: the text has too few distinct pieces for so many tokens.
+        InputError: the text has too few distinct pieces for this vocabulary size.
     """
     learner = build_bpe(list(BYTE_OF), [], [])
     ordinary = vocab_size - len(FIRST_SPECIALS) - len(LAST_SPECIALS)
@@ -92,14 +97,14 @@ def train_vocabulary(text: str, vocab_size: int) -> Vocabulary:
 
 
 def encode(bpe: tokenizers.Tokenizer, text: str) -> np.ndarray:
-    """Token ids of a text as ordinary text, int32 [T]."""
+    """Token ids int32 [T] of a text; special tokens count as ordinary text."""
     return np.asarray(bpe.encode(text, add_special_tokens=False).ids, np.int32)
 
 
 class Segmenter:
-    """Cuts one text into tokens again and again, each time differently: BPE-dropout with a seed.
+    """Segments one text into tokens in several random ways: BPE-dropout with a seed.
 
-    Words are few and repeat, so some segmentations of each word are drawn once and each occurrence picks one.
+    Words repeat often, so a few segmentations are drawn for each word, and each occurrence picks one.
     Source: Provilkov et al., "BPE-Dropout" (arXiv 1910.13267), algorithm 1.
     """
 
@@ -109,14 +114,14 @@ class Segmenter:
         words: dict[str, int] = {}
         self._word = np.array([words.setdefault(word, len(words)) for word, _ in pieces], np.int64)
         self._words = list(words)
-        # A line starts where the text does and after each line end; blank lines belong to the line end before them.
+        # A line starts at the start of the text and after each line end. Blank lines belong to the line end before them.
         starts = np.array([begin for _, (begin, _) in pieces], np.int64)
         self._line_starts = np.flatnonzero([begin == 0 or text[begin - 1] == "\n" for begin in starts])
         self._ids = {token: i for i, token in enumerate(vocabulary.tokens)}
         self._ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(vocabulary.merges)}
 
     def segment(self, word: str, dropout: float, random: Callable[[], float]) -> list[int]:
-        """Token ids of one pre-tokenised word; each possible merge of each round is left out with probability `dropout`."""
+        """Token ids of one pre-tokenised word. Each round skips each possible merge with probability `dropout`."""
         symbols = list(word)
         while len(symbols) > 1:
             best, place = None, -1
@@ -130,7 +135,7 @@ class Segmenter:
         return [self._ids[symbol] for symbol in symbols]
 
     def streams(self, count: int, dropout: float, seed: int) -> Streams:
-        """The text as `count` streams of tokens; the first is what encoding gives, the others differ where dropout struck."""
+        """The text as `count` token streams. The first is the regular encoding; dropout varies the others."""
         rng = np.random.default_rng(seed)
         samples = 1 if count == 1 else 1 + count
         draws = rng.random(1 << 16).tolist()
@@ -170,7 +175,7 @@ class Streams:
     Attributes:
         tokens: int32 [streams, longest], padded.
         sizes: int32 [streams].
-        lines: int32 [streams, lines], where the lines of the text start.
+        lines: int32 [streams, lines], the index of the first token of each line.
     """
 
     tokens: jax.Array
@@ -180,7 +185,13 @@ class Streams:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Shares of the windows: first stream, starting with a line after bos, and of the others those that start with bos."""
+    """Shares of the windows by kind.
+
+    Attributes:
+        canonical: share from the first stream.
+        line_starts: share that begins with bos and the start of a line.
+        bos: share of the other windows that begins with bos.
+    """
 
     canonical: jax.Array | float
     line_starts: float
@@ -188,14 +199,14 @@ class Mixture:
 
 
 def sample_windows(key: jax.Array, streams: Streams, mixture: Mixture, batch: int, context: int) -> jax.Array:
-    """Windows at random places, int32 [batch, context + 1]: the inputs and, shifted by one, what follows them.
+    """Windows at random places, int32 [batch, context + 1]: the inputs and, shifted by one, their targets.
 
-    A function of the key alone, so that a resumed run sees what an uninterrupted one would. Every stream must have more tokens
-    than a window.
+    The windows depend on the key alone, so a resumed run sees the same ones as an uninterrupted run. Every stream must have
+    more tokens than a window.
     """
     count, width = streams.tokens.shape[0], context + 1
     integer_key, share_key = jax.random.split(key)
-    # Enough bits that the remainder of a division is as good as uniform.
+    # 31 bits, so that the remainder of a division is practically uniform.
     variant, line, place = jax.random.bits(integer_key, (3, batch), jnp.uint32) >> jnp.uint32(1)
     first_stream, at_line, starts_with_bos = jax.random.uniform(share_key, (3, batch))
 
@@ -218,12 +229,12 @@ def sample_windows(key: jax.Array, streams: Streams, mixture: Mixture, batch: in
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A text cut into overlapping windows as `ds4jax eval` cuts it: each token is scored once.
+    """A text in the overlapping windows of `ds4jax eval`: each token is scored once.
 
     Attributes:
-        windows: int32 [n, size + 1], the first begins with bos; a text shorter than a window is padded.
+        windows: int32 [n, size + 1]. The first begins with bos; a text shorter than a window is padded.
         scored: float32 [n, size], 1 where the prediction of the next token counts.
-        n_bytes: bytes of the text.
+        n_bytes: size of the text in bytes.
     """
 
     windows: np.ndarray

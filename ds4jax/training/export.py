@@ -1,4 +1,4 @@
-"""From trained weights to a GGUF file: which type each tensor gets, how large that makes the file, and what it records."""
+"""Writes trained weights to a GGUF file: the type of each tensor, the size of the file and its metadata."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from ds4jax.config import Config
-from ds4jax.loading.gguf_names import EMBEDDING, SMALL, VECTOR, slots
-from ds4jax.tokenizer import CONTROL, NORMAL
+from ds4jax.loading.gguf_names import SMALL, TABLE, VECTOR, slots
+from ds4jax.text.tokenizer import CONTROL, NORMAL
 from ds4jax.training.checkpoint import Run
 from ds4jax.training.data import Vocabulary
 from pallas_kernels.formats import BLOCK, BLOCK_BYTES, Q8_0
@@ -19,32 +19,29 @@ from pallas_kernels.formats import BLOCK, BLOCK_BYTES, Q8_0
 NAME = "ds4jax tiny"
 LICENSE = "MIT; trained on the King James Version of 1611, which is in the public domain"
 ALIGNMENT = 32
-# Configuration, licence and record of the training, about this many bytes.
+# Approximate bytes of the configuration, the licence and the training record.
 HEADER = 6000
 
 
 def stored_types(config: Config) -> dict[str, str]:
-    """Type of each tensor in the exported file: Q8_0 wherever published files may have it, F16 for the small matrices."""
+    """Type of each tensor in the exported file: Q8_0 for large matrices, F16 for small ones."""
     types = {}
     for slot in slots(config):
-        if slot.types is EMBEDDING or "Q8_0" in slot.types:
-            types[slot.name] = "Q8_0"
-        else:
-            types[slot.name] = "F16" if slot.types is SMALL else "F32" if slot.types is VECTOR else "I32"
+        types[slot.name] = {SMALL: "F16", VECTOR: "F32", TABLE: "I32"}.get(slot.kind, "Q8_0")
     return types
 
 
 def file_size(config: Config, vocabulary: Vocabulary) -> int:
-    """Bytes of the exported file: tensors to the byte, the header to about a kilobyte.
+    """Size of the exported file in bytes: exact for the tensors, to about a kilobyte for the header.
 
     Raises:
-        ValueError: a matrix that Q8_0 cannot hold.
+        ValueError: Q8_0 cannot hold a matrix.
     """
     types, total = stored_types(config), HEADER
     for slot in slots(config):
         count = int(np.prod(slot.shape))
         if types[slot.name] == "Q8_0" and slot.shape[-1] % BLOCK:
-            raise ValueError(f"{slot.name} is {list(slot.shape)}; Q8_0 needs the last to be a multiple of {BLOCK}")
+            raise ValueError(f"{slot.name} is {list(slot.shape)}; Q8_0 needs a last dimension that is a multiple of {BLOCK}")
         size = (
             count * 2 if types[slot.name] == "F16" else count // BLOCK * BLOCK_BYTES if types[slot.name] == "Q8_0" else count * 4
         )
@@ -56,7 +53,7 @@ def file_size(config: Config, vocabulary: Vocabulary) -> int:
 
 
 def as_stored(config: Config, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The weights after a round trip through the types of the exported file, float32 again."""
+    """The weights as the exported file holds them, converted back to float32."""
     rounded = {}
     for name, kind in stored_types(config).items():
         value = weights[name]
@@ -69,15 +66,16 @@ def as_stored(config: Config, weights: dict[str, jax.Array]) -> dict[str, jax.Ar
 
 
 def export_gguf(run: Run, weights: dict[str, np.ndarray], path: Path, extra: dict[str, str | bool | int | float]) -> None:
-    """Write weights [by canonical name] as a Q8_0 GGUF file with tokenizer and a record of how it was made.
+    """Write a Q8_0 GGUF file with the weights, the tokenizer and the record of the training.
 
     Args:
+        weights: float32 arrays by canonical name.
         extra: further metadata.
 
     Raises:
         InputError: the path cannot be written.
     """
-    # The machine that trains may lack the package that writes the file.
+    # Imported here: the training machine may lack the package that writes GGUF files.
     from ds4jax.loading.gguf_write import write_gguf
 
     specials = set(run.vocabulary.specials)
@@ -96,8 +94,8 @@ def export_gguf(run: Run, weights: dict[str, np.ndarray], path: Path, extra: dic
 
 
 def record(run: Run) -> dict[str, str | bool | int | float]:
-    """What the file says about how it was made."""
-    said: dict[str, str | bool | int | float] = {
+    """The file's metadata about its training: name, licence, command, recipe, steps, seed, corpus and figures."""
+    metadata: dict[str, str | bool | int | float] = {
         "general.name": NAME,
         "general.license": LICENSE,
         "ds4jax.trained_with": run.command,
@@ -107,4 +105,4 @@ def record(run: Run) -> dict[str, str | bool | int | float]:
         "ds4jax.corpus_sha256": run.corpus,
         "ds4jax.tokenizer_vocabulary": len(run.vocabulary.tokens),
     }
-    return said | {f"ds4jax.{name}": value for name, value in run.figures.items()}
+    return metadata | {f"ds4jax.{name}": value for name, value in run.figures.items()}

@@ -1,4 +1,4 @@
-"""The compiled programs of a run: several training steps in one call, and the evaluation of a text."""
+"""The compiled programs of a training run: several steps in one call, and the evaluation of a text."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ EVALUATION_BATCH = 8
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes in a run: what is drawn at random follows from the recipe's seed and `step`.
+    """Everything that changes during a run. Random draws depend only on the recipe's seed and `step`.
 
     Attributes:
         step: int32, steps done.
         params: float32 weights.
-        average: their exponential moving average, which is evaluated and exported.
-        optimizer: the optimiser's own state.
+        average: exponential moving average of the weights, for evaluation and export.
+        optimizer: the optimiser's state.
     """
 
     step: jax.Array
@@ -46,13 +46,20 @@ def initial_state(params: Weights, optimizer: optax.GradientTransformation) -> T
     return TrainState(jnp.zeros((), jnp.int32), params, average, optimizer.init(params))
 
 
+def averaged(average: Weights, params: Weights, step: jax.Array, ema: float) -> Weights:
+    """The moving average after one more step; early ones count more, so that it does not keep the initial weights."""
+    decay = jnp.minimum(ema, (1 + step) / (10 + step)).astype(jnp.float32)
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
+
+
 Step = Callable[[TrainState, Streams, Weights, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_steps(network: Network, recipe: Recipe, phase: Phase, optimizer: optax.GradientTransformation) -> Step:
-    """A function of state, streams, tables and a traced number of steps: the later state and the sums of each metric.
+    """A function that runs training steps; compile it with the state donated.
 
-    Any number of steps runs through one executable, so that where a run pauses does not change its bits. Donate the state.
+    It takes state, streams, tables and a traced number of steps, and returns the new state and the sum of each metric. One
+    executable runs any number of steps, so a pause does not change the bits of a run.
     """
     objective = Objective(network, recipe)
     gradient = jax.value_and_grad(objective, has_aux=True)
@@ -70,11 +77,10 @@ def make_steps(network: Network, recipe: Recipe, phase: Phase, optimizer: optax.
         # optax mixes floats with int32 counts.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-            # Router biases settle as the weights do.
+            # The step of the router biases follows the learning rate.
             balance = recipe.balance_rate * rate(state.step) / recipe.learning_rate
         params = move_router_biases(optax.apply_updates(state.params, updates), loads, balance)
-        decay = jnp.minimum(recipe.ema, (1 + state.step) / (10 + state.step)).astype(jnp.float32)
-        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, params)
+        average = averaged(state.average, params, state.step, recipe.ema)
         metrics = dict.fromkeys(METRICS, jnp.zeros((), jnp.float32)) | parts
         metrics |= {"loss": loss, "imbalance": _imbalance(loads), "gradient": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, average, optimizer_state), metrics
@@ -91,7 +97,7 @@ def make_steps(network: Network, recipe: Recipe, phase: Phase, optimizer: optax.
 
 
 def _fade(step: jax.Array, recipe: Recipe) -> jax.Array:
-    """0 until the last share of the run, then up to 1 at its end."""
+    """0 until the anneal phase, then rising linearly to 1 at the end of the run."""
     length = recipe.steps * recipe.anneal
     if not length:
         return jnp.zeros((), jnp.float32)
@@ -99,7 +105,7 @@ def _fade(step: jax.Array, recipe: Recipe) -> jax.Array:
 
 
 def _imbalance(loads: Weights) -> jax.Array:
-    """The largest load of an expert over the mean load of its layer, the worst layer's."""
+    """Maximum over layers of an expert's maximum load divided by the layer's mean load."""
     if not loads:
         return jnp.zeros((), jnp.float32)
     return jnp.max(jnp.stack([jnp.max(load) / jnp.mean(load) for load in loads.values()]))
@@ -108,11 +114,13 @@ def _imbalance(loads: Weights) -> jax.Array:
 def batch_gradients(
     gradient: Callable, parts: int, params: Weights, tables: Weights, windows: jax.Array, noise: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array], Weights, Weights]:
-    """Loss, its parts, loads and gradient of a batch, computed in `parts` one after the other: means, but sums of the loads.
+    """Loss, its parts, expert loads and gradient of a batch, computed in `parts` sequential pieces to save memory.
+
+    Loss, parts and gradient are means over the pieces; loads are sums.
 
     Args:
         gradient: an `Objective` under `jax.value_and_grad`.
-        windows: int32 [B, T + 1] with B a multiple of `parts`.
+        windows: int32 [B, T + 1]; B is a multiple of `parts`.
     """
     if parts == 1:
         (loss, (figures, loads)), grads = gradient(params, tables, windows, noise, key)
@@ -132,7 +140,11 @@ def batch_gradients(
 
 
 def make_scorer(network: Network) -> Callable[[Weights, Weights, jax.Array, jax.Array], dict[str, jax.Array]]:
-    """A function of params, tables, windows [n, T + 1] and which predictions count [n, T]: sums over the windows."""
+    """A function that scores windows and returns sums over all of them.
+
+    It takes params, tables, windows int32 [n, T + 1] and a float32 mask [n, T] of the predictions that count. The sums are
+    `nats`, and with an MTP block `agreed` and `drafted`.
+    """
 
     def one(params: Weights, tables: Weights, window: jax.Array, scored: jax.Array) -> dict[str, jax.Array]:
         logits_TV, mtp_TV = score(network.model(params, tables), window[:-1])
@@ -151,7 +163,7 @@ def make_scorer(network: Network) -> Callable[[Weights, Weights, jax.Array, jax.
 
 
 def evaluate(scorer: Callable, params: Weights, tables: Weights, text: Evaluation) -> dict[str, float]:
-    """Bits per byte of a text, and how often the MTP block's draft is the model's own choice."""
+    """Bits per byte of a text, and `agreement`: the share of positions where the MTP block's top token equals the model's."""
     padding = -len(text.windows) % EVALUATION_BATCH
     windows = np.pad(text.windows, ((0, padding), (0, 0)))
     scored = np.pad(text.scored, ((0, padding), (0, 0)))

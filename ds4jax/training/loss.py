@@ -1,4 +1,4 @@
-"""What training minimises: next-token and MTP cross entropy, the indexer's divergence, and noise against overfitting."""
+"""The training loss: next-token and MTP cross entropy, the indexer's divergence, and noise against overfitting."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ SCORE, MASS, CHOSEN = "indexer.score", "compressed_weights", "ffn.chosen"
 
 
 def replace_tokens(key: jax.Array, ids_BT: jax.Array, share: jax.Array, vocab_size: int) -> jax.Array:
-    """Put a random ordinary token in the place of a share of the inputs; the first of a window stays."""
+    """Replace a share of the inputs with random ordinary tokens; the first token of each window stays."""
     where_key, token_key = jax.random.split(key)
-    struck = jax.random.uniform(where_key, ids_BT.shape) < share
-    struck = struck.at[:, 0].set(False)
+    replaced = jax.random.uniform(where_key, ids_BT.shape) < share
+    replaced = replaced.at[:, 0].set(False)
     ordinary = (len(FIRST_SPECIALS), vocab_size - len(LAST_SPECIALS))
-    return jnp.where(struck, jax.random.randint(token_key, ids_BT.shape, *ordinary, jnp.int32), ids_BT)
+    return jnp.where(replaced, jax.random.randint(token_key, ids_BT.shape, *ordinary, jnp.int32), ids_BT)
 
 
 def _kept(key: jax.Array, shapes: dict[str, tuple[int, ...]], rate: float) -> dict[str, jax.Array]:
-    """Which elements stay, bool by name. One draw for all: a generator for each would take most of the compile time."""
+    """Dropout masks by name, true where an element stays. One draw serves all: a draw for each dominated compile time."""
     sizes = [math.prod(shape) for shape in shapes.values()]
     bits = jax.random.bits(key, (sum(sizes),), jnp.uint16) >= jnp.uint16(round(rate * 2**16))
     parts = jnp.split(bits, list(itertools.accumulate(sizes))[:-1])
@@ -39,7 +39,7 @@ def _kept(key: jax.Array, shapes: dict[str, tuple[int, ...]], rate: float) -> di
 
 
 def drop_weights(key: jax.Array, params: Weights, rate: float) -> Weights:
-    """Switch off a share of the elements of the attention and expert matrices; the rest grows to keep the mean."""
+    """Zero a share of the elements of the attention and expert matrices; the others are scaled to keep the mean."""
     if not rate:
         return params
     shapes = {name: params[name].shape for name in sorted(params) if is_dropped_matrix(name, params[name].ndim)}
@@ -48,10 +48,10 @@ def drop_weights(key: jax.Array, params: Weights, rate: float) -> Weights:
 
 
 def drop_channels(key: jax.Array, params: Weights, rate: float, batch: int) -> tuple[Weights, dict[str, int | None]]:
-    """Give each window its own weights of the norms, some of them zero: dropout with one mask for all tokens of a window.
+    """Zero random channels of the norms, with one mask for all tokens of a window.
 
     Returns:
-        The weights with those norms as [batch, D], and the axis over which `jax.vmap` maps each weight.
+        The weights, with the norms as [batch, D], and for each weight the axis that `jax.vmap` maps.
 
     Source: Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks".
     """
@@ -65,10 +65,17 @@ def drop_channels(key: jax.Array, params: Weights, rate: float, batch: int) -> t
 
 
 def index_divergence(score_TS: jax.Array, weights_THS: jax.Array) -> jax.Array:
-    """KL divergence from attention's own mass on compressed rows, averaged over heads, to the softmax of the index scores.
+    """The indexer's loss: KL divergence from attention's weights on compressed rows to the softmax of the index scores.
 
-    Choosing the best rows has no gradient, so this is what the indexer learns from. Only rows that a query attends to count:
-    all visible ones while attention is dense, the chosen ones later. Mean over queries, nats.
+    The choice of the best rows has no gradient, so the indexer learns from this loss. Attention's weights are averaged over
+    heads. Only rows that a query attends to count: all visible rows while attention is dense, the chosen rows later.
+
+    Args:
+        score_TS: float32 [T, S], index scores of the compressed rows.
+        weights_THS: float32 [T, H, S], attention's weights on them.
+
+    Returns:
+        The mean over queries, in nats.
 
     Source: DeepSeek-V3.2 technical report, §2.1, dense warm-up and sparse training of the lightning indexer.
     """
@@ -108,7 +115,7 @@ def _window(
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The loss of a batch of windows under a recipe."""
+    """The loss of a batch of windows, as a function of the weights."""
 
     network: Network
     recipe: Recipe
@@ -122,7 +129,7 @@ class Objective:
             noise: share of the input tokens to replace.
 
         Returns:
-            The loss, its parts, and the load of each expert [E] by the name of the router bias that steers it.
+            The loss, its parts, and expert loads [E] by the name of the router's bias.
         """
         token_key, weight_key, channel_key = jax.random.split(key, 3)
         inputs_BT = windows_BT[:, :-1]
@@ -139,7 +146,7 @@ class Objective:
 
 
 def move_router_biases(params: Weights, loads: Weights, rate: jax.Array) -> Weights:
-    """Raise the bias of each expert with less than its share of the load and lower the others', by `rate`.
+    """Raise the bias of each expert below the mean load by `rate`, and lower the bias of each expert above it.
 
     Source: DeepSeek-V3 report (arXiv 2412.19437) §2.1.2, load balancing without an auxiliary loss.
     """

@@ -1,7 +1,7 @@
-"""Training the MTP block alone: its loss with everything else frozen, on what the frozen model says.
+"""The loss for training the MTP block alone, with everything else frozen.
 
-The main model never changes, so that what it generates does not either; only how many drafts stand does. Needs no optimiser: any
-library that updates a pytree of arrays will do.
+The main model does not change, so its output does not change; only the number of accepted drafts does. Any optimiser that updates
+a pytree of arrays works.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ds4jax import cache as caches
-from ds4jax.cache import Rows
+from ds4jax.cache import state as caches
+from ds4jax.cache.state import Rows
+from ds4jax.model.mtp import MTP_PARAMETERS
 from ds4jax.model.transformer import Transformer
-
-MTP_PARAMETERS = nnx.PathContains("mtp")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """What the frozen model says about a window: the MTP block's input and what it should predict.
+    """The frozen model's output for a window: the MTP block's input and its target.
 
     Attributes:
-        h_TND: float32 [T - 1, N, D], streams after the last layer at all positions but the window's last.
-        logits_TV: float32 [T - 1, V], the logits there.
+        h_TND: float32 [T - 1, N, D], streams after the last layer at every position except the window's last.
+        logits_TV: float32 [T - 1, V], logits at the same positions.
     """
 
     h_TND: jax.Array
@@ -34,7 +33,7 @@ class Teacher:
 
 
 def teacher(model: Transformer, ids_T: jax.Array) -> Teacher:
-    """Run the main model over a window of tokens int32 [T] from position 0; made for `jax.vmap` and `jax.lax.map`."""
+    """Run the main model over a window of tokens int32 [T] from position 0. Works under `jax.vmap` and `jax.lax.map`."""
     count = ids_T.shape[0] - 1
     rows = Rows.following(jnp.int32(0), count, count)
     h_TND, _ = model.streams(ids_T[:-1], rows, caches.empty(model.config, count, ring=False))
@@ -44,21 +43,21 @@ def teacher(model: Transformer, ids_T: jax.Array) -> Teacher:
 def mtp_loss(
     model: Transformer, ids_T: jax.Array, *, known: Teacher | None = None, distill: float = 0.5
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss of the MTP block on a window of tokens, everything else frozen; differentiable, and made for `jax.vmap`.
+    """Loss of the MTP block on a window of tokens, with everything else frozen. Differentiable; works under `jax.vmap`.
 
-    Row t of the block sees the model's streams at t and the token at t+1. Its prediction of the token at t+2 is compared with
-    that token, and with the distribution that the main model has for it at t+1. Whatever is not the block's own, the shared
-    embedding and head included, has gradient zero.
+    Row t of the block sees the model's streams at t and the token at t+1. It predicts the token at t+2. The loss compares this
+    prediction with the token and with the main model's distribution at t+1. All other weights have gradient zero, including
+    the shared embedding and head.
 
     Args:
-        model: with float32 weights, as `LanguageModel.float_model` gives it: a product with quantised weights has no gradient.
+        model: has float32 weights (`LanguageModel.float_model`); a product with quantised weights has no gradient.
         ids_T: int32 [T], at least 3 tokens, from position 0.
-        known: what `teacher` said of this window; None computes it, five sixths of the work for the model that ships.
-        distill: share of the loss that asks for the main model's distribution, 0 to 1.
+        known: result of `teacher` for this window. None computes it, which is five sixths of the work for the shipped model.
+        distill: share of the loss that compares with the main model's distribution, 0 to 1.
 
     Returns:
-        Mean loss in nats, and its parts: `mtp_nll` in nats, and `agreement`, the share of rows whose most likely token is the
-        main model's, which is how often a first greedy draft stands.
+        Mean loss in nats, and its parts: `mtp_nll` in nats, and `agreement`, the share of rows where the block's top token
+        equals the main model's. The agreement is the acceptance rate of a first greedy draft.
 
     Raises:
         ValueError: the model has no MTP block.
@@ -78,14 +77,14 @@ def mtp_loss(
 
 
 def chosen_log_p(logits_TV: jax.Array, ids_T: jax.Array) -> jax.Array:
-    """Log probability, float32 [T], that each row gives its token."""
+    """Log probability of each row's token, float32 [T]."""
     return jnp.take_along_axis(jax.nn.log_softmax(logits_TV), ids_T[:, None], axis=-1)[:, 0]
 
 
 def mtp_parts(logits_TV: jax.Array, mtp_logits_TV: jax.Array, window: jax.Array, distill: float) -> dict[str, jax.Array]:
-    """The MTP loss from logits of both heads over a window's inputs [T], and the window itself int32 [T + 1].
+    """The MTP loss and its parts, from the logits [T, V] of both heads and the window int32 [T + 1].
 
-    Row t is held against the token at t+2, and against what the main model says in row t+1.
+    Row t is compared with the token at t+2 and with the main model's distribution in row t+1.
     """
     teacher_TV = jax.lax.stop_gradient(logits_TV[1:])
     hard = -jnp.mean(chosen_log_p(mtp_logits_TV[:-1], window[2:]))

@@ -1,4 +1,4 @@
-"""Which weights are treated how, and the update rule made of that."""
+"""The optimiser: groups of weights, the learning rate and the update rule."""
 
 from __future__ import annotations
 
@@ -8,35 +8,39 @@ import jax
 import optax
 from optax import contrib
 
-from ds4jax.training.recipe import Recipe
+from ds4jax.training.recipe import BaseRecipe
 
 MUON_RMS = 0.2
+OUTER = ("embed.", "head.", "dspark.markov_w", "dspark.confidence.")
 DROPPED_NORMS = ("attn_norm.weight", "ffn_norm.weight", "mtp.0.enorm.weight", "mtp.0.hnorm.weight", "mtp.0.norm.weight")
 
 
 def is_matrix(name: str, ndim: int) -> bool:
-    """A matrix or a stack of them: decayed. Norms, biases, sinks, position biases and hyper-connections are not."""
+    """Whether weight decay applies: to matrices and stacks of matrices.
+
+    It does not apply to norms, biases, sinks, position biases and hyper-connections.
+    """
     return ndim >= 2 and name.endswith(".weight")
 
 
 def is_hidden_matrix(name: str, ndim: int) -> bool:
-    """A matrix between hidden vectors, which Muon updates: not the embedding, the head or a router."""
-    outer = name.startswith(("embed.", "head.")) or name.endswith(("gate.weight", "weights_proj.weight"))
+    """Whether Muon updates this weight: a matrix between hidden vectors, so no table of tokens, no head and no router."""
+    outer = name.startswith(OUTER) or name.endswith(("gate.weight", "weights_proj.weight"))
     return is_matrix(name, ndim) and not outer
 
 
 def is_dropped_matrix(name: str, ndim: int) -> bool:
-    """A matrix whose elements weight dropout switches off: attention projections, experts, the MTP block's inputs."""
+    """Whether weight dropout applies: to attention projections, experts and the MTP block's input matrices."""
     return is_hidden_matrix(name, ndim) and ".compressor." not in name and ".indexer." not in name
 
 
 def is_dropped_norm(name: str) -> bool:
-    """A norm in front of a sub-layer or a head, whose channels dropout switches off."""
+    """Whether channel dropout applies: to the norms before a sub-layer or a head."""
     return name == "norm.weight" or name.endswith(DROPPED_NORMS)
 
 
-def learning_rate(recipe: Recipe) -> optax.Schedule:
-    """Linear warm-up, then a cosine down to the final share at the last step."""
+def learning_rate(recipe: BaseRecipe) -> optax.Schedule:
+    """Learning rate by step: a linear warm-up, then a cosine decay to the final share at the last step."""
     warmup = min(recipe.warmup, max(recipe.steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup else recipe.learning_rate,
@@ -47,10 +51,10 @@ def learning_rate(recipe: Recipe) -> optax.Schedule:
     )
 
 
-def make_optimizer(recipe: Recipe, params: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> optax.GradientTransformation:
-    """Clipped AdamW with decay on matrices alone, or Muon on the hidden matrices and AdamW on the rest.
+def make_optimizer(recipe: BaseRecipe, params: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> optax.GradientTransformation:
+    """The optimiser: clipped AdamW with decay on matrices only, or Muon on hidden matrices and AdamW on the others.
 
-    The router biases get no gradient and so no update here.
+    The router biases have no gradient, so this does not update them.
     """
     rate = learning_rate(recipe)
     decayed = {name: is_matrix(name, value.ndim) for name, value in params.items()}

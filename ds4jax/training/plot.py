@@ -1,4 +1,4 @@
-"""The loss curve as a picture."""
+"""Draws the loss curve."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CURVES = (
 
 
 def draw_curve(log: list[dict[str, Any]], path: Path) -> None:
-    """Draw bits per byte against steps, training, MTP block and validation, as PNG [1200 × 700 pixels]."""
+    """Draw bits per byte over steps for training, MTP block and validation, as a PNG of 1200 × 700 pixels."""
     figure = Figure(figsize=(12, 7), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     lowest, typical = [], []
@@ -31,7 +31,7 @@ def draw_curve(log: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
     if lowest:
-        # The first steps are far above all that follows and would flatten the rest.
+        # The loss of the first steps is so high that it would flatten the curve after them.
         axes.set_ylim(min(lowest) - 0.1, max(max(typical), min(lowest) + 0.5))
         axes.legend()
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Every number that decides what a training run computes; the same recipe and text give the same model."""
+"""The hyper-parameters of a training run. The same recipe and text give the same model."""
 
 from __future__ import annotations
 
@@ -10,80 +10,97 @@ from ds4jax.config import Config
 from ds4jax.errors import InputError
 from ds4jax.training.tiny import tiny_config
 
-PRECISIONS = ("default", "bfloat16", "tensorfloat32", "highest")
 
-
-def _option(default: Any, help_text: str, **metadata: Any) -> Any:
+def option(default: Any, help_text: str, **metadata: Any) -> Any:
+    """A field that is an option of the command; metadata are `minimum`, `maximum`, `choices` and `flag`."""
     return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
 
 
-def _share(default: float, help_text: str) -> Any:
-    return _option(default, help_text, least=0.0, most=1.0)
+def share(default: float, help_text: str) -> Any:
+    """An `option` of 0 to 1."""
+    return option(default, help_text, minimum=0.0, maximum=1.0)
+
+
+def flag_of(field: dataclasses.Field) -> str:
+    """The option of the command line for a field of a recipe."""
+    return "--" + str(field.metadata.get("flag", field.name)).replace("_", "-")
+
+
+def require_in_range(recipe: Any) -> None:
+    """Check every field of a recipe against its metadata.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    for field in dataclasses.fields(recipe):
+        value, limits, flag = getattr(recipe, field.name), field.metadata, flag_of(field)
+        if "minimum" in limits and not value >= limits["minimum"]:
+            raise InputError(f"{flag}: {value} is too small; it must be at least {limits['minimum']}")
+        if "maximum" in limits and not value <= limits["maximum"]:
+            raise InputError(f"{flag}: {value} is too large; it must be at most {limits['maximum']}")
+        if "choices" in limits and value not in limits["choices"]:
+            raise InputError(f"{flag}: {value!r} is not one of {', '.join(limits['choices'])}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Hyper-parameters of one run; each is an option of `python -m ds4jax.train`, and its help text stands beside it.
+class BaseRecipe:
+    """What all recipes have: a text, a seed and the hyper-parameters of the optimiser."""
+
+    text: str = option("../shared/corpus/kjv.txt", "text to learn: chapters separated by blank lines")
+    seed: int = option(0, "seed of the initial weights and of every random draw", minimum=0)
+    steps: int = option(4000, "length of the schedule", minimum=0)
+    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices and adamw for the rest", choices=("adamw", "muon"))
+    learning_rate: float = option(2e-3, "maximum learning rate", minimum=1e-9)
+    final_learning_rate: float = share(0.02, "last learning rate as a share of the maximum")
+    warmup: int = option(200, "steps in which the learning rate rises", minimum=0)
+    beta1: float = share(0.9, "AdamW's decay of the first moment")
+    beta2: float = share(0.95, "AdamW's decay of the second moment")
+    weight_decay: float = option(0.1, "decay of the matrices, times the learning rate", minimum=0.0)
+    clip: float = option(1.0, "maximum norm of the gradient", minimum=0.0)
+    ema: float = share(0.998, "decay of the averaged weights, which are evaluated and exported")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(BaseRecipe):
+    """Hyper-parameters of one run. Each field is an option of `ds4jax train`, and its help text is in the field.
 
     Raises:
-        InputError: a value that no run can have.
+        InputError: a value is out of range.
     """
 
-    text: str = _option("../shared/corpus/kjv.txt", "text to learn: chapters separated by blank lines")
-    held_out_chapters: int = _option(20, "last chapters, which only the final evaluation sees", least=1)
-    validation_chapters: int = _option(20, "chapters before those, for the curve; 0 trains on them too", least=0)
-    vocab_size: int = _option(1024, "tokens of the vocabulary, 9 special ones and 256 bytes included", least=266)
-    config: str = _option("{}", "JSON object: fields of Config that differ from the tiny model's", flag="config-json")
-    seed: int = _option(0, "decides the initial weights and all that is drawn later", least=0)
-    embedding_scale: float = _option(1.0, "factor of the initial embedding", least=0.0)
-    output_scale: float = _option(1.0, "factor of the initial matrices that write to the streams", least=0.0)
-    steps: int = _option(4000, "length of the schedule", least=0)
-    batch: int = _option(64, "windows a step", least=1)
-    microbatches: int = _option(2, "parts of a batch that are computed one after the other, to save memory", least=1)
-    context: int = _option(512, "tokens a window", least=2)
-    long_context: int = _option(1024, "tokens a window near the end of the run, in proportionately fewer windows", least=2)
-    long_share: float = _share(0.2, "share of the steps, the last ones, on long windows")
-    dense_share: float = _share(0.2, "share of the steps, the first ones, in which queries see every compressed row")
-    bpe_dropout: float = _share(0.1, "probability of leaving out a merge in the varied segmentations")
-    segmentations: int = _option(16, "segmentations of the whole text to draw windows from; the first has no dropout", least=1)
-    canonical: float = _share(0.5, "share of the windows with the segmentation that encoding gives")
-    anneal: float = _share(0.2, "share of the steps, the last ones, over which varied segmentations and token noise fade out")
-    line_starts: float = _share(
-        0.15, "share of the windows that begin with a line of the text, after the token that begins a document"
+    held_out_chapters: int = option(20, "number of last chapters, for the final evaluation only", minimum=1)
+    validation_chapters: int = option(20, "number of chapters before them, for the curve; 0 trains on them too", minimum=0)
+    vocab_size: int = option(1024, "tokens of the vocabulary, with 9 special tokens and 256 bytes", minimum=266)
+    config: str = option("{}", "JSON object: fields of Config that differ from the tiny model's", flag="config-json")
+    embedding_scale: float = option(1.0, "factor of the initial embedding", minimum=0.0)
+    output_scale: float = option(1.0, "factor of the initial values of the matrices that write to the streams", minimum=0.0)
+    batch: int = option(64, "windows per step", minimum=1)
+    microbatches: int = option(2, "parts of a batch, computed one after the other to save memory", minimum=1)
+    context: int = option(512, "tokens per window", minimum=2)
+    long_context: int = option(1024, "tokens per window at the end of the run, in proportionately fewer windows", minimum=2)
+    long_share: float = share(0.2, "share of the steps with long windows, at the end of the run")
+    dense_share: float = share(0.2, "share of the steps in which queries see every compressed row, at the start of the run")
+    bpe_dropout: float = share(0.1, "probability of skipping a merge in the varied segmentations")
+    segmentations: int = option(16, "segmentations of the text to draw windows from; the first has no dropout", minimum=1)
+    canonical: float = share(0.5, "share of the windows with the regular segmentation")
+    anneal: float = share(0.2, "share of the steps in which varied segmentations and token noise fade out, at the end")
+    line_starts: float = share(0.15, "share of the windows that begin with a beginning-of-document token and the start of a line")
+    bos: float = share(0.5, "share of the other windows that begin with a beginning-of-document token")
+    token_noise: float = share(0.05, "share of the input tokens replaced by random tokens")
+    dropout: float = share(0.1, "share of each norm's channels set to zero, by one mask for all tokens of a window")
+    weight_dropout: float = share(0.05, "share of the matrix elements set to zero in a step")
+    mtp_weight: float = option(0.3, "weight of the MTP block's loss", minimum=0.0)
+    mtp_distill: float = share(0.5, "share of the MTP block's loss that compares with the main model's distribution")
+    index_weight: float = option(
+        0.01, "weight of the indexer's loss; it matters for the other weights, AdamW cancels it for the indexer", minimum=0.0
     )
-    bos: float = _share(0.5, "share of the other windows that begin with the token that begins a document")
-    token_noise: float = _share(0.05, "share of the input tokens replaced by random ones")
-    dropout: float = _share(0.1, "share of the channels switched off for a whole window wherever a norm feeds a sub-layer")
-    weight_dropout: float = _share(0.05, "share of the matrix elements switched off for a step")
-    mtp_weight: float = _option(0.3, "weight of the MTP block's loss", least=0.0)
-    mtp_distill: float = _share(0.5, "share of the MTP block's loss that asks for the main model's own distribution")
-    index_weight: float = _option(
-        0.01, "weight of the indexer's loss; AdamW scales it away for the indexer, the rest feels it", least=0.0
-    )
-    balance_rate: float = _option(0.005, "step of the router biases towards equal load at the highest learning rate", least=0.0)
-    optimizer: str = _option("adamw", "adamw, or muon for the matrices with adamw for the rest", choices=("adamw", "muon"))
-    learning_rate: float = _option(2e-3, "highest learning rate", least=1e-9)
-    final_learning_rate: float = _share(0.02, "last learning rate as a share of the highest")
-    warmup: int = _option(200, "steps in which the learning rate rises", least=0)
-    beta1: float = _share(0.9, "AdamW's decay of the first moment")
-    beta2: float = _share(0.95, "AdamW's decay of the second moment")
-    weight_decay: float = _option(0.1, "decay of the matrices, times the learning rate", least=0.0)
-    clip: float = _option(1.0, "largest norm of the gradient", least=0.0)
-    ema: float = _share(0.998, "decay of the averaged weights, which are what is evaluated and exported")
-    precision: str = _option(
+    balance_rate: float = option(0.005, "step of the router biases at the maximum learning rate", minimum=0.0)
+    precision: str = option(
         "default", "precision of matrix products", choices=("default", "bfloat16", "tensorfloat32", "highest")
     )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, limits = getattr(self, field.name), field.metadata
-            flag = "--" + str(limits.get("flag", field.name)).replace("_", "-")
-            if "least" in limits and not value >= limits["least"]:
-                raise InputError(f"{flag}: {value} is too small; it must be at least {limits['least']}")
-            if "most" in limits and not value <= limits["most"]:
-                raise InputError(f"{flag}: {value} is too large; it must be at most {limits['most']}")
-            if "choices" in limits and value not in limits["choices"]:
-                raise InputError(f"{flag}: {value!r} is not one of {', '.join(limits['choices'])}")
+        require_in_range(self)
         for name in ("bpe_dropout", "token_noise", "dropout", "weight_dropout", "ema"):
             if getattr(self, name) >= 1:
                 raise InputError(f"--{name.replace('_', '-')}: 1 would leave nothing to learn from; it must be below 1")
@@ -92,10 +109,10 @@ class Recipe:
         self.model_config()
 
     def model_config(self) -> Config:
-        """The model's shape: the tiny model's with the fields of `config` replaced.
+        """The model's configuration: the tiny model's, with the fields of `config` replaced.
 
         Raises:
-            InputError: not a JSON object, an unknown field, or a value that Config refuses.
+            InputError: `config` is not a JSON object, has an unknown field, or a value that Config refuses.
         """
         try:
             fields = json.loads(self.config)
@@ -120,7 +137,14 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of steps computed by one program: up to step `end`, windows of `context` tokens, dense or selecting attention."""
+    """A range of steps that one program computes.
+
+    Attributes:
+        end: the step after the last.
+        context: tokens per window.
+        batch: windows per step.
+        dense: whether queries see every compressed row, without the indexer's selection.
+    """
 
     end: int
     context: int

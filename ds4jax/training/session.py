@@ -1,13 +1,11 @@
-"""One run from start or resume to its end: compiles the programs, drives the steps, measures, saves."""
+"""Runs one training run from start or resume to its end: compiles the programs, runs the steps, evaluates, saves."""
 
 from __future__ import annotations
 
 import dataclasses
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ds4jax import count_model
 from ds4jax.errors import InputError
+from ds4jax.evaluation import count_model
 from ds4jax.training import checkpoint, data
 from ds4jax.training.checkpoint import Run
 from ds4jax.training.export import as_stored
@@ -25,15 +23,22 @@ from ds4jax.training.network import Network, Weights
 from ds4jax.training.optimizer import make_optimizer
 from ds4jax.training.recipe import Recipe, phases
 from ds4jax.training.report import Report
+from ds4jax.training.stopping import Stopping
 
-# As many compressed rows as any window has: the indexer's choice leaves nothing out.
+# More compressed rows than any window has, so the indexer chooses all of them.
 ALL_ROWS = 2**30
 EVALUATION_WINDOW = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How a run proceeds, none of which changes its result."""
+    """How often a run saves, evaluates and reports, and when it stops. Nothing here changes the result.
+
+    Attributes:
+        save_every, evaluate_every, steps_per_call: in steps.
+        report_seconds: time between two lines of the report.
+        time_limit: seconds after which the run stops cleanly; None for no limit.
+    """
 
     save_every: int = 500
     evaluate_every: int = 250
@@ -46,13 +51,15 @@ class Session:
     """A run in progress.
 
     Attributes:
-        run: what it is; `state`: its weights and all else that changes; `tables`: the hash-routed layers' tables.
+        run: the run's description.
+        state: weights, optimiser state and step.
+        tables: tables of the hash-routed layers.
     """
 
     def __init__(self, folder: Path, run: Run, corpus: data.Corpus, pace: Pace, started: float, *, resume: bool):
         self.folder, self.run, self.pace, self.corpus = folder, run, pace, corpus
         self._started = started
-        self._interrupted = False
+        self._stopping = Stopping(started, pace.time_limit)
         self._network = Network.of(run.recipe.model_config())
         self.tables = self._network.tables(run.recipe.seed)
         self._optimizer = make_optimizer(run.recipe, self._network.shapes)
@@ -70,18 +77,18 @@ class Session:
             self._texts["validation"] = data.evaluation_windows(bpe, corpus.validation, size)
 
     def train(self, report: Report) -> None:
-        """Run the steps that are left, then measure and save; a signal or the time limit ends it early and as cleanly."""
+        """Run the remaining steps, then evaluate and save. A signal or the time limit also ends with evaluation and save."""
         recipe = self.run.recipe
         step = int(self.state.step)
         planned = [phase for phase in phases(recipe) if phase.end > step]
-        with ThreadPoolExecutor(len(planned) + 1) as compilers, self._signals(), jax.default_matmul_precision(_precision(recipe)):
+        with ThreadPoolExecutor(len(planned) + 1) as compilers, self._stopping, jax.default_matmul_precision(_precision(recipe)):
             streams = data.Segmenter(self.run.vocabulary, self.corpus.train).streams(
                 recipe.segmentations, recipe.bpe_dropout, recipe.seed
             )
             sizes = np.asarray(streams.sizes)
             longest = max(phase.context for phase in planned) if planned else 0
             if sizes.min() <= longest + 1:
-                raise InputError(f"{recipe.text}: {sizes.min()} tokens to train on; windows of {longest} need a longer text")
+                raise InputError(f"{recipe.text}: {sizes.min()} training tokens; windows of {longest} tokens need a longer text")
             bytes_per_token = len(self.corpus.train.encode()) / float(np.mean(sizes))
             programs = [self._compile_steps(compilers, phase, streams) for phase in planned]
             scorer = self._compile_scorer(compilers)
@@ -94,13 +101,13 @@ class Session:
                     if step % self.pace.save_every == 0 and step < recipe.steps:
                         self._save(report)
             if step < recipe.steps:
-                report.say(f"stopped at step {step} of {recipe.steps}; go on with --resume {self.folder}")
+                report.say(f"stopped at step {step} of {recipe.steps}; continue with --resume {self.folder}")
             self._finish(scorer.result(), report)
 
     def _group(
         self, steps: Callable, streams: data.Streams, step: int, end: int, tokens: int, bytes_per_token: float, report: Report
     ) -> int:
-        """Steps up to the next event, in one call; returns the step reached."""
+        """Run the steps up to the next evaluation, save or report in one call. Returns the step reached."""
         events = (self.pace.steps_per_call, self.pace.evaluate_every, self.pace.save_every)
         count = min(end - step, *(event - step % event for event in events))
         begun = time.monotonic()
@@ -123,7 +130,7 @@ class Session:
         return step + count
 
     def _finish(self, scorer: Callable, report: Report) -> None:
-        """Measure the averaged weights as an exported file holds them, note the figures and save."""
+        """Evaluate the averaged weights as the exported file holds them, record the figures and save."""
         stored = as_stored(self._network.config, self.state.average | self.tables)
         params = {name: stored[name] for name in self.state.average}
         figures: dict[str, float] = {}
@@ -145,7 +152,7 @@ class Session:
         report.draw()
 
     def _compile_steps(self, compilers: ThreadPoolExecutor, phase: Any, streams: data.Streams) -> Future:
-        """Trace here, one program after the other, and compile in the background."""
+        """Trace in this thread, one program after the other, and compile in the background."""
         config = self._network.config
         network = Network.of(dataclasses.replace(config, index_topk=ALL_ROWS)) if phase.dense else self._network
         steps = make_steps(network, self.run.recipe, phase, self._optimizer)
@@ -160,26 +167,7 @@ class Session:
         return compilers.submit(lowered.compile)
 
     def _must_stop(self) -> bool:
-        limit = self.pace.time_limit
-        return self._interrupted or (limit is not None and time.monotonic() - self._started > limit)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let Ctrl-C and a request to terminate end the run after the current call; a second Ctrl-C ends it at once."""
-
-        before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def stop(number: int, frame: Any) -> None:
-            self._interrupted = True
-            signal.signal(number, before[number])
-
-        for number in before:
-            signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return self._stopping.asked
 
 
 def _precision(recipe: Recipe) -> str | None:
@@ -191,5 +179,5 @@ def _named(text: str, figures: dict[str, float]) -> dict[str, float]:
 
 
 def begin(recipe: Recipe, corpus: data.Corpus, command: str) -> Run:
-    """A new run: trains its vocabulary on the training chapters."""
+    """Start a run: train its vocabulary on the training chapters, and return its description at step 0."""
     return Run(recipe, data.train_vocabulary(corpus.train, recipe.vocab_size), 0, corpus.sha256, command)

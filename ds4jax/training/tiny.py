@@ -8,10 +8,10 @@ from ds4jax.config import Config
 
 
 def tiny_config(vocab_size: int) -> Config:
-    """Shape of the model that ships with the package: every part of V4-Flash, small.
+    """Configuration of the shipped model: every part of V4-Flash, small.
 
-    Inner dimensions of quantised matrices are multiples of 32, windows of 512 tokens make the indexer choose 32 rows of up to
-    128, and YaRN stretches a context of 1024 by four.
+    Inner dimensions of quantised matrices are multiples of 32. In a window of 512 tokens the indexer chooses 32 of up to 128
+    rows. YaRN stretches a context of 1024 by four.
     """
     return Config(
         vocab_size=vocab_size,
@@ -40,7 +40,7 @@ def tiny_config(vocab_size: int) -> Config:
 
 
 def hash_table(config: Config, seed: int) -> np.ndarray:
-    """A random table int32 [V, K] of experts for each token: distinct in a row, and each column as even as it can be."""
+    """A random table int32 [V, K] of experts for each token: distinct in a row, and balanced in each column."""
     rng = np.random.default_rng(seed)
     first_V = rng.permutation(np.arange(config.vocab_size) % config.n_experts)
     table = np.empty((config.vocab_size, config.n_active), np.int32)
@@ -48,7 +48,7 @@ def hash_table(config: Config, seed: int) -> np.ndarray:
     offsets = np.arange(1, config.n_experts)
     for expert in range(config.n_experts):
         tokens = np.flatnonzero(first_V == expert)
-        # The offsets go round, so that the tokens of one first expert spread evenly over the others.
-        turn = (np.arange(len(tokens))[:, None] + np.arange(config.n_active - 1)) % max(len(offsets), 1)
-        table[tokens, 1:] = (expert + offsets[turn]) % config.n_experts
+        # Offsets cycle, so the tokens of one first expert spread evenly over the other experts.
+        index = (np.arange(len(tokens))[:, None] + np.arange(config.n_active - 1)) % max(len(offsets), 1)
+        table[tokens, 1:] = (expert + offsets[index]) % config.n_experts
     return table

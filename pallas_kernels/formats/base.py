@@ -1,10 +1,11 @@
-"""What all quantised formats have in common, whatever planes they lie in."""
+"""The base class of the quantised formats, and conversions of bytes."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import ClassVar, Self
 
 import jax
@@ -14,16 +15,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """A weight [..., N, K] taken apart: w = scale · factor · value − minimum · offset.
+    """Integers and scales of a weight [..., N, K]: w = scale · factor · value − minimum · offset.
 
-    A row has B blocks, a block g groups and a group w values, in the order of K. Both products are exact in float32, so that a
-    weight needs one rounding at most.
+    A row has B blocks, a block g groups and a group w values, in the order of K. Both products are exact in float32, so a weight
+    is rounded at most once.
 
     Attributes:
         values: int8 [..., N, B, g, w].
         scale: float32 [..., N, B].
         factor: int32 [..., N, B, g]; None stands for 1.
-        minimum, offset: float32 [..., N, B] and int32 [..., N, B, g]; None where the format has none.
+        minimum, offset: float32 [..., N, B] and int32 [..., N, B, g]; None if the format has none. The offset is −1 where a
+            format adds its minimum.
     """
 
     values: jax.Array
@@ -32,14 +34,19 @@ class Terms:
     minimum: jax.Array | None = None
     offset: jax.Array | None = None
 
+    def grouped(self, groups: int) -> Terms:
+        """The terms of a weight [C·N, K] as those of C = `groups` groups of rows, [C, N, K]."""
+        numbers = (None if x is None else x.reshape(groups, -1, *x.shape[1:]) for x in vars(self).values())
+        return Terms(*numbers)  # type: ignore[arg-type]
+
 
 class Quantized(abc.ABC):
-    """A weight [..., N, K] of blocks along K; subclasses are frozen dataclasses of their planes, registered as pytrees.
+    """A weight [..., N, K] of blocks along K. Subclasses are frozen dataclasses of planes, registered as pytrees.
 
     Attributes:
         BLOCK: values in a block.
         BLOCK_BYTES, DEVICE_BYTES: bytes of a block in a file and on the device.
-        FLOAT16: where in a block of a file its float16 numbers begin.
+        FLOAT16: offsets in bytes of the float16 numbers in a block of a file.
     """
 
     BLOCK: ClassVar[int]
@@ -59,7 +66,7 @@ class Quantized(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def split(cls, blocks: jax.Array) -> Self:
-        """Blocks as a file stores them, uint8 [..., N, B, BLOCK_BYTES], to planes; bit operations that any device can run."""
+        """Convert blocks of a file, uint8 [..., N, B, BLOCK_BYTES], to planes, with bit operations that run on any device."""
 
     @abc.abstractmethod
     def join(self) -> jax.Array:
@@ -78,16 +85,16 @@ class Quantized(abc.ABC):
 
     @classmethod
     def from_bytes(cls, raw: np.ndarray | jax.Array) -> Self:
-        """Take rows as a GGUF file stores them, uint8 [..., N, bytes of a row]: put on the device as they are and split there."""
+        """Convert rows of a GGUF file, uint8 [..., N, bytes of a row]. They are split into planes on the device."""
         return _split(cls, raw)
 
     def to_bytes(self) -> np.ndarray:
-        """Rows as a GGUF file stores them: uint8 [..., N, bytes of a row]."""
+        """The rows of a GGUF file: uint8 [..., N, bytes of a row]."""
         blocks = np.asarray(_join(self))
         return blocks.reshape(*blocks.shape[:-2], -1)
 
     def dequantize(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        """The weight [..., N, K]; in float32 with the bits of ggml's own dequantisation."""
+        """The weight [..., N, K]. In float32 it has the same bits as ggml's dequantisation."""
         terms = self.terms()
         step = terms.scale[..., None] * (1.0 if terms.factor is None else terms.factor.astype(jnp.float32))
         weight = step[..., None] * terms.values.astype(jnp.float32)
@@ -96,8 +103,38 @@ class Quantized(abc.ABC):
         return weight.reshape(self.shape).astype(dtype)
 
     def take(self, index: jax.Array) -> Self:
-        """The matrices at `index` of the leading axis of a stack [E, N, K]: experts."""
-        return jax.tree.map(lambda plane: plane[index], self)
+        """Weights at `index` of the leading axis: matrices of a stack [E, N, K], or rows of a matrix [N, K]."""
+        if len(self.shape) > 2:
+            return jax.tree.map(lambda plane: plane[index], self)
+        return self._change_rows(lambda plane, axis: plane[(*axis * (slice(None),), index)])
+
+    def in_tiles(self, count: int) -> Self:
+        """The rows of a matrix [N, K] as a stack [count, N/count, K]; N is a multiple of `count`."""
+
+        def cut(plane: jax.Array, axis: int) -> jax.Array:
+            shape = plane.shape
+            return jnp.moveaxis(plane.reshape(*shape[:axis], count, shape[axis] // count, *shape[axis + 1 :]), axis, 0)
+
+        return self._change_rows(cut)
+
+    def _change_rows(self, change: Callable[[jax.Array, int], jax.Array]) -> Self:
+        """The matrix with every plane changed; `change` takes a plane and its axis of rows."""
+        planes, tree = jax.tree.flatten(self)
+        changed = [change(plane, plane.ndim + axis) for plane, axis in zip(planes, _row_axes(type(self)), strict=True)]
+        made: Self = jax.tree.unflatten(tree, changed)
+        return made
+
+
+@functools.cache
+def _row_axes(cls: type[Quantized]) -> tuple[int, ...]:
+    """For each plane of a format its axis of rows, from the end: the axis whose length `split` takes from the number of rows."""
+    few, many = (
+        jax.tree.leaves(jax.eval_shape(cls.split, jax.ShapeDtypeStruct((rows, 1, cls.BLOCK_BYTES), jnp.uint8))) for rows in (1, 2)
+    )
+    return tuple(
+        next(i - a.ndim for i, (one, two) in enumerate(zip(a.shape, b.shape, strict=True)) if one != two)
+        for a, b in zip(few, many, strict=True)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -121,6 +158,6 @@ def halves(raw: jax.Array) -> jax.Array:
 
 
 def as_bytes(plane: jax.Array) -> jax.Array:
-    """Any [..., n] → its bytes, uint8 [..., n · size]."""
+    """The bytes of an array [..., n] of any type: uint8 [..., n · size]."""
     raw = jax.lax.bitcast_convert_type(plane, jnp.uint8)
     return raw.reshape(*plane.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""IQ2_XXS: groups of eight from a table of 256 patterns, with signs and a four-bit scale for every 32."""
+"""IQ2_XXS: groups of eight weights from a codebook of 256 patterns, with signs and a four-bit scale for every 32 weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.formats import signs
 from pallas_kernels.formats.base import Quantized, Terms, as_bytes, halves, words
 
-# Each pattern as eight digits of two bits, the first weight lowest: 0, 1, 2 for magnitudes 8, 25, 43.
+# Each pattern has eight digits of two bits, the first weight in the lowest: 0, 1, 2 for magnitudes 8, 25, 43.
 _PATTERNS = """
     0000 0002 0005 0008 000a 0011 0014 0020 0022 0028 002a 0041 0044 0050 0058 0061
     0064 0080 0082 008a 00a2 0101 0104 0110 0115 0140 0184 0198 0200 0202 0222 0282
@@ -30,9 +31,8 @@ _PATTERNS = """
     9180 9245 9400 9422 9444 9551 9881 9920 a002 a050 a085 a109 a200 a418 a850 a904
 """
 MAGNITUDES = np.array([8, 25, 43], np.int8)
-_EVERY_FOURTH = 0x11111111
-# Where in a sign word the signs of each group of eight weights lie.
-_PLACES = np.arange(4, dtype=np.int32)[:, None] + np.arange(0, 32, 4, dtype=np.int32)
+# Bit positions in a sign word of the signs of each group of eight weights.
+SIGN_PLACES = np.arange(4, dtype=np.int32)[:, None] + np.arange(0, 32, 4, dtype=np.int32)
 
 
 def _grid() -> np.ndarray:
@@ -44,10 +44,10 @@ def _grid() -> np.ndarray:
 GRID = _grid()
 
 
-def selectors() -> np.ndarray:
-    """The patterns as int32 [256]: four bits a weight, the first lowest, that number its magnitude."""
+def selectors(grid: np.ndarray = GRID) -> np.ndarray:
+    """Patterns [n, 8] as int32 [n]: four bits per weight, the first weight in the lowest, with the number of its magnitude."""
     return (
-        (np.searchsorted(MAGNITUDES, GRID).astype(np.uint32) << np.arange(0, 32, 4, dtype=np.uint32))
+        (np.searchsorted(MAGNITUDES, grid).astype(np.uint32) << np.arange(0, 32, 4, dtype=np.uint32))
         .sum(1, dtype=np.uint32)
         .view(np.int32)
     )
@@ -61,7 +61,7 @@ class IQ2_XXS(Quantized):
     Device layout: a lane owns 128 weights, 16 bytes of pattern indices and 16 of signs, each contiguous over the lanes. Word j
     of a lane serves weights 32j .. 32j+31: byte i of its index word is the pattern of weights 8i .. 8i+7, and
     (signs >> i) & 0x11111111 holds their signs, four bits apart as in `selectors`. Bits 4j .. 4j+3 of the lane's factors belong
-    to word j. The file keeps seven signs of eight and leaves the last to parity; here all are stored, 70 bytes for the file's 66.
+    to word j. The file has seven of eight signs, the last follows from parity. Here all are stored: 70 bytes instead of 66.
 
     Attributes:
         indices, signs: int32 [..., N, K/128, 4].
@@ -89,19 +89,19 @@ class IQ2_XXS(Quantized):
 
     @classmethod
     def split(cls, blocks: jax.Array) -> IQ2_XXS:
-        """Blocks as a file stores them to planes."""
+        """Convert blocks of a file to planes."""
         lead = blocks.shape[:-2]
-        # Halves of bytes before words: a compiler then copies each plane once.
+        # Slicing bytes before they become words lets the compiler copy each plane once.
         pairs = blocks[..., 2:].reshape(*lead, -1, 4, 8)
         indices = words(pairs[..., :4])[..., 0]
         packed = jax.lax.bitcast_convert_type(words(pairs[..., 4:])[..., 0], jnp.uint32)
         shifts = jnp.arange(0, 16, 4, dtype=jnp.uint32)
         factors = jnp.sum((packed >> 28) << shifts, axis=-1, dtype=jnp.uint32).astype(jnp.uint16)
-        return cls(indices, _spread_signs(packed), factors, halves(blocks[..., :2])[..., 0])
+        return cls(indices, signs.spread(signs.with_parity(packed), SIGN_PLACES), factors, halves(blocks[..., :2])[..., 0])
 
     def join(self) -> jax.Array:
         """The inverse of `split`."""
-        packed = _gather_signs(self.signs) | (self._factors().astype(jnp.uint32) << 28)
+        packed = signs.without_parity(signs.gather(self.signs, SIGN_PLACES)) | (self._factors().astype(jnp.uint32) << 28)
         pairs = jnp.stack([self.indices, jax.lax.bitcast_convert_type(packed, jnp.int32)], axis=-1)
         rest = as_bytes(pairs.reshape(*self.scales.shape, 16))
         return jnp.concatenate([as_bytes(self.scales[..., None]), rest], axis=-1)
@@ -115,28 +115,6 @@ class IQ2_XXS(Quantized):
         lead = (*self.scales.shape, 8)
         patterns = as_bytes(self.indices[..., None]).reshape(*lead, 4).astype(jnp.int32)
         magnitudes = jnp.asarray(GRID)[patterns]
-        signs = self.signs.reshape(*lead, 1, 1) >> _PLACES
-        values = jnp.where((signs & 1) == 1, -magnitudes, magnitudes).reshape(*lead, 32)
+        negative = (self.signs.reshape(*lead, 1, 1) >> SIGN_PLACES) & 1
+        values = jnp.where(negative == 1, -magnitudes, magnitudes).reshape(*lead, 32)
         return Terms(values, self.scales.astype(jnp.float32) * 0.125, 2 * self._factors().reshape(lead) + 1)
-
-
-def _spread_signs(packed: jax.Array) -> jax.Array:
-    """Four times seven signs in the low 28 bits, uint32, to all 32 in their places, int32."""
-    signs = jnp.zeros_like(packed)
-    for group in range(4):
-        seven = (packed >> (7 * group)) & 127
-        eight = seven | ((jax.lax.population_count(seven) & 1) << 7)
-        for weight in range(8):
-            signs |= ((eight >> weight) & 1) << (4 * weight + group)
-    return jax.lax.bitcast_convert_type(signs, jnp.int32)
-
-
-def _gather_signs(signs: jax.Array) -> jax.Array:
-    """The inverse of `_spread_signs`."""
-    signs = jax.lax.bitcast_convert_type(signs, jnp.uint32)
-    packed = jnp.zeros_like(signs)
-    for group in range(4):
-        bits = (signs >> group) & _EVERY_FOURTH
-        for weight in range(7):
-            packed |= ((bits >> (4 * weight)) & 1) << (7 * group + weight)
-    return packed

@@ -1,4 +1,4 @@
-"""Q2_K and Q4_K: blocks of 256 in groups with small integer scales and minima of their own."""
+"""Q2_K and Q4_K: blocks of 256 weights in groups, each with a small integer scale and minimum."""
 
 from __future__ import annotations
 
@@ -10,8 +10,36 @@ import jax.numpy as jnp
 from pallas_kernels.formats.base import Quantized, Terms, as_bytes, halves, words
 
 K_BLOCK = 256
-# Weights that a lane owns in the layouts below.
+# Weights per lane in the layouts below.
 LANE = 64
+
+
+def spread_groups(packed: jax.Array) -> jax.Array:
+    """Factors and offsets of a block's eight groups, twelve bytes of a file, as the group words of four lanes: int32 [..., 4].
+
+    Six bits each. The first four groups are contiguous. Of the last four, four bits are in the last bytes and two bits are above
+    the first four groups.
+    """
+    first, second, last = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    factors = jnp.concatenate([first & 63, (last & 15) | ((first >> 6) << 4)], axis=-1)
+    offsets = jnp.concatenate([second & 63, (last >> 4) | ((second >> 6) << 4)], axis=-1)
+    pairs = (*packed.shape[:-1], 4, 2)
+    return words(jnp.concatenate([factors.reshape(pairs), offsets.reshape(pairs)], axis=-1))[..., 0]
+
+
+def factors_and_offsets(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Factors and offsets in the order of K, uint8 [..., 8] each, from group words int32 [..., 4]."""
+    pairs = as_bytes(groups[..., None]).reshape(*groups.shape, 2, 2)
+    return pairs[..., 0, :].reshape(*groups.shape[:-1], 8), pairs[..., 1, :].reshape(*groups.shape[:-1], 8)
+
+
+def gather_groups(numbers: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The twelve bytes of a file, uint8 [..., 12], from factors and offsets [..., 8]."""
+    factors, offsets = numbers
+    first = (factors[..., :4]) | ((factors[..., 4:] >> 4) << 6)
+    second = (offsets[..., :4]) | ((offsets[..., 4:] >> 4) << 6)
+    last = (factors[..., 4:] & 15) | ((offsets[..., 4:] & 15) << 4)
+    return jnp.concatenate([first, second, last], axis=-1)
 
 
 @jax.tree_util.register_dataclass
@@ -49,10 +77,10 @@ class Q2_K(Quantized):
 
     @classmethod
     def split(cls, blocks: jax.Array) -> Q2_K:
-        """Blocks as a file stores them to planes."""
+        """Convert blocks of a file to planes."""
         lead = blocks.shape[:-2]
         quants = words(blocks[..., 16:80]).reshape(*lead, -1, 4)
-        # Groups of a half in the file: plane by plane, two for each.
+        # In the file, the groups of a half are ordered by plane, two per plane.
         groups = blocks[..., :16].reshape(*blocks.shape[:-1], 2, 4, 2)
         groups = words(jnp.swapaxes(groups, -1, -2)).reshape(*lead, -1)
         numbers = halves(blocks[..., 80:84])
@@ -87,9 +115,9 @@ class Q4_K(Quantized):
     """A weight [..., N, K] in four bits: w = scale · factor · quant − minimum · offset, factor and offset for every 32.
 
     Device layout: a lane owns the 64 weights of 32 bytes, in two halves of 16 that are each contiguous over the lanes. Lane i
-    holds weights 64i + 16h + 4w .. + 3 in the low halves of the bytes of word w of half h, and those 32 further on in the high
-    halves. The bytes of its group word: factor of the lower 32 weights, of the upper, offset of the lower, of the upper.
-    148 bytes for the 144 of the file.
+    has weights 64i + 16h + 4w .. + 3 in the low halves of the bytes of word w of half h, and the weights 32 positions later in
+    the high halves. The bytes of its group word: factor of the lower 32 weights, of the upper, offset of the lower, of the upper.
+    148 bytes instead of 144 in the file.
 
     Attributes:
         quants: int32 [..., 2, N, K/64, 4].
@@ -117,33 +145,22 @@ class Q4_K(Quantized):
 
     @classmethod
     def split(cls, blocks: jax.Array) -> Q4_K:
-        """Blocks as a file stores them to planes."""
+        """Convert blocks of a file to planes."""
         lead = blocks.shape[:-2]
         numbers = halves(blocks[..., :4])
-        # Six bits each: the first four groups whole; of the last four the low half in the last bytes, two bits on top of those.
-        first, second, last = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
-        factors = jnp.concatenate([first & 63, (last & 15) | ((first >> 6) << 4)], axis=-1)
-        offsets = jnp.concatenate([second & 63, (last >> 4) | ((second >> 6) << 4)], axis=-1)
-        pairs = (*blocks.shape[:-1], 4, 2)
-        groups = words(jnp.concatenate([factors.reshape(pairs), offsets.reshape(pairs)], axis=-1)).reshape(*lead, -1)
+        groups = spread_groups(blocks[..., 4:16]).reshape(*lead, -1)
         quants = words(blocks[..., 16:]).reshape(*lead, -1, 2, 4)
         return cls(jnp.moveaxis(quants, -2, -4), groups, numbers[..., 0], numbers[..., 1])
 
     def join(self) -> jax.Array:
         """The inverse of `split`."""
         lead = self.scales.shape
-        factors, offsets = self._groups()
-        first = (factors[..., :4]) | ((factors[..., 4:] >> 4) << 6)
-        second = (offsets[..., :4]) | ((offsets[..., 4:] >> 4) << 6)
-        last = (factors[..., 4:] & 15) | ((offsets[..., 4:] & 15) << 4)
         numbers = as_bytes(jnp.stack([self.scales, self.minima], axis=-1))
-        return jnp.concatenate([numbers, first, second, last, self._packed().reshape(*lead, 128)], axis=-1)
+        return jnp.concatenate([numbers, gather_groups(self._groups()), self._packed().reshape(*lead, 128)], axis=-1)
 
     def _groups(self) -> tuple[jax.Array, jax.Array]:
         """Factors and offsets in the order of K, uint8 [..., B, 8] each."""
-        lead = self.scales.shape
-        pairs = as_bytes(self.groups[..., None]).reshape(*lead, 4, 2, 2)
-        return pairs[..., 0, :].reshape(*lead, 8), pairs[..., 1, :].reshape(*lead, 8)
+        return factors_and_offsets(self.groups.reshape(*self.scales.shape, 4))
 
     def _packed(self) -> jax.Array:
         """The bytes of the quants in the order of the file, uint8 [..., B, 4, 32]."""

@@ -1,4 +1,4 @@
-"""Q8_0: int8 with one scale for every 32."""
+"""Q8_0: int8 values with one scale for every 32."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ BLOCK_BYTES = 2 + BLOCK
 class Q8_0(Quantized):
     """A weight [..., N, K] of int8 blocks of 32 along K, each with one float16 scale: w = scale · quant.
 
-    Device layout: each block's eight words (word k holds values 4k..4k+3, lowest byte first) lie in two halves of four, each
-    half contiguous over the blocks, so that a lane that owns a block loads 16 bytes at once and a warp loads contiguously.
+    Device layout: the eight words of a block (word k has values 4k..4k+3, lowest byte first) are stored in two halves of four.
+    Each half is contiguous over the blocks. So a lane, which owns a block, loads 16 bytes at a time, and a warp loads contiguous
+    memory.
 
     Attributes:
-        quants: int32 [..., 2, N, K/32, 4], four int8 values a word.
+        quants: int32 [..., 2, N, K/32, 4], four int8 values per word.
         scales: float16 [..., N, K/32].
 
     Source: GGUF block layout Q8_0 (ggml-common.h, `block_q8_0`).
@@ -47,10 +48,12 @@ class Q8_0(Quantized):
 
     @staticmethod
     def encode(weight: jax.Array | np.ndarray) -> np.ndarray:
-        """A float weight [..., N, K] in the bytes of a file, uint8 [..., N, 34·K/32], by ggml's rule.
+        """Quantise a float weight [..., N, K] to the bytes of a file, uint8 [..., N, 34·K/32], on the host.
 
-        d = amax/127 in float32, round half away from zero; blocks whose d has no finite inverse become 0. Runs on the host.
-        Raises ValueError when K is not a multiple of 32.
+        ggml's rule: d = amax/127 in float32, round half away from zero. A block becomes 0 if 1/d is not finite.
+
+        Raises:
+            ValueError: K is not a multiple of 32.
         """
         weight = np.asarray(weight, np.float32)
         if weight.ndim < 2 or weight.shape[-1] % BLOCK:
@@ -65,12 +68,12 @@ class Q8_0(Quantized):
 
     @classmethod
     def quantize(cls, weight: jax.Array | np.ndarray) -> Q8_0:
-        """Quantise a float weight [..., N, K] with ggml's rule. Raises ValueError when K is not a multiple of 32."""
+        """Quantise a float weight [..., N, K]; see `encode`."""
         return cls.from_bytes(cls.encode(weight))
 
     @classmethod
     def split(cls, blocks: jax.Array) -> Q8_0:
-        """Blocks as a file stores them to planes."""
+        """Convert blocks of a file to planes."""
         quants = words(blocks[..., 2:])
         quants = quants.reshape(*quants.shape[:-1], 2, HALF)
         return cls(jnp.moveaxis(quants, -2, -4), halves(blocks[..., :2])[..., 0])
@@ -88,9 +91,3 @@ class Q8_0(Quantized):
         """The quants in blocks, int8 [..., N, K/32, 32]."""
         quants = jnp.moveaxis(self.quants, -4, -2)
         return jax.lax.bitcast_convert_type(quants, jnp.int8).reshape(*self.scales.shape, BLOCK)
-
-    def take(self, index: jax.Array) -> Q8_0:
-        """The weights at `index` of the leading axis: experts of a stack [E, N, K], or rows of a matrix [N, K]."""
-        if self.scales.ndim > 2:
-            return super().take(index)
-        return Q8_0(self.quants[:, index], self.scales[index])

@@ -1,4 +1,4 @@
-"""`ds4jax bench` and `python -m ds4jax.bench`: what they refuse, and how they end."""
+"""`ds4jax bench`: what they refuse, and how they end."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import pytest
 
-from ds4jax import cli, runtime
-from ds4jax.bench import __main__ as module
-from ds4jax.bench import environment, kernels
-from ds4jax.commands import bench
+from ds4jax import runtime
+from ds4jax.bench import environment, experts, kernels
+from ds4jax.bench import suite as module
+from ds4jax.cli import main as cli
+from ds4jax.cli.commands import bench
 from ds4jax.errors import InputError
 
 
@@ -44,12 +45,16 @@ def test_bench_kernels_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (["bench", "kernels", "--rows", "0"], "--rows: 0 is out of range; a launch takes 1 to 32 rows"),
         (["bench", "kernels", "--rows", "33"], "--rows: 33 is out of range"),
         (["bench", "kernels", "--shapes", "large"], "--shapes"),
-        (["bench", "kernels", "--plot", "a.pdf"], "--plot: a.pdf: the picture is a PNG"),
+        (["bench", "kernels", "--plot", "a.pdf"], "--plot: a.pdf: the figure is a PNG"),
         (["bench", "kernels", "--json", "no/such/folder/k.json"], "--json: no/such/folder/k.json: cannot be written"),
     ],
 )
 def test_bad_options(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
     assert says in refusal(capsys, cli.main, *arguments)
+
+
+def test_parts_of_the_suite() -> None:
+    assert tuple(module.PARTS) == bench.PARTS
 
 
 def test_rows() -> None:
@@ -70,11 +75,12 @@ def test_bench_kernels_writes_what_it_found(
     monkeypatch.setattr(environment, "require_gpu", lambda: None)
     monkeypatch.setattr(environment, "copy_gbps", lambda: 4.0)
     monkeypatch.setattr(kernels.Bench, "run", run)
+    monkeypatch.setattr(experts, "measure", lambda bandwidth, note: ([], ["down: it failed, too"]))
     files = ["--json", str(tmp_path / "k.json"), "--plot", str(tmp_path / "k.png")]
     assert cli.main(["bench", "kernels", "--rows", "2", *files]) == 1
     assert asked == [((2,), False)]
     told = json.loads((tmp_path / "k.json").read_text())
-    assert (told["rows"], told["problems"]) == ([row], ["head: it failed"])
+    assert (told["rows"], told["problems"]) == ([row], ["head: it failed", "down: it failed, too"])
     assert (tmp_path / "k.png").stat().st_size > 1000
     assert "head: it failed" in capsys.readouterr().out
 
@@ -82,7 +88,6 @@ def test_bench_kernels_writes_what_it_found(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "COMMAND"),
         (["suite"], "--part"),
         (["suite", "--part", "nothing", "--out", "x"], "kernels"),
         (["suite", "--part", "kernels", "--out", "pyproject.toml"], "--out: pyproject.toml: File exists"),
@@ -92,13 +97,13 @@ def test_bad_suite_options(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, root: Path, arguments: list[str], says: str
 ) -> None:
     monkeypatch.chdir(root)
-    assert says in refusal(capsys, module.main, *arguments)
+    assert says in refusal(capsys, cli.main, "bench", *arguments)
 
 
 def test_suite_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    line = refusal(capsys, module.main, "suite", "--part", "kernels", "--out", str(tmp_path / "out"))
-    assert line.startswith("ds4jax.bench: error: bench: jax runs on cpu here")
+    line = refusal(capsys, cli.main, "bench", "suite", "--part", "kernels", "--out", str(tmp_path / "out"))
+    assert line.startswith("ds4jax: error: bench: jax runs on cpu here")
     monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
     with pytest.raises(InputError, match="jax does not start: .*nonsense"):
         module.device_kind()
@@ -147,7 +152,7 @@ def test_suite(
     monkeypatch.setattr(module, "device_kind", lambda: "A GPU")
     monkeypatch.setattr(module, "gpu_tests", gpu_tests)
     monkeypatch.setattr(module, "PARTS", {"kernels": module.Part(part, ("tests/one.py",))})
-    assert module.main(["suite", "--part", "kernels", "--out", str(tmp_path)]) == code
+    assert cli.main(["bench", "suite", "--part", "kernels", "--out", str(tmp_path)]) == code
     assert order == ["a-gpu", ("a-gpu-kernels-gpu-tests.txt", ("tests/one.py",))]
     out = capsys.readouterr().out
     assert out.endswith("gpu tests: 1 failed\n")
@@ -166,6 +171,7 @@ def test_kernels_part(
     monkeypatch.setattr(environment, "require_gpu", lambda: None)
     monkeypatch.setattr(environment, "copy_gbps", lambda: 4.0)
     monkeypatch.setattr(kernels.Bench, "run", lambda self, note: kernels.Result([row], compared, problems))
+    monkeypatch.setattr(experts, "measure", lambda bandwidth, note: ([row], []))
     assert module.kernels_part(tmp_path, "a-gpu", lambda message: None) is good
     told = json.loads((tmp_path / "a-gpu-kernels.json").read_text())
-    assert (told["rows"], told["bits"], told["problems"]) == ([row], compared, problems)
+    assert (told["rows"], told["bits"], told["problems"]) == ([row, row], compared, problems)

@@ -12,21 +12,23 @@ import numpy as np
 import pytest
 from quantized import as_float
 
-from ds4jax import cli, runtime
-from ds4jax.bench import __main__ as module
-from ds4jax.bench import decode, decode_report, environment, profile, synthetic, traffic
-from ds4jax.commands import bench as command
+from ds4jax import runtime
+from ds4jax.bench import decode, decode_report, environment, profile, traffic
+from ds4jax.bench import suite as module
+from ds4jax.cli import main as cli
 from ds4jax.config import Config
 from ds4jax.errors import InputError
 from ds4jax.loading import plan as plans
 from ds4jax.loading.gguf_names import slots
 from ds4jax.loading.plan import plan
-from pallas_kernels import bundle
-from pallas_kernels.activation import Activation
-from pallas_kernels.expert_matmul import gate_up_part, quantize_for
-from pallas_kernels.formats import BLOCK, HALF, IQ2_XXS, Q2_K, Q4_K, Q8_0
-from pallas_kernels.q8_matmul import Tile, q8_part
-from pallas_kernels.shapes import FLASH
+from ds4jax.random_models import checkpoint as synthetic
+from pallas_kernels.core import launch as bundle
+from pallas_kernels.experts.decode import gate_up_part
+from pallas_kernels.formats import BLOCK, HALF, IQ2_S, IQ2_XXS, IQ3_XXS, MXFP4, Q2_K, Q4_K, Q5_K, Q6_K, Q8_0, Quantized
+from pallas_kernels.linear.activation import Activation
+from pallas_kernels.linear.lane_row import quantize_for
+from pallas_kernels.linear.q8_matmul import Tile, q8_part
+from pallas_kernels.tuning.shapes import FLASH
 
 SMALL = synthetic.config_of("small-q2")
 TYPES = {
@@ -39,17 +41,47 @@ TYPES = {
     "layers.2.attn.indexer.weights_proj.weight": jnp.float16,
     "embed.weight": jnp.float16,
 }
+UD_TYPES = {
+    "layers.0.ffn.experts.w2.weight": MXFP4,
+    "layers.1.ffn.experts.w3.weight": IQ2_S,
+    "layers.1.ffn.experts.w2.weight": IQ3_XXS,
+    "layers.5.ffn.experts.w2.weight": MXFP4,
+    "layers.2.attn.wq_a.weight": Q5_K,
+    "layers.2.attn.wkv.weight": Q8_0,
+    "layers.2.ffn.shared_experts.w1.weight": Q5_K,
+    "layers.2.ffn.shared_experts.w2.weight": Q6_K,
+    "mtp.0.ffn.experts.w1.weight": Q4_K,
+    "embed.weight": Q4_K,
+    "layers.2.attn.compressor.wkv.weight": jnp.float32,
+    "layers.2.ffn.gate.weight": jnp.bfloat16,
+}
+# So few groups that the mean of their random minima is not near 0.
+TINY = ("layers.2.attn.wq_a.weight",)
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_values_have_their_type_and_spread(name: str) -> None:
+def test_types_of_ud_iq3_xxs() -> None:
+    tensors = {tensor.name: tensor for tensor in synthetic.checkpoint(SMALL, "small-ud-iq3-xxs").tensors}
+    for name, wanted in UD_TYPES.items():
+        abstract = tensors[name].abstract
+        assert (getattr(abstract, "dtype", None) if not isinstance(abstract, Quantized) else type(abstract)) == wanted, name
+    assert tensors["layers.2.attn.compressor.wkv.weight"].stored == "Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "wanted"),
+    [
+        *(("small-q2", *one) for one in TYPES.items()),
+        *(pytest.param("small-ud-iq3-xxs", *one, marks=pytest.mark.long) for one in UD_TYPES.items() if one[0] not in TINY),
+    ],
+)
+def test_values_have_their_type_and_spread(layout: str, name: str, wanted: Any) -> None:
     slot = next(slot for slot in slots(SMALL) if slot.name == name)
-    value, again = synthetic.value(SMALL, slot), synthetic.value(SMALL, slot)
+    value, again = synthetic.value(SMALL, slot, layout), synthetic.value(SMALL, slot, layout)
     jax.tree.map(np.testing.assert_array_equal, value, again)
     if isinstance(value, jax.Array):
-        assert value.dtype == TYPES[name]
+        assert value.dtype == wanted
     else:
-        assert type(value) is TYPES[name]
+        assert type(value) is wanted
         numbers = np.asarray(value.to_bytes()).reshape(-1, value.BLOCK_BYTES)
         assert not value.broken(numbers).any()
         value = as_float(value)
@@ -62,7 +94,7 @@ def test_values_have_their_type_and_spread(name: str) -> None:
 
 def test_expert_ids_are_distinct() -> None:
     slot = next(slot for slot in slots(SMALL) if slot.name.endswith("tid2eid"))
-    ids = np.asarray(synthetic.value(SMALL, slot))
+    ids = np.asarray(synthetic.value(SMALL, slot, "small-q2"))
     assert ids.shape == (SMALL.vocab_size, SMALL.n_active)
     assert (ids.min(), ids.max()) == (0, SMALL.n_experts - 1)
     assert all(len(set(row)) == SMALL.n_active for row in ids.tolist())
@@ -91,6 +123,14 @@ def test_bytes_of_a_step() -> None:
     assert planned.draft / 1e9 == pytest.approx(0.834, abs=0.002)
     assert two - plain == pytest.approx(5.32, abs=0.01)
     assert [traffic.distinct_experts(config, rows) for rows in (1, 2, 3)] == pytest.approx([6, 11.86, 17.58], abs=0.01)
+
+
+def test_bytes_of_ud_iq3_xxs() -> None:
+    """The published file has 103 GB, without an MTP block."""
+    config = synthetic.config_of("ud-iq3-xxs")
+    tensors = [one for one in synthetic.checkpoint(config, "ud-iq3-xxs").tensors if not one.name.startswith("mtp.")]
+    assert sum(one.nbytes for one in tensors) / 1e9 == pytest.approx(103, abs=1)
+    assert sum(one.device_nbytes for one in tensors) / 1e9 == pytest.approx(104.94, abs=0.01)
 
 
 def test_kernels_count_their_own_bytes() -> None:
@@ -147,6 +187,7 @@ def content() -> dict[str, Any]:
         "whole_layers": 43, "context": 2048, "weight_bytes": 10**10, "build_seconds": 1.0, "peak_bytes": 2 * 10**10,
         "compiled": [{"program": "max_draft 0", "trace_seconds": 1.0, "compile_seconds": 2.0}],
         "rows": [plain, drafted],
+        "calls": {"advance": [], "call_ms": 1.25, "step_ms": 4.4, "in_pieces": 215.0, "in_one_call": 220.0},
         "simulated": decode._simulated([plain, drafted], (0.5,)),
         "lossless": None,
         "profiles": [{**where, "steps": 1, **profile.summary(kernels, 4)}],
@@ -168,7 +209,15 @@ def test_rows_and_simulated_figures() -> None:
 def test_what_people_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     decode_report.show(content())
     out = capsys.readouterr().out
-    for words in ("a SLICE of 4 of 43 layers", "214.3 at 0.5", "simulated", "q8_share_warp", "reads no weights", "peak 20.0 GB"):
+    for words in (
+        "a SLICE of 4 of 43 layers",
+        "214.3 at 0.5",
+        "simulated",
+        "q8_share_warp",
+        "reads no weights",
+        "peak 20.0 GB",
+        "a call costs 1.25 ms in addition to steps of 4.400 ms; 215.0 tokens/s in pieces of 8 tokens, 220.0 in one call",
+    ):
         assert words in out
     decode_report.write_profile(tmp_path / "p.txt", content())
     assert "swiglu" in (tmp_path / "p.txt").read_text()
@@ -180,13 +229,13 @@ def test_what_people_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     ("arguments", "says"),
     [
         (["--synthetic", "large"], "--synthetic: invalid choice: 'large'"),
-        (["--synthetic", "small-q2", "--draft", "0,5"], "--draft: 5 is out of range"),
+        (["--synthetic", "small-q2", "--draft", "0,8"], "--draft: 8 is out of range"),
         (["--synthetic", "small-q2", "--layers", "0"], "--layers: 0 is out of range"),
         (["--synthetic", "small-q2", "--layers", "7"], "layers is 7; small-q2 has 6"),
         (["--synthetic", "small-q2", "--context", "4090"], "context is 4090 and steps 64; small-q2 ends at 4096"),
         (["--synthetic", "small-q2", "--acceptance", "0.5"], "acceptance has 1 shares; draft 2 needs 2"),
         (["--synthetic", "small-q2", "--acceptance", "1.5"], "--acceptance: 1.5 is out of range"),
-        (["--synthetic", "small-q2", "--plot", "a.pdf"], "--plot: a.pdf: the picture is a PNG"),
+        (["--synthetic", "small-q2", "--plot", "a.pdf"], "--plot: a.pdf: the figure is a PNG"),
         ([], "--synthetic"),
     ],
 )
@@ -209,10 +258,6 @@ def test_no_room_for_the_weights(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "8.00 GB are free" in err
 
 
-def test_the_command_knows_the_layouts() -> None:
-    assert tuple(synthetic.LAYOUTS) == command.LAYOUTS
-
-
 @pytest.mark.parametrize(("problems", "good"), [([], True), (["plain: values that are not finite"], False)])
 def test_decode_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, problems: list[str], good: bool) -> None:
     asked = []
@@ -230,7 +275,7 @@ def test_decode_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, problems: 
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_whole_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Without compressed layers but one, to compile little; every draft count stands once."""
     files = ["--json", str(tmp_path / "d.json"), "--plot", str(tmp_path / "d.png")]
@@ -241,6 +286,10 @@ def test_a_whole_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert [row["name"] for row in told["rows"]] == ["plain", "plain in max_draft 1", "draft 1 in max_draft 1"]
     assert all(row["ms_per_step"] > 0 and row["fraction"] is None for row in told["rows"])
     assert [row["simulated"] for row in told["simulated"]] == [True]
+    calls = told["calls"]
+    assert [row["tokens"] for row in calls["advance"]] == [1, 8, 32]
+    assert 0 < calls["step_ms"] < calls["advance"][1]["ms"]
+    assert min(calls["in_pieces"], calls["in_one_call"]) > 0
     lossless = told["lossless"]
     assert lossless["equal"]
     assert 0 < lossless["stood"][0] < lossless["tried"][0]

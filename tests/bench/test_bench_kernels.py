@@ -11,10 +11,12 @@ import pytest
 
 from ds4jax.bench import bits, kernels
 from ds4jax.bench.kernels import Bench
-from pallas_kernels import activation, timing, tune
-from pallas_kernels.q8_matmul import Tile
-from pallas_kernels.shapes import Product
-from pallas_kernels.tune import Launch
+from pallas_kernels.core import timing
+from pallas_kernels.linear import activation
+from pallas_kernels.linear.q8_matmul import Tile
+from pallas_kernels.tuning import tune
+from pallas_kernels.tuning.shapes import Product
+from pallas_kernels.tuning.tune import Launch
 
 PAIR = Product("pair", (8, 4), 64)
 GROUPED = Product("grouped", (8,), 96, groups=2)
@@ -138,7 +140,7 @@ def test_each_number_of_rows_is_one_program_with_its_own_tile(monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("no_gpu_needed")
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_whole_run() -> None:
     notes: list[str] = []
     found = Bench((PAIR, GROUPED), (1, 3, 12), 2.0, check_bits=True).run(notes.append)
@@ -161,6 +163,7 @@ def test_a_whole_run() -> None:
     assert notes[-1] == "grouped, dot_f16"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_gpu_needed")
 def test_a_part_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(run: Callable[[], object]) -> list[tuple[str, float]]:

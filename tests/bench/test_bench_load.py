@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ds4jax import cli, runtime
-from ds4jax.bench import __main__ as module
+from ds4jax import runtime
 from ds4jax.bench import environment, load, q2_file
+from ds4jax.bench import suite as module
+from ds4jax.cli import main as cli
 from ds4jax.loading import open_checkpoint
 
 SMALL = 20_000_000
@@ -43,6 +44,7 @@ def test_a_file_has_the_published_types(tmp_path: Path) -> None:
     assert max(tensor.nbytes for tensor in tensors) == largest
 
 
+@pytest.mark.long
 def test_bench_load(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,7 +59,8 @@ def test_bench_load(
     for way, rates in told["runs"].items():
         assert told["gbps"][way] == sorted(rates)[1] > 0
     assert told["slower"] == min(told["gbps"]["cat"], told["gbps"]["put"])
-    assert told["ratio"] == pytest.approx(told["gbps"]["load"] / told["slower"], rel=0.02)
+    # The file rounds rates to a thousandth.
+    assert told["ratio"] == pytest.approx(told["gbps"]["load"] / told["slower"], rel=0.02, abs=1e-3)
     assert f"loading is at {told['ratio']:.2f} of the slower" in out
     assert not any(apart.iterdir())
 

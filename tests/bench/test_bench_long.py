@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from ds4jax import cli
 from ds4jax.bench import long, prefill, report
+from ds4jax.cli import main as cli
 from ds4jax.errors import InputError
 
 
+@pytest.mark.slow
 def test_prefill(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     file = tmp_path / "prefill.json"
     options = ["--synthetic", "small-q2", "--layers", "2", "--tokens", "32,64", "--chunk", "32", "--json", str(file)]
@@ -23,7 +24,7 @@ def test_prefill(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert "a SLICE of 2 of 6 layers" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_decode_over_contexts_and_caches(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     content = long.bench(long.Options("small-q2", 3, ("float32", "narrow"), (64, 600), 4), lambda message: None)
     assert [(row["cache"], row["context"]) for row in content["rows"]] == [

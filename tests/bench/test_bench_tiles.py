@@ -1,4 +1,4 @@
-"""Which tile a launch gets, and the table that `python -m pallas_kernels.tune` writes."""
+"""Which tile a launch gets, and the table that `python -m pallas_kernels.tuning.tune` writes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from pallas_kernels import tiles, tune
-from pallas_kernels.q8_matmul import Tile
-from pallas_kernels.shapes import FLASH, Product, tile_key
-from pallas_kernels.tune import Launch
+from pallas_kernels.core import tiles
+from pallas_kernels.linear.q8_matmul import Tile
+from pallas_kernels.tuning import tune
+from pallas_kernels.tuning.shapes import FLASH, Product, tile_key
+from pallas_kernels.tuning.tune import Launch
 
 H100 = "NVIDIA H100 80GB HBM3"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds4jax import cli
+from ds4jax.cli import main as cli
 
 
 @pytest.fixture
@@ -74,11 +74,11 @@ OPTIONS = [
     ("generate text --seed 1.5", "--seed"),
     ("generate text --seed zero", "--seed"),
     ("generate text --seed 9223372036854775808", "--seed"),
-    ("generate text --draft -1", "--draft: -1 is out of range; it must be 0 to 4"),
-    ("generate text --draft 5", "--draft: 5 is out of range; it must be 0 to 4"),
+    ("generate text --draft -1", "--draft: -1 is out of range; it must be 0 to 7"),
+    ("generate text --draft 8", "--draft: 8 is out of range; it must be 0 to 7"),
     ("generate text --draft most", "--draft: 'most' is not an integer"),
     ("generate text --max-draft -1", "--max-draft: -1 is out of range"),
-    ("generate text --max-draft 5", "--max-draft: 5 is out of range"),
+    ("generate text --max-draft 8", "--max-draft: 8 is out of range"),
     ("generate text --max-draft auto", "--max-draft: 'auto' is not an integer"),
     ("generate text --ids good.npy", "--ids"),
     ("generate --ids missing.npy", "missing.npy: No such file"),
@@ -108,15 +108,15 @@ OPTIONS = [
     ("eval --text latin.txt", "latin.txt: not UTF-8 at byte 0"),
     ("eval --text empty", "empty: the file is empty"),
     ("eval --text folder", "folder: Is a directory"),
-    ("check --max-draft 5", "--max-draft: 5 is out of range; it must be 0 to 4"),
+    ("check --max-draft 8", "--max-draft: 8 is out of range; it must be 0 to 7"),
     ("check --max-draft auto", "--max-draft: 'auto' is not an integer"),
     ("check --prompt-file missing.txt", "missing.txt: No such file"),
     ("check --prompt-file empty", "empty: the file is empty"),
     ("check --prompt-file latin.txt", "latin.txt: not UTF-8 at byte 0"),
     ("check --model missing.gguf", "missing.gguf: no such file"),
     ("check text", "text"),
-    ("bench knight --max-new-tokens 0", "--max-new-tokens"),
-    ("bench knight --model missing.gguf", "missing.gguf: no such file"),
+    ("bench reference --max-new-tokens 0", "--max-new-tokens"),
+    ("bench reference --model missing.gguf", "missing.gguf: no such file"),
     ("bench load --bytes 0", "--bytes"),
     ("bench load --bytes 1GB", "--bytes: '1GB' is not a number"),
     ("bench load --json no/such/folder/load.json", "--json"),
@@ -127,7 +127,7 @@ OPTIONS = [
 def test_options(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, names: str
 ) -> None:
-    monkeypatch.setattr("ds4jax.commands.model.open_model", lambda options, **_: pytest.fail("a model was opened"))
+    monkeypatch.setattr("ds4jax.cli.commands.model.open_model", lambda options, **_: pytest.fail("a model was opened"))
     before = sorted(folder.rglob("*"))
     assert names in told(capsys, line.split())
     assert sorted(folder.rglob("*")) == before
@@ -157,7 +157,7 @@ def test_words_that_split_would_lose(capsys: pytest.CaptureFixture[str], argumen
         "inspect",
         "eval --model",
         "check --model",
-        "bench knight --model",
+        "bench reference --model",
     ],
 )
 def test_files_that_are_no_model(folder: Path, capsys: pytest.CaptureFixture[str], command: str, path: str) -> None:
@@ -173,10 +173,32 @@ def test_a_folder_without_permission(folder: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_wrong_option_is_told_at_once() -> None:
-    program = "import sys; from ds4jax import cli\ntry: cli.main(['generate', 'x', '--seed', 'y'])\nfinally: print(*sys.modules)"
+    call = "cli.main(['generate', 'x', '--seed', 'y'])"
+    program = f"import sys; from ds4jax.cli import main as cli\ntry: {call}\nfinally: print(*sys.modules)"
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert time.perf_counter() - began < 10
     assert done.returncode == 2
     assert done.stderr == "ds4jax: error: argument --seed: 'y' is not an integer\n"
     assert not {"jax", "flax", "tokenizers", "rich"} & set(done.stdout.split())
+
+
+def in_an_ascii_locale(*arguments: bytes, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """`ds4jax`, with a `generate` that only says what it was given and what the first line of stdin is."""
+    program = """if True:
+        import sys
+        from ds4jax.cli import main as cli
+        from ds4jax.cli.commands import generate
+        generate.run = lambda options: print(options.prompt, options.stop[0], sys.stdin.readline()) or 0
+        sys.exit(cli.main(sys.argv[1:]))
+    """
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", program, "generate", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, env=os.environ | locale)
+
+
+def test_texts_are_utf_8_where_the_locale_knows_ascii_alone() -> None:
+    done = in_an_ascii_locale("é日".encode(), b"--stop", "ß".encode(), stdin="ç\n".encode())
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "é日 ß ç\n\n", b"")
+    done = in_an_ascii_locale(b"\xff")
+    assert (done.returncode, done.stderr) == (2, b"ds4jax: error: argument PROMPT: the prompt is not valid UTF-8\n")

@@ -9,8 +9,9 @@ import signal
 import pytest
 
 import ds4jax
-from ds4jax import chat, cli
-from ds4jax.generation import Generation
+from ds4jax.cli import main as cli
+from ds4jax.engine.generation import Generation
+from ds4jax.text.encoder import chat_prompt, follow_up
 
 QUESTIONS = ["And what of the king?", "Who was his father?", "And then?"]
 LINE = ["chat", "--max-new-tokens", "16"]
@@ -31,8 +32,8 @@ def answers(model: ds4jax.LanguageModel, system: str = "") -> list[str]:
     """What is answered when every prompt is computed anew from the ids before it."""
     tokenizer, found, ids = model.tokenizer, [], []
     for question in QUESTIONS:
-        turns = [*([chat.Turn("system", system)] if system else []), chat.Turn("user", question)]
-        ids = [*ids, *chat.follow_up(tokenizer, question)] if ids else chat.encode(tokenizer, turns)
+        said = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question}]
+        ids = [*ids, *follow_up(tokenizer, question)] if ids else list(chat_prompt(said, tokenizer=tokenizer).ids)
         reply = model.generate(ids, max_new_tokens=16)
         found.append(reply.text)
         ids = [*ids, *reply.ids]
@@ -60,9 +61,11 @@ def test_reasoning_is_computed_on_and_not_shown(
     figures = [tuple(map(int, line)) for line in re.findall(r"(\d+) prompt tokens, (\d+) of", err)]
     # The tiny model never ends its reasoning, so that every answer is empty and all that is kept is the prompt before it.
     assert out == "\n\n\n"
+    assert err.count("note: no answer: the reasoning did not end within 16 tokens") == 3
     assert [kept for _, kept in figures] == [0, figures[0][0] - 2, figures[1][0] - 2]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_reply_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     advance, calls = Generation.advance, []
 
@@ -80,6 +83,7 @@ def test_ctrl_c_ends_the_reply_alone(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     def pressed(generation: Generation, budget: int) -> list[int]:
         signal.raise_signal(signal.SIGINT)
@@ -132,7 +136,7 @@ def test_a_terminal_is_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (b"word " * 5000, [], "the model's context"),
         (b"", ["--system", ""], "--system: the prompt is empty"),
         (b"", ["--max-new-tokens", "0"], "--max-new-tokens"),
-        (b"", ["--draft", "5"], "--draft: 5 is out of range"),
+        (b"", ["--draft", "8"], "--draft: 8 is out of range"),
     ],
 )
 def test_bad_input(

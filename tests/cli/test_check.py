@@ -13,13 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dspark_files import unpack
 from gguf_files import SMALL, write_small
 
 import ds4jax
-from ds4jax import check, cli, decode
-from ds4jax.check import difference
-from ds4jax.generation import Result
-from ds4jax.language_model import LanguageModel
+from ds4jax.cli import main as cli
+from ds4jax.decode import loop as decode
+from ds4jax.engine.compile import programs
+from ds4jax.engine.loaded import Loaded
+from ds4jax.engine.options import Options, Result
+from ds4jax.evaluation import check
+from ds4jax.evaluation.check import difference
 
 HUB = Path(__file__).parents[1] / "golden" / "hub"
 PROMPT = "And it came to pass in the days of"
@@ -66,14 +70,15 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return err
 
 
+@pytest.mark.slow
 def test_the_shipped_model(capsys: pytest.CaptureFixture[str], prompt_file: Path) -> None:
-    compiled = decode.run.__wrapped__._cache_size()
+    known = set(programs())
     lines = printed(capsys, 0, "--prompt-file", prompt_file, "--max-draft", "2")
-    # One program for each mode, and what it compiles for stays in memory for other tests.
-    assert decode.run.__wrapped__._cache_size() - compiled <= 2
+    # A loop for each mode and the prompt's program; what others compiled before is not compiled again.
+    assert len(set(programs()) - known) <= 4
     length = 1 + len(ds4jax.load().tokenizer.encode(PROMPT))
     assert lines[0] == f"tiny.gguf on {jax.devices()[0].device_kind}, prompts of {length} tokens (given), 96 new tokens"
-    assert lines[1] == "drafts of 1 to 2 a step against none, in one program that can draft 2"
+    assert lines[1] == "drafts of 1 to 2 a step by mtp against none, in one program that can draft 2"
     assert lines[-1] == "all 8 comparisons equal, in every token and every bit of the logits it was chosen from"
     cases = [(0, "itself again"), (1, "draft 0"), (2, "draft 0"), (2, "itself again")]
     expected = [(mode, *case) for mode in ("default", "strict ") for case in cases]
@@ -84,10 +89,11 @@ def test_the_shipped_model(capsys: pytest.CaptureFixture[str], prompt_file: Path
         assert (float(line.split()[-4]) > 1.2) is (draft > 0)
 
 
+@pytest.mark.long
 def test_json(capsys: pytest.CaptureFixture[str], prompt_file: Path) -> None:
     (line,) = printed(capsys, 0, "--prompt-file", prompt_file, "--max-draft", "2", "--no-strict", "--json")
     told = json.loads(line)
-    assert (told["equal"], told["mtp"], told["max_draft"], told["new_tokens"], told["left_out"]) == (True, True, 2, 96, [])
+    assert (told["equal"], told["drafter"], told["max_draft"], told["new_tokens"], told["left_out"]) == (True, "mtp", 2, 96, [])
     assert (told["model"], told["jax"], told["device"]) == ("tiny.gguf", jax.__version__, jax.devices()[0].device_kind)
     assert [(row["draft"], row["against"]) for row in told["rows"]] == [(0, 0), (1, 0), (2, 0), (2, 2)]
     for row in told["rows"]:
@@ -95,7 +101,7 @@ def test_json(capsys: pytest.CaptureFixture[str], prompt_file: Path) -> None:
         assert (row["tokens_per_step"] > 1.2) is (row["draft"] > 0)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_depth_and_length(small: Path, short: None) -> None:
     report = ds4jax.load(small, max_draft=4).check(strict=False)
     depths = [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (4, 4)]
@@ -122,15 +128,34 @@ def test_long_is_the_whole_matrix() -> None:
 
 
 @pytest.mark.long
+def test_ngrams(capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(8 * PROMPT)
+    chosen = ["--drafter", "ngram", "--max-draft", "3", "--no-strict"]
+    lines = printed(capsys, 0, "--model", small, "--prompt-file", tmp_path / "prompt.txt", *chosen)
+    assert lines[1] == "drafts of 1 to 3 a step by ngram against none, in one program that can draft 3"
+    assert len(lines[2:-1]) == 5
+    assert lines[-1] == "all 5 comparisons equal, in every token and every bit of the logits it was chosen from"
+
+
+@pytest.mark.long
+def test_dspark(capsys: pytest.CaptureFixture[str], tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "LENGTHS", (40,))
+    told = printed(capsys, 0, "--model", unpack(tmp_path).hub, "--no-qat", "--no-strict", "--json")
+    fields = json.loads("".join(told))
+    assert (fields["drafter"], fields["max_draft"], fields["equal"]) == ("dspark", 5, True)
+    assert [row["draft"] for row in fields["rows"]] == [0, 1, 2, 3, 4, 5, 5]
+
+
+@pytest.mark.slow
 def test_without_an_mtp_block(capsys: pytest.CaptureFixture[str], folder: Path, prompt_file: Path, short: None) -> None:
     path = folder / "plain.gguf"
     write_small(path, dataclasses.replace(SMALL, n_mtp=0, compress_ratios=SMALL.compress_ratios[: SMALL.n_layers]))
     lines = printed(capsys, 0, "--model", path, "--prompt-file", prompt_file)
-    assert lines[1] == "no MTP block in these weights: the same call is made twice, nothing else can be compared"
+    assert lines[1] == "no drafter in these weights: the same call is made twice, nothing else can be compared"
     assert ["draft 0 against itself again" in line for line in lines] == [False, False, True, True, False]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_without_a_tokenizer_the_prompts_are_random(capsys: pytest.CaptureFixture[str], prompt_file: Path, short: None) -> None:
     lines = printed(capsys, 0, "--model", HUB, "--max-draft", "0", "--no-strict")
     assert "(random tokens, since there is no tokenizer)" in lines[0]
@@ -138,7 +163,7 @@ def test_without_a_tokenizer_the_prompts_are_random(capsys: pytest.CaptureFixtur
     assert "tokenizer: none in these files" in refused(capsys, "--model", HUB, "--prompt-file", prompt_file)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_what_the_context_cannot_hold_is_left_out(capsys: pytest.CaptureFixture[str], folder: Path, short: None) -> None:
     path = folder / "narrow.gguf"
     write_small(path, dataclasses.replace(SMALL, max_context=140))
@@ -156,17 +181,17 @@ def test_what_the_context_cannot_hold_is_left_out(capsys: pytest.CaptureFixture[
 def test_a_bit_that_a_draft_changes_is_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, small: Path, prompt_file: Path, short: None
 ) -> None:
-    generate = LanguageModel.generate
+    generated = check.generated
 
-    def flipped(model: LanguageModel, prompt: Any, **options: Any) -> Result:
-        result = generate(model, prompt, **options)
-        if options["draft"] == 2:
+    def flipped(model: Loaded, prompt: np.ndarray, options: Options) -> Result:
+        result = generated(model, prompt, options)
+        if options.draft == 2:
             fingerprints = result.fingerprints.copy()
             fingerprints[7, 0] ^= 1
             return dataclasses.replace(result, fingerprints=fingerprints)
         return result
 
-    monkeypatch.setattr(LanguageModel, "generate", flipped)
+    monkeypatch.setattr(check, "generated", flipped)
     arguments = ["--model", small, "--prompt-file", prompt_file, "--no-strict"]
     lines = printed(capsys, 1, *arguments)
     assert lines[-1] == "1 of 6 comparisons differ"
@@ -184,9 +209,10 @@ def test_drafts_that_stand_without_being_right_are_found(
 ) -> None:
     accept = decode.accept
 
-    def credulous(logits_WV: jax.Array, drafts: Any, depth: jax.Array, *rest: Any) -> tuple[jax.Array, jax.Array]:
-        _, follower = accept(logits_WV, drafts, depth, *rest)
-        return depth, jnp.where(depth > 0, jnp.argmax(logits_WV[depth]).astype(jnp.int32), follower)
+    def credulous(logits_SWV: jax.Array, drafts: Any, depth_S: jax.Array, *rest: Any) -> tuple[jax.Array, jax.Array]:
+        _, follower_S = accept(logits_SWV, drafts, depth_S, *rest)
+        best_S = jnp.argmax(jnp.take_along_axis(logits_SWV, depth_S[:, None, None], axis=1)[:, 0], axis=1).astype(jnp.int32)
+        return depth_S, jnp.where(depth_S > 0, best_S, follower_S)
 
     monkeypatch.setattr(decode, "accept", credulous)
     # A shape of its own: the loop that is compiled with this fault serves no other test.
@@ -198,23 +224,24 @@ def test_drafts_that_stand_without_being_right_are_found(
     assert lines[-1] == "2 of 4 comparisons differ"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_call_that_does_not_repeat_is_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, small: Path, prompt_file: Path, short: None
 ) -> None:
-    generate, calls = LanguageModel.generate, itertools.count()
+    generated, calls = check.generated, itertools.count()
 
-    def restless(model: LanguageModel, prompt: Any, **options: Any) -> Result:
-        result = generate(model, prompt, **options)
+    def restless(model: Loaded, prompt: np.ndarray, options: Options) -> Result:
+        result = generated(model, prompt, options)
         return dataclasses.replace(result, ids=(*result.ids[:-1], 5)) if next(calls) == 1 else result
 
-    monkeypatch.setattr(LanguageModel, "generate", restless)
+    monkeypatch.setattr(check, "generated", restless)
     lines = printed(capsys, 1, "--model", small, "--prompt-file", prompt_file, "--no-strict")
     (line,) = (line for line in lines if "DIFFERENT" in line)
     assert "draft 0 against itself again" in line
     assert "DIFFERENT: new token 12 is 5, not " in line
 
 
+@pytest.mark.slow
 def test_the_bar_stays_off_stdout(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, prompt_file: Path, short: None
 ) -> None:
@@ -230,7 +257,8 @@ def test_the_bar_stays_off_stdout(
 
 
 def result(ids: list[int], fingerprints: list[int]) -> Result:
-    return Result((1,), tuple(ids), "", "length", 1.0, 1.0, 0, False, 1, 1.0, (), 1.0, np.array(fingerprints, np.uint32)[:, None])
+    marks = np.array(fingerprints, np.uint32)[:, None]
+    return Result((1,), tuple(ids), "", "length", 1.0, 1.0, 0, "none", False, 1, 1.0, (), (), 1.0, marks)
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
+import types
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from gguf_files import SMALL, write_small
 
-from ds4jax import cli
-from ds4jax.commands import model as models
+from ds4jax.cli import main as cli
+from ds4jax.cli.commands import model as models
 
 PROMPT = "In the beginning"
 NEW_TOKENS = 24
@@ -48,8 +51,13 @@ def check_figures(fields: dict[str, Any], tried: int) -> None:
     assert fields["tokens_per_second"] == pytest.approx(1e3 * fields["tokens_per_step"] / fields["ms_per_step"], rel=1e-2)
     assert len(fields["acceptance"]) == tried
     assert all(0 <= share <= 1 for share in fields["acceptance"])
+    counts = [pair for pair in zip(fields["stood"], fields["tried"], strict=True) if pair[1]]
+    assert fields["acceptance"] == [round(stood / count, 4) for stood, count in counts]
+    # A draft is tried where the one before it stood.
+    assert all(later[1] <= earlier[0] for earlier, later in itertools.pairwise(counts))
 
 
+@pytest.mark.long
 def test_every_depth_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     plain = told(capsys, "--draft", "0")
     assert (plain["draft"], plain["strict"], plain["steps"], plain["tokens_per_step"]) == (0, False, NEW_TOKENS, 1.0)
@@ -65,11 +73,14 @@ def test_every_depth_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_auto_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     auto = told(capsys, "--draft", "auto")
-    assert auto["draft"] == "auto"
+    assert (auto["draft"], auto["drafter"]) == ("auto", "mtp")
+    known = jax.default_backend() == "cpu"
+    assert auto["costs"].startswith("the package's table for tiny.gguf on cpu" if known else "measured here")
     assert auto["tokens"] == told(capsys, "--draft", "0")["tokens"]
     check_figures(auto, len(auto["acceptance"]))
 
 
+@pytest.mark.slow
 def test_strict(capsys: pytest.CaptureFixture[str]) -> None:
     strict = told(capsys, "--strict")
     assert (strict["strict"], strict["draft"]) == (True, 2)
@@ -77,7 +88,7 @@ def test_strict(capsys: pytest.CaptureFixture[str]) -> None:
     assert strict["tokens"] == told(capsys, "--strict", "--draft", "0")["tokens"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_max_draft_0_is_the_loop_without_drafts(capsys: pytest.CaptureFixture[str]) -> None:
     narrow = told(capsys, "--max-draft", "0")
     assert (narrow["draft"], narrow["steps"]) == (0, NEW_TOKENS)
@@ -101,17 +112,25 @@ def test_max_draft_0_is_the_loop_without_drafts(capsys: pytest.CaptureFixture[st
     ],
 )
 def test_only_a_depth_above_the_default_needs_another_program(line: str, expected: int | None) -> None:
-    assert models.max_draft(cli.build_parser().parse_args(["generate", PROMPT, *line.split()])) == expected
+    options = cli.build_parser().parse_args(["generate", PROMPT, *line.split()])
+    checkpoint = types.SimpleNamespace(drafter="mtp", config=SMALL)
+    assert models._max_draft(options, checkpoint) == expected
+
+
+def test_a_depth_that_the_drafter_cannot_make_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "max-draft is 5; the mtp drafter makes at most 4 drafts a step" in refused(capsys, "--draft", "5")
+    assert "max-draft is 6; the dspark drafter makes at most 5" in refused(capsys, "--drafter", "dspark", "--draft", "6")
 
 
 def test_stats_tell_the_acceptance(capsys: pytest.CaptureFixture[str]) -> None:
     line = ["generate", PROMPT, "--max-new-tokens", str(NEW_TOKENS), "--ignore-eos", "--stats"]
     assert cli.main([*line, "--draft", "2"]) == 0
     number = r"\d+\.\d\d"
-    figures = rf"draft 2: {number} tokens a step of {number} ms, accepted by depth: {number}, {number}"
+    share = rf"\d+ of \d+ \({number}\)"
+    figures = rf"draft 2 by mtp: {number} tokens a step of {number} ms, accepted by depth: {share}, {share}"
     assert re.fullmatch(figures, capsys.readouterr().err.splitlines()[1])
     assert cli.main([*line, "--draft", "0"]) == 0
-    assert re.fullmatch(rf"draft 0: 1\.00 tokens a step of {number} ms", capsys.readouterr().err.splitlines()[1])
+    assert re.fullmatch(rf"draft 0 by mtp: 1\.00 tokens a step of {number} ms", capsys.readouterr().err.splitlines()[1])
 
 
 @pytest.mark.parametrize("draft", ["1", "4", "auto"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ds4jax.config import Config
 from ds4jax.errors import InputError
-from ds4jax.evaluate import evaluate, windows
+from ds4jax.evaluation.evaluate import evaluate, windows
 
 VOCABULARY = 256
 

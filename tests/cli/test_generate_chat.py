@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import ds4jax
-from ds4jax import chat, cli
-from ds4jax.reading import Reading
+from ds4jax.cli import main as cli
+from ds4jax.text.encoder import chat_prompt
+from ds4jax.text.parse_reply import parse_reply
+from ds4jax.text.reply import Reading
 
 PROMPT = "In the beginning"
 FEW = ["--max-new-tokens", "24"]
@@ -63,26 +65,31 @@ def test_prompts_from_files_and_stdin(
 
 @pytest.mark.parametrize("think", [False, True])
 def test_conversations(capsys: pytest.CaptureFixture[str], model: ds4jax.LanguageModel, think: bool) -> None:
-    turns = [chat.Turn("system", "Be brief."), chat.Turn("user", PROMPT)]
-    ids = chat.encode(model.tokenizer, turns, think=think)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
+    ids = chat_prompt(messages, tokenizer=model.tokenizer, think=think, effort="high", revision="preview").ids
     expected = model.generate(ids, max_new_tokens=24)
-    parts = chat.split_reasoning(model.tokenizer, expected.ids, think=think)
+    parts = parse_reply(expected.ids, tokenizer=model.tokenizer, think=think)
     line = [PROMPT, "--chat", "--system", "Be brief.", *(["--think"] if think else []), *FEW]
     fields = told(capsys, *line)
     assert fields["prompt_tokens"] == len(ids)
     assert tuple(fields["tokens"]) == expected.ids
-    assert (fields["text"], fields["reasoning"], fields["answer"]) == (expected.text, parts.reasoning, parts.answer)
+    assert (fields["text"], fields["reasoning"], fields["answer"]) == (expected.text, parts.reasoning, parts.content)
     assert (fields["reasoning"] is None) == (not think)
     assert list(fields)[:5] == ["prompt_tokens", "tokens", "text", "reasoning", "answer"]
-    assert shown(capsys, *line) == parts.answer
+    assert cli.main(["generate", *line]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err.count("no answer")) == (parts.content, int(think))
 
 
 def test_reasoning_is_dimmed_on_a_terminal_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     line = [PROMPT, "--chat", "--think", *FEW]
     reasoning = told(capsys, *line)["reasoning"]
-    assert shown(capsys, *line) == ""
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert shown(capsys, *line) == f"\x1b[2m{reasoning}\x1b[0m\n"
+    # Nothing on stdout must not look like nothing said.
+    note = "ds4jax: note: no answer: the reasoning did not end within 24 tokens; allow more with --max-new-tokens\n"
+    for terminal, expected in ((False, ""), (True, f"\x1b[2m{reasoning}\x1b[0m\n")):
+        monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal, raising=False)
+        assert cli.main(["generate", *line]) == 0
+        assert capsys.readouterr() == (expected, note)
 
 
 @pytest.mark.parametrize("draft", ["0", "2"])
@@ -115,7 +122,32 @@ def test_stop_texts_leave_the_reasoning_alone(model: ds4jax.LanguageModel) -> No
         assert reading.ids == ids[: len(reading.ids)]
 
 
-@pytest.mark.parametrize("mode", [[], ["--strict"]])
+def test_what_follows_a_stop_text_in_its_token_is_not_lost(model: ds4jax.LanguageModel) -> None:
+    """For a stop text that ends anywhere: what is shown, the stop text and what comes later are the text."""
+    tokenizer = model.tokenizer
+    text = "In the beginning é日 God"
+    ids = tokenizer.encode(text)
+    within = 0
+    for end in range(1, len(text) + 1):
+        stop = text[max(end - 4, 0) : end]
+        first, later = Reading(tokenizer, [stop]), Reading(tokenizer, ["\0"])
+        shown = "".join(piece.text for piece in (*first.push(ids), *first.flush()))
+        read = len(first.ids)
+        pieces = [*later.skip(ids[:read], first.rest), *later.push(ids[read:]), *later.flush()]
+        assert first.stop == stop
+        assert "".join(piece.text for piece in pieces) == later.text
+        assert shown + stop + later.text == text
+        within += bool(first.rest)
+    assert within > 2
+
+
+def test_a_stop_text_in_what_was_not_shown_ends_a_text(model: ds4jax.LanguageModel) -> None:
+    reading = Reading(model.tokenizer, ["ll"])
+    assert "".join(piece.text for piece in reading.skip([], "will go")) == "wi"
+    assert (reading.stopped, reading.rest, list(reading.push([300])), reading.ids) == (True, " go", [], [])
+
+
+@pytest.mark.parametrize("mode", [[], pytest.param(["--strict"], marks=pytest.mark.slow)])
 @pytest.mark.long
 def test_logprobs(capsys: pytest.CaptureFixture[str], model: ds4jax.LanguageModel, mode: list[str]) -> None:
     fields = told(capsys, PROMPT, *FEW, "--temperature", "1.2", "--top-k", "50", "--logprobs", "3", *mode)
@@ -140,11 +172,15 @@ def test_logprobs(capsys: pytest.CaptureFixture[str], model: ds4jax.LanguageMode
     [
         (["--ids", "ids.npy", "--chat"], "--chat renders a text"),
         ([PROMPT, "--think"], "--think is for conversations; give --chat"),
+        ([PROMPT, "--revision", "0731"], "--revision is for conversations; give --chat"),
+        ([PROMPT, "--chat", "--revision", "0801"], "invalid choice: '0801'"),
+        ([PROMPT, "--chat", "--effort", "max"], "--effort is for reasoning; give --think"),
+        ([PROMPT, "--chat", "--think", "--effort", "some"], "invalid choice: 'some'"),
         ([PROMPT, "--system", "Be brief."], "--system is for conversations; give --chat"),
         ([PROMPT, "--chat", "--system", ""], "--system: the prompt is empty"),
         ([PROMPT, "--logprobs", "2"], "--logprobs goes into the object that --json prints"),
         ([PROMPT, "--json", "--logprobs", "-1"], "--logprobs: -1 is out of range"),
-        ([PROMPT, "--stop", ""], "--stop: an empty text is everywhere"),
+        ([PROMPT, "--stop", ""], "--stop: the text is empty"),
         ([PROMPT, "--prompt-file", "prompt.txt"], "not allowed with argument"),
         (["--prompt-file", "missing.txt"], "missing.txt: No such file"),
         (["--prompt-file", "empty.txt"], "empty.txt: the file is empty"),
@@ -153,7 +189,7 @@ def test_logprobs(capsys: pytest.CaptureFixture[str], model: ds4jax.LanguageMode
 def test_options_that_exclude_each_other(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("ds4jax.commands.model.open_model", lambda options, **_: pytest.fail("a model was opened"))
+    monkeypatch.setattr("ds4jax.cli.commands.model.open_model", lambda options, **_: pytest.fail("a model was opened"))
     monkeypatch.chdir(tmp_path)
     np.save("ids.npy", np.arange(3))
     Path("prompt.txt").write_text("text")

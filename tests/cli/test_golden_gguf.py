@@ -10,7 +10,7 @@ import pytest
 from gguf_files import MAIN, MTP, needs_main
 from numerics import arrays, assert_close
 
-from ds4jax import cli
+from ds4jax.cli import main as cli
 
 QAT = 1e-3
 
@@ -36,6 +36,7 @@ def logits(folder: Path, ids: np.ndarray, *arguments: str) -> dict[str, np.ndarr
         return {key: file[key] for key in file.files}
 
 
+@pytest.mark.long
 def test_prefill(tmp_path: Path) -> None:
     found = logits(tmp_path, expected("ids"), "--no-qat")
     np.testing.assert_array_equal(found["ids"], expected("ids"))
@@ -43,6 +44,7 @@ def test_prefill(tmp_path: Path) -> None:
     assert_close(found["mtp_logits"][expected("mtp_positions")], expected("mtp_logits"))
 
 
+@pytest.mark.slow
 def test_decode(tmp_path: Path) -> None:
     start, rows = int(expected("decode_start")), expected("decode_logits")
     found = logits(tmp_path, expected("ids")[: start + len(rows)], "--no-qat", "--decode-from", str(start))
@@ -52,8 +54,9 @@ def test_decode(tmp_path: Path) -> None:
     assert_close(found["mtp_logits"][expected("mtp_positions")[kept]], expected("mtp_logits")[kept])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "decode_from", [(), pytest.param(("--decode-from", "20"), marks=pytest.mark.long)], ids=["prefill", "decode"]
+    "decode_from", [(), pytest.param(("--decode-from", "20"), marks=pytest.mark.slow)], ids=["prefill", "decode"]
 )
 def test_simulated_rounding(decode_from: tuple[str, ...], tmp_path: Path) -> None:
     """On by default: the file says so."""
@@ -62,7 +65,7 @@ def test_simulated_rounding(decode_from: tuple[str, ...], tmp_path: Path) -> Non
     assert_close(found["mtp_logits"][0 : 2 * len(expected("qat_mtp_logits")) : 2], expected("qat_mtp_logits"), QAT)
 
 
-@pytest.mark.parametrize("draft", ["0", "2"])
+@pytest.mark.parametrize("draft", [pytest.param("0", marks=pytest.mark.slow), "2"])
 @pytest.mark.long
 def test_greedy_tokens(draft: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = expected("greedy_tokens")

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -18,14 +19,17 @@ import pytest
 from gguf_files import GOLDEN, rewrite, unpacked, write_small
 from hub_files import read_raw, write_raw
 
-from ds4jax import cli
-from ds4jax.bench import synthetic
-from ds4jax.commands import inspect
-from ds4jax.commands import model as models
+import ds4jax
+from ds4jax.cli import inspect_paths, progress
+from ds4jax.cli import main as cli
+from ds4jax.cli.commands import model as models
 from ds4jax.errors import InputError
-from ds4jax.loading import mtp_file
+from ds4jax.loading import contents, mtp_file
 from ds4jax.loading import plan as plans
-from pallas_kernels.dispatch import OPT_OUT
+from ds4jax.loading.convert import convert
+from ds4jax.random_models import checkpoint as synthetic
+from ds4jax.random_models.hub import write_hub
+from pallas_kernels.core.dispatch import OPT_OUT
 
 BROKEN = [case for case in json.loads((GOLDEN / "bad" / "index.json").read_text()) if case["stage"] == "values"]
 HUB = GOLDEN.parent / "hub"
@@ -61,11 +65,7 @@ def parts(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def options(model: Path, mtp: Path | None = None) -> argparse.Namespace:
-    return argparse.Namespace(model=model, mtp_file=mtp, dense=None, qat=None, cache="float32")
-
-
-def test_devices_are_those_of_the_plan() -> None:
-    assert tuple(plans.DEVICES) == inspect.DEVICES
+    return argparse.Namespace(model=model, drafter="auto", drafter_file=mtp, dense=None, qat=None, cache="float32")
 
 
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,9 +78,9 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert (plan["context"], plan["capacity"]) == (700, 1024)
     assert plan["needed"] == told["device_bytes"] + plan["cache"] + plan["working"]
     assert plan["token"] == plan["cache_token"] + sum(part["token"] for part in plan["classes"].values())
-    assert {device["name"] for device in plan["devices"]} >= {"h100", "h200"}
-    (alone,) = json.loads(output(capsys, "--json", "--device", "h200"))["plan"]["devices"]
-    assert alone["name"] == "h200"
+    assert {device["name"] for device in plan["devices"]} >= {"h100", "h200", "h200x2", "h100x2", "rtx-pro-6000"}
+    (alone,) = json.loads(output(capsys, "--json", "--context", "700", "--device", "h200"))["plan"]["devices"]
+    assert (alone["name"], alone["cards"], alone["modelled"], alone["needed"]) == ("h200", 1, False, plan["needed"])
     assert alone["fits"]
     assert alone["largest_context"] == told["config"]["max_context"]
     text = output(capsys, "--context", "700", "--device", "h100")
@@ -94,6 +94,109 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert part in text
     assert "h200" not in text
+
+
+def test_plan_of_slots(capsys: pytest.CaptureFixture[str]) -> None:
+    one, eight = (json.loads(output(capsys, "--json", "--context", "700", "--slots", slots))["plan"] for slots in ("1", "8"))
+    assert (one["slots"], eight["slots"]) == (1, 8)
+    assert eight["cache"] == pytest.approx(8 * one["cache"], rel=0.02)
+    assert eight["needed"] - one["needed"] == eight["cache"] - one["cache"]
+    assert all(device["most_slots"] == 64 for device in eight["devices"])
+    text = output(capsys, "--context", "700", "--slots", "8", "--device", "h100")
+    assert "cache of 8 x 700" in text
+    assert "or for any number of slots" in text
+
+
+def test_plan_of_two_cards(capsys: pytest.CaptureFixture[str]) -> None:
+    """Embedding, small tensors, cache and working memory are whole on each, the rest is cut."""
+    plan = json.loads(output(capsys, "--json", "--device", "h200x2"))["plan"]
+    (pair,) = plan["devices"]
+    classes = plan["classes"]
+    whole = classes["embedding"]["device"] + classes["small"]["device"] + plan["cache"] + plan["working"]
+    assert pair["needed"] == whole + math.ceil((plan["needed"] - whole) / 2)
+    assert (pair["cards"], pair["memory"], pair["modelled"], pair["fits"]) == (2, 141_000_000_000, True, True)
+    read = plan["cache_token"] + classes["embedding"]["token"] + classes["small"]["token"]
+    bound = pair["bandwidth"] / (read + (plan["token"] - read) / 2)
+    assert pair["tokens_per_second"] == pytest.approx(bound, abs=0.1)
+    assert f"h200x2: 2 x 141 GB, modelled, {pair['needed'] / 1e6:,.1f} MB on each: fits" in output(capsys)
+
+
+def test_flavour_shards_and_types(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    told = json.loads(output(capsys, "--json"))
+    assert (told["flavour"], told["shards"], told["drafter"]["kind"], told["drafter"]["where"]) == ("antirez", 1, "mtp", "inside")
+    kinds = {group["kind"]: group["types"] for group in told["types"]}
+    last = told["config"]["n_layers"] - 1
+    assert kinds["experts gate"] == {"Q8_0": f"0-{last}, mtp"}
+    assert kinds["embedding"] == {"Q8_0": ""}
+    assert sum(len(group["names"]) for group in told["types"] if group["kind"] == "attention") == 5
+    hub = json.loads(output(capsys, HUB, "--json"))
+    assert (hub["flavour"], hub["shards"], hub["drafter"]["kind"]) == ("hub", 3, "mtp")
+    assert {group["kind"]: group["types"] for group in hub["types"]}["experts down"] == {"F4_E2M1": "0-5, mtp"}
+    convert(HUB, tmp_path / "model.gguf")
+    told = json.loads(output(capsys, tmp_path / "model.gguf", "--json"))
+    assert (told["flavour"], told["drafter"]["where"]) == ("mainline", "file")
+    text = output(capsys, tmp_path / "model.gguf")
+    assert f"\nflavour      mainline\ndrafter      MTP block in {tmp_path / 'mtp-model.gguf'}\n" in text
+    assert re.search(r"\n  experts down +MXFP4 0-5, mtp\n", text)
+    assert re.search(r"\n  attention +Q8_0 0-5, mtp\n", text)
+
+
+def test_layers_as_text() -> None:
+    assert contents.layers(["3", "0", "1", "mtp", "5", "4"]) == "0-1, 3-5, mtp"
+    assert contents.layers(["7"]) == "7"
+    assert contents.layers([""]) == ""
+
+
+def test_drafters_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_hub(tmp_path / "hub", drafter="dspark")
+    (single,) = (tmp_path / "hub").glob("*.safetensors")
+    assert json.loads(output(capsys, single.parent, "--json"))["shards"] == 1
+    convert(tmp_path / "hub", tmp_path / "model.gguf")
+    convert(HUB, tmp_path / "other.gguf")
+    dspark, mtp = tmp_path / "dspark-model.gguf", tmp_path / "mtp-other.gguf"
+    told = json.loads(output(capsys, "--drafter-file", dspark, "--json"))
+    assert (told["kind"], told["drafter"], told["architecture"], told["usable"]) == ("drafter", "dspark", "dflash", True)
+    found = {field: told[field] for field in ("layers", "block_size", "target_layers", "noise_token", "markov_rank")}
+    assert found == {"layers": 3, "block_size": 5, "target_layers": [1, 2, 3], "noise_token": 5, "markov_rank": 32}
+    text = output(capsys, "--drafter-file", dspark)
+    assert text.startswith(f"{dspark}: the DSpark drafter of a model, ")
+    assert "\n  target layers    1, 2, 3\n" in text
+    for arguments in ([mtp], ["--drafter-file", mtp]):
+        told = json.loads(output(capsys, *arguments, "--json"))
+        assert (told["drafter"], told["layers"], told["layer"], told["usable"]) == ("mtp", 1, 6, True)
+    assert output(capsys, mtp).startswith(f"{mtp}: the MTP block of a model, ")
+    assert output(capsys, GOLDEN / "mtp.gguf").count("architecture     deepseek4_mtp_support\n") == 1
+    # Where a model is asked for, a DSpark drafter is refused as by every command.
+    assert "'dflash' is a DSpark drafter, not a model" in refused(capsys, dspark)
+    assert "neither an MTP block nor a DSpark drafter" in refused(capsys, "--drafter-file", tmp_path / "model.gguf")
+
+
+def test_a_model_with_a_dspark_drafter(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_hub(tmp_path / "hub", drafter="dspark")
+    numbers = {"stages": 3, "block_size": 5, "target_layers": [1, 2, 3], "noise_token": 5, "markov_rank": 32}
+    told = json.loads(output(capsys, tmp_path / "hub", "--dense", "q8_0", "--json"))
+    assert told["drafter"] == {"kind": "dspark", "where": "inside", "path": None, "reason": ""} | numbers
+    (projection,) = (group for group in told["types"] if group["kind"] == "DSpark projection")
+    assert (projection["names"], projection["types"]) == (["dspark.main_proj"], {"F8_E4M3": ""})
+    planned, all_bytes = told["plan"]["classes"]["DSpark"], told["bytes"]
+    assert (planned["token"], told["plan"]["classes"]["MTP"]["file"]) == (0, 0)
+    # Two tables and at least what a stage has in float32, and less than the drafter and the head.
+    assert 2 * 384 * 32 < planned["file"] < all_bytes
+    assert 0 < told["plan"]["draft"] < planned["device"] + told["plan"]["classes"]["head"]["device"] + 4 * 384 * 32
+    text = output(capsys, tmp_path / "hub")
+    said = "DSpark inside: stages 3; block size 5; target layers 1, 2, 3; noise token 5; markov rank 32"
+    assert f"\ndrafter      {said}\n" in text
+    assert "\n  a block of DSpark drafts reads " in text
+    stages = [(row["layers"], row["count"], row["rows"]) for row in told["decode_step"] if row["part"] == "dspark"]
+    assert stages == [("dspark", 3, 5)]
+    assert re.search(r"\n  dspark +5 rows +3  ", text)
+    assert re.search(r"\n  experts down +F4_E2M1 0-3, dspark\n", text)
+    assert "\n  DSpark tables      BF16\n" in text
+    for wanted in ("none", "ngram"):
+        told = json.loads(output(capsys, tmp_path / "hub", "--drafter", wanted, "--json"))
+        assert (told["drafter"]["kind"], told["drafter"]["where"], told["ignored"]) == (wanted, "", 0)
+        assert told["plan"]["classes"]["DSpark"]["file"] == 0
+    assert "drafter is mtp: its mtp.* tensors are a DSpark drafter" in refused(capsys, tmp_path / "hub", "--drafter", "mtp")
 
 
 def test_plan_of_a_narrow_cache(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +237,16 @@ def test_mtp_file(capsys: pytest.CaptureFixture[str], parts: tuple[Path, Path]) 
     assert output(capsys, main, "--mtp-file", block, "--check").startswith(f"{main}: ")
 
 
+def test_a_file_beside_that_is_not_used(capsys: pytest.CaptureFixture[str], parts: tuple[Path, Path]) -> None:
+    """The line about the drafter has the reason, and so has the object."""
+    main, block = parts
+    (main.parent / "mtp.gguf").touch()
+    text = output(capsys, main)
+    assert "\ndrafter      none: mtp.gguf, which lies beside it, cannot be used: the file is empty\n" in text
+    assert "needs the model, too; give it as PATH" in refused(capsys, "--drafter-file", block, "--check")
+    assert "dense: it is for a checkpoint directory" in refused(capsys, main, "--dense", "bf16")
+
+
 def test_commands_load_the_mtp_file(parts: tuple[Path, Path]) -> None:
     main, block = parts
     model = models.open_model(options(main, block))
@@ -145,41 +258,89 @@ def test_commands_load_the_mtp_file(parts: tuple[Path, Path]) -> None:
         model.logits([1, 2, 3], mtp=True)
 
 
-def test_few_rows_of_the_published_types() -> None:
-    (layers, mtp, head) = inspect.few_rows(synthetic.checkpoint(synthetic.config_of("flash-q2", 5), "flash-q2"))
+def test_decode_step_of_the_published_types() -> None:
+    checkpoint = synthetic.checkpoint(synthetic.config_of("flash-q2", 5), "flash-q2")
+    (layers, mtp, head) = inspect_paths.decode_step(checkpoint)
     kernels = {"rows": 8, "cuda": "kernels", "default": "modules", "reason": "widths and types fit"}
-    assert layers == {"part": "layers", "count": 5, **kernels}
-    assert mtp == {"part": "mtp", "count": 1, **kernels}
-    assert head == {"part": "head", "count": 1, **kernels}
+    assert layers == {"part": "layers", "layers": "0-4", "count": 5, **kernels}
+    assert mtp == {"part": "mtp", "layers": "mtp", "count": 1, **kernels}
+    assert head == {"part": "head", "layers": "", "count": 1, **kernels}
+    assert inspect_paths.costs(checkpoint) == []
 
 
 @pytest.mark.parametrize(
     ("name", "form", "reasons"),
     [
-        ("layers.1.attn.wq_b.weight", "BF16", ["a dense weight is not Q8_0", None, None]),
-        ("mtp.0.ffn.experts.w2.weight", "F32", [None, "an expert weight is not quantised", None]),
-        ("head.weight", "F16", [None, None, "the head is not Q8_0"]),
+        (
+            "layers.1.attn.wq_b.weight",
+            "BF16",
+            {"0, 2": None, "1": "attn.wq_b is bfloat16, which has no kernel", "mtp": None, "": None},
+        ),
+        (
+            "mtp.0.ffn.experts.w2.weight",
+            "F32",
+            {"0-2": None, "mtp": "ffn.experts.w2 is float32, which has no kernel", "": None},
+        ),
+        ("head.weight", "F16", {"0-2": None, "mtp": None, "": "head is float16, which has no kernel"}),
     ],
 )
-def test_few_rows_say_why_not(name: str, form: str, reasons: list[str | None]) -> None:
-    """The type on the device of one weight of a part decides for the whole of it."""
+def test_decode_step_say_why_not(name: str, form: str, reasons: dict[str, str | None]) -> None:
+    """The type on the device of one weight of a block decides for the whole of it, and for no other."""
     whole = synthetic.checkpoint(synthetic.config_of("small-q2", 3), "small-q2")
     tensors = tuple(dataclasses.replace(one, form=form) if one.name == name else one for one in whole.tensors)
-    for row, reason in zip(inspect.few_rows(dataclasses.replace(whole, tensors=tensors)), reasons, strict=True):
+    rows = inspect_paths.decode_step(dataclasses.replace(whole, tensors=tensors))
+    assert [row["layers"] for row in rows] == list(reasons)
+    for row in rows:
+        reason = reasons[row["layers"]]
         assert (row["cuda"], row["reason"]) == ("modules" if reason else "kernels", reason or "widths and types fit")
 
 
-def test_few_rows_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = json.loads(output(capsys, "--dispatch", "--json"))["few_rows"]
+def test_costs_of_types_without_kernel_and_of_small_matrices() -> None:
+    whole = synthetic.checkpoint(synthetic.config_of("small-q2", 3), "small-q2")
+    config = whole.config
+    down = next(one for one in whole.tensors if one.name == "layers.1.ffn.experts.w2.weight")
+    indexer = next(one for one in whole.tensors if one.name == "layers.2.attn.indexer.wq_b.weight")
+    values, numbers = math.prod(down.shape), math.prod(indexer.shape)
+    changed = {
+        down.name: dataclasses.replace(down, stored="IQ1_S", form="IQ1_S", device_nbytes=values // 256 * 50),
+        indexer.name: dataclasses.replace(
+            indexer, stored="Q8_0", form="F32", nbytes=numbers // 32 * 34, device_nbytes=4 * numbers
+        ),
+    }
+    tensors = tuple(changed.get(one.name, one) for one in whole.tensors)
+    share = config.n_active / config.n_experts
+    assert inspect_paths.costs(dataclasses.replace(whole, tensors=tensors)) == [
+        {
+            "kind": "experts down",
+            "stored": "IQ1_S",
+            "why": "no kernel",
+            "read": values // 256 * 50 * share,
+            "expanded": 4 * values * share,
+            "layers": "1",
+        },
+        {
+            "kind": "indexer",
+            "stored": "Q8_0",
+            "why": "float32 in memory",
+            "read": 4 * numbers,
+            "expanded": 4 * numbers - numbers // 32 * 34,
+            "layers": "2",
+        },
+    ]
+
+
+def test_decode_step_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = json.loads(output(capsys, "--dispatch", "--json"))["decode_step"]
     said = {"modules": "modules", "kernels": "kernels / modules"}
-    text = output(capsys, "--dispatch")
+    text = output(capsys)
     assert [row["part"] for row in rows] == ["layers", "mtp", "head"]
     for row in rows:
-        line = f"{row['part']} +8 rows +{row['count']}  {said[row['cuda']]} \\({re.escape(row['reason'])}\\)\n"
+        part = f"layers {row['layers']}" if row["part"] == "layers" else row["part"]
+        line = f"{part} +8 rows +{row['count']}  {said[row['cuda']]} \\({re.escape(row['reason'])}\\)\n"
         assert re.search(line, text), line
-    assert "few_rows" not in json.loads(output(capsys, "--json"))
+    assert "dispatch" not in json.loads(output(capsys, "--json"))
     monkeypatch.setenv(OPT_OUT, "1")
-    told = json.loads(output(capsys, "--dispatch", "--json"))["few_rows"]
+    told = json.loads(output(capsys, "--dispatch", "--json"))["decode_step"]
     assert {(row["cuda"], row["reason"]) for row in told} == {("modules", f"{OPT_OUT}=1")}
 
 
@@ -205,7 +366,7 @@ def test_check_names_the_first_bad_tensor(case: dict, tmp_path: Path, capsys: py
 
 def test_check_of_an_mtp_file(parts: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     main, block = parts
-    header = mtp_file.open_support(block)
+    header = mtp_file.open_alone(block)
     info = header.tensors["mtp.0.enorm.weight"]
     with block.open("r+b") as file:
         file.seek(info.offset + 4)
@@ -229,9 +390,33 @@ def test_check_of_a_checkpoint_directory(tmp_path: Path, capsys: pytest.CaptureF
     assert name in told
 
 
+def test_tensors_that_are_not_used_are_counted(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, parts: tuple[Path, Path]
+) -> None:
+    main, _ = parts
+    path = main.with_name("strange.gguf")
+    rewrite(main, path, "deepseek4", lambda name: True, add="strange.weight")
+    note = "1 tensor is not used, strange.weight"
+    assert f"\nnote         {note}\n" in output(capsys, path)
+    told = json.loads(output(capsys, path, "--json"))
+    assert (told["ignored"], told["note"]) == (1, note)
+    assert f"\nnote: {note}\n" in output(capsys, path, "--check")
+    assert json.loads(output(capsys, path, "--check", "--json"))["note"] == note
+    assert "note" not in output(capsys, main)
+    # Commands that load it say so on stderr, in a line.
+    models.open_model(options(path))
+    assert capsys.readouterr() == ("", f"ds4jax: {path}: {note}\n")
+    models.open_model(options(main))
+    assert (capsys.readouterr(), caplog.messages) == (("", ""), [])
+    # From Python it is one in the log.
+    ds4jax.load(path)
+    ds4jax.load(main)
+    assert caplog.messages == [f"{path}: {note}"]
+
+
 def test_check_starts_no_device() -> None:
     program = (
-        "from ds4jax.cli import main; from jax._src import xla_bridge\n"
+        "from ds4jax.cli.main import main; from jax._src import xla_bridge\n"
         "main(['inspect', '--check']); print(len(xla_bridge._backends))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -276,10 +461,10 @@ class Terminal(io.StringIO):
 def test_bar(after: float, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(models, "BAR_AFTER", after)
+    monkeypatch.setattr(progress, "BAR_AFTER", after)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with models.loading_bar("loading the model") as show:
+    with progress.loading_bar("loading the model") as show:
         show(1_000_000_000, 4_000_000_000)
         show(2_000_000_000, 4_000_000_000)
     shown = terminal.getvalue()
@@ -290,10 +475,10 @@ def test_bar(after: float, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bar_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(models, "BAR_AFTER", 0.0)
+    monkeypatch.setattr(progress, "BAR_AFTER", 0.0)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with models.reading_bar("reading the prompt") as show:
+    with progress.reading_bar("reading the prompt") as show:
         for done in (512, 1024, 1536):
             show(done, 4096)
             time.sleep(0.15)
@@ -303,6 +488,22 @@ def test_bar_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_bar_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
-    with models.loading_bar("loading the model") as show:
+    with progress.loading_bar("loading the model") as show:
         assert show is None
     assert capsys.readouterr() == ("", "")
+
+
+def test_bar_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress.step_bar("training", 300, 100) as bar:
+        assert bar
+        bar.say("[a line] above the bar")
+        bar.update(300, "loss 1.234")
+    shown = terminal.getvalue()
+    assert "[a line] above the bar" in shown
+    assert "100/300" in shown
+    assert "300/300" in shown
+    assert "loss 1.234" in shown

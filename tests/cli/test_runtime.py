@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -12,9 +14,9 @@ import pytest
 from cuda import kernel_calls, lowered_for_cuda
 
 from ds4jax import runtime
-from pallas_kernels import swiglu
-from pallas_kernels.activation import quantize
+from pallas_kernels.experts import swiglu
 from pallas_kernels.formats import BLOCK
+from pallas_kernels.linear.activation import quantize
 
 
 def test_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,3 +92,36 @@ def test_a_kernel_does_not_tell_which_was_traced_before_it() -> None:
     jax.clear_caches()
     lowered_for_cuda(jax.jit(lambda x: quantize(x)), values)
     assert one() == alone
+
+
+FILLS_A_FOLDER_TWICE = """
+import sys
+from pathlib import Path
+import jax
+from ds4jax import runtime
+runtime.configure()
+folder = Path(sys.argv[1])
+
+def work():
+    jax.clear_caches()
+    return [float(jax.jit(lambda x: x * by)(2.0)) for by in (3.0, 4.0)]
+
+expected = work()
+kept = {path: path.read_bytes() for path in folder.iterdir()}
+assert len(kept) > 1
+for path in kept:
+    path.write_bytes(b"noise" * 100)
+assert work() == expected
+assert not any(path.read_bytes().startswith(b"noise") for path in folder.iterdir())
+assert {path.name for path in folder.iterdir()} == {path.name for path in kept}
+assert work() == expected
+"""
+
+
+def test_damaged_programs_are_replaced_and_told_in_one_line(tmp_path: Path) -> None:
+    environment = os.environ | {"DS4JAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", FILLS_A_FOLDER_TWICE, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(f"ds4jax: note: {tmp_path}: holds programs that are damaged; they are compiled again (")
+    assert done.stderr.count("\n") == 1

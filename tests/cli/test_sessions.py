@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 
-from ds4jax import cli, saving
+import ds4jax
+from ds4jax.cli import main as cli
+from ds4jax.cli.commands.reply import Screen
+from ds4jax.engine import session_state as saving
 
 PROMPT = "In the beginning"
 QUESTIONS = ["And what of the king?", "Who was his father?", "And then?"]
@@ -27,6 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_a_text_goes_on(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     whole = json.loads(printed(capsys, PROMPT, "--max-new-tokens", "36", "--json"))
     greedy = whole["text"]
@@ -40,6 +46,7 @@ def test_a_text_goes_on(capsys: pytest.CaptureFixture[str], folder: Path) -> Non
     assert printed(capsys, longer, "--restore", "kept", "--max-new-tokens", "8") == anew
 
 
+@pytest.mark.long
 def test_what_a_stop_text_kept_back_comes_first(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     greedy = printed(capsys, PROMPT, "--max-new-tokens", "24")
     stop = " the"
@@ -48,6 +55,77 @@ def test_what_a_stop_text_kept_back_comes_first(capsys: pytest.CaptureFixture[st
     assert (shown + stop + rest).startswith(greedy[: len(shown + stop + rest)])
     assert rest
     assert shown == greedy[: greedy.index(stop)]
+
+
+def test_a_stop_text_that_ends_within_a_token_loses_nothing(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    free = json.loads(printed(capsys, PROMPT, "--max-new-tokens", "24", "--json"))
+    text, decode = free["text"], ds4jax.load().tokenizer.decode
+    starts = [len(decode(free["tokens"][:n])) for n in range(1, 24)]
+    # Two characters before a token's begin and the first two of its own, where that is new.
+    stops = [text[at - 2 : at + 2] for at, after in itertools.pairwise(starts) if after > at + 2]
+    stop = next(stop for at, stop in zip(starts[4:], stops[4:], strict=False) if text.count(stop) == 1)
+    first = json.loads(printed(capsys, PROMPT, "--max-new-tokens", "24", "--stop", stop, "--save", "kept", "--json"))
+    shown, left = first["text"], 24 - len(first["tokens"])
+    assert not decode(first["tokens"]).endswith(stop)
+    assert left
+    for options in ([], ["--json"]):
+        rest = printed(capsys, "--restore", "kept", "--max-new-tokens", str(left), *options)
+        assert shown + stop + (json.loads(rest)["text"] if options else rest) == text
+
+
+def left(command: list[str], monkeypatch: pytest.MonkeyPatch, pieces: int) -> str:
+    """What the reader of a command's stdout has, who leaves before the next piece is printed."""
+    reader, writer = os.pipe()
+    read: list[str] = []
+    count, show = itertools.count(), Screen._print
+
+    def leave(screen: Screen, kind: str, text: str) -> None:
+        if next(count) == pieces:
+            read.append(os.read(reader, 1 << 16).decode())
+            os.close(reader)
+        show(screen, kind, text)
+
+    with monkeypatch.context() as patched, os.fdopen(writer, "w") as stdout:
+        patched.setattr("sys.stdout", stdout)
+        patched.setattr(Screen, "_print", leave)
+        assert cli.main(command) == 141
+    return read[0]
+
+
+def test_a_text_is_kept_when_its_reader_leaves(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    greedy = printed(capsys, PROMPT, "--max-new-tokens", "24")
+    shown = left(["generate", PROMPT, "--max-new-tokens", "24", "--save", "kept"], monkeypatch, 3)
+    rest = printed(capsys, "--restore", "kept", "--max-new-tokens", "24")
+    assert 0 < len(shown) < len(greedy)
+    assert (shown + rest).startswith(greedy)
+
+
+def test_a_text_is_kept_when_its_object_cannot_be_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    greedy = printed(capsys, PROMPT, "--max-new-tokens", "24")
+    first = printed(capsys, PROMPT, "--max-new-tokens", "12")
+    with monkeypatch.context() as patched, open("/dev/full", "w") as full:
+        patched.setattr("sys.stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["generate", PROMPT, "--max-new-tokens", "12", "--save", "kept", "--json"])
+    assert ended.value.code == 1
+    assert first + printed(capsys, "--restore", "kept", "--max-new-tokens", "12") == greedy
+
+
+def test_an_object_is_printed_when_its_text_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "cannot be saved (No space left on device)", "kept")
+
+    monkeypatch.setattr(saving, "save", full)
+    with monkeypatch.context() as patched, open("out", "w") as out:
+        patched.setattr("sys.stdout", out)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["generate", PROMPT, "--max-new-tokens", "12", "--save", "kept", "--json"])
+    assert ended.value.code == 1
+    assert len(json.loads((folder / "out").read_text())["tokens"]) == 12
 
 
 def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: list[str], *options: str) -> tuple[str, str]:
@@ -76,13 +154,23 @@ def test_a_conversation_goes_on(
 
 def test_a_reply_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     def full(*arguments: object) -> None:
-        raise OSError(28, "cannot be saved (No space left on device); what was there before still is", "kept")
+        raise OSError(28, "cannot be saved (No space left on device); the old file is unchanged", "kept")
 
     monkeypatch.setattr(saving, "save", full)
     out, err = said(monkeypatch, capsys, QUESTIONS[:2], "--session", "kept")
     assert out.count("\n") >= 2
     assert err.count("ds4jax: note: this reply is not in the file: [Errno 28] cannot be saved (No space left") == 2
     assert not list(folder.iterdir())
+
+
+def test_a_reply_is_kept_when_its_reader_leaves(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(QUESTIONS[0].encode()), encoding="utf-8"))
+    left([*CHAT, "--session", "kept"], monkeypatch, 3)
+    _, err = said(monkeypatch, capsys, QUESTIONS[1:2], "--session", "kept")
+    (prompt, reused), *_ = re.findall(r"(\d+) prompt tokens, (\d+) of them kept from before", err)
+    assert 0 < int(reused) < int(prompt)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -15,8 +15,8 @@ import jax
 import pytest
 
 import ds4jax
-from ds4jax import cli, train
-from ds4jax.commands import version
+from ds4jax.cli import main as cli
+from ds4jax.cli.commands import version
 
 
 def printed(**environment: str) -> list[str]:
@@ -67,7 +67,7 @@ def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     return found
 
 
-@pytest.mark.parametrize("parser", [*parsers(cli.build_parser()), train.build_parser()], ids=lambda parser: parser.prog)
+@pytest.mark.parametrize("parser", [*parsers(cli.build_parser())], ids=lambda parser: parser.prog)
 def test_every_help_has_an_example(parser: argparse.ArgumentParser) -> None:
     text = parser.format_help()
     _, found, examples = text.rpartition("examples:\n")

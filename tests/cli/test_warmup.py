@@ -13,18 +13,18 @@ import pytest
 from gguf_files import SMALL, write_small
 from numerics import GOLDEN
 
-from ds4jax import cli
-from ds4jax.buckets import capacities
-from ds4jax.language_model import SHIPPED
+from ds4jax.bounds import SHIPPED
+from ds4jax.cache.capacity import capacities
+from ds4jax.cli import main as cli
+from ds4jax.engine.warmup import programs, without_weights
 from ds4jax.loading import open_checkpoint
-from ds4jax.warmup import programs, without_weights
 
 HUB = GOLDEN / "hub"
 LARGE = ("jit_prefill-", "jit_run-")
 GENERATE = """
 import sys
 import jax
-from ds4jax.cli import main
+from ds4jax.cli.main import main
 
 missed = []
 jax.monitoring.register_event_listener(lambda event, **_: missed.append(event) if event.endswith("/cache_misses") else None)
@@ -65,6 +65,7 @@ def test_every_call_of_a_prompt_that_fits_has_its_program() -> None:
     assert "prefill of 4096 rows, cache of 2048" in [program.name for program in programs(model, 2048, strict=False, chunk=4096)]
 
 
+@pytest.mark.long
 def test_what_was_warmed_up_is_not_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command is a process of its own, and the second text is longer than the first."""
     model, kept = tmp_path / "small.gguf", tmp_path / "programs"
@@ -91,7 +92,7 @@ def test_what_was_warmed_up_is_not_compiled_again(tmp_path: Path, monkeypatch: p
 def test_warmup_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "small.gguf"
     write_small(path)
-    monkeypatch.setattr("ds4jax.warmup.warm", lambda programs, note: iter(()))
+    monkeypatch.setattr("ds4jax.engine.warmup.warm", lambda programs, note: iter(()))
     monkeypatch.setattr("ds4jax.loading.checkpoint.Tensor.read", lambda *_: pytest.fail("a tensor was read"))
     assert cli.main(["warmup", str(path), "--context", "600"]) == 0
     assert "0 programs in " in capsys.readouterr().err

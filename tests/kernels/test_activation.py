@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics import assert_bits_equal
 
-from pallas_kernels import activation, reference
 from pallas_kernels.formats import BLOCK
+from pallas_kernels.linear import activation, meaning
 
 
 def kernel(x: jax.Array, groups: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +29,7 @@ def test_golden(activation_golden):
 
 
 def test_golden_of_the_jnp_twin(activation_golden):
-    quants, scales = jax.jit(reference.quantize)(jnp.asarray(activation_golden["q8_0.x"]))
+    quants, scales = jax.jit(meaning.quantize)(jnp.asarray(activation_golden["q8_0.x"]))
     np.testing.assert_array_equal(np.asarray(quants).reshape(4, -1), activation_golden["q8_0.xq"])
     assert_bits_equal(scales, activation_golden["q8_0.xscale"])
 
@@ -39,17 +39,17 @@ def test_the_scale_is_correctly_rounded():
     amax = np.random.default_rng(0).uniform(0.01, 100, 4096).astype(np.float32)
     x = np.zeros((1, amax.size * BLOCK), np.float32)
     x[0, ::BLOCK] = amax
-    _, scales = jax.jit(reference.quantize)(jnp.asarray(x))
+    _, scales = jax.jit(meaning.quantize)(jnp.asarray(x))
     assert_bits_equal(scales[0], amax / np.float32(127))
     assert (amax * np.float32(1 / 127) != amax / np.float32(127)).any()
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 6, 8, 40])
+@pytest.mark.parametrize("blocks", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 5, 6, 8)), 40])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_kernel_equals_twin_at_every_length(blocks, groups):
     x = np.random.default_rng(blocks).standard_normal((3, groups * blocks * BLOCK), np.float32) * 5
     quants, scales = kernel(jnp.asarray(x), groups)
-    twin_quants, twin_scales = jax.jit(reference.quantize)(x.reshape(3, groups, -1))
+    twin_quants, twin_scales = jax.jit(meaning.quantize)(x.reshape(3, groups, -1))
     assert_bits_equal(quants, np.asarray(twin_quants))
     assert_bits_equal(scales, twin_scales)
 
@@ -69,7 +69,7 @@ def test_by_definition(values):
     assert scales[0, 0, 0] == d
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("poison", [np.nan, *(pytest.param(x, marks=pytest.mark.long) for x in (np.inf, -np.inf))])
 def test_a_nan_or_infinity_stays_in_its_block(poison):
     x = np.random.default_rng(0).normal(size=(3, 4 * BLOCK)).astype(np.float32)
     clean_quants, clean_scales = kernel(jnp.asarray(x))

@@ -1,4 +1,4 @@
-"""Attention of few rows: the kernels against jnp and against the model's own parts, rows against rows alone."""
+"""Attention of few rows: the kernels against their meaning, rows against rows alone."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda import kernel_calls, lowered_for_cuda
-from numerics import assert_bits_equal, golden_config
+from kernels.harness import Op, check_lowers, check_meaning, check_rows, check_unread
+from numerics import assert_bits_equal
 
-from ds4jax.cache import ring_positions
-from ds4jax.model import attention as model
-from ds4jax.model.layers import rms_scale
-from ds4jax.model.rope import inverse_frequencies, rotate
-from pallas_kernels import activation, rounding
-from pallas_kernels.attention import COMBINE_NAME, SPLIT_NAME, Chosen, Leading, attend, attend_reference
-from pallas_kernels.narrow import narrow_rows
+from pallas_kernels.attention import meaning
+from pallas_kernels.attention.decode import COMBINE_NAME, SPLIT_NAME, Chosen, Leading, attend
+from pallas_kernels.attention.stored_rows import narrow_rows
+from pallas_kernels.core import rounding
+from pallas_kernels.linear import activation
 
 EPS = 1e-6
 # Of a row's largest output; what is seen in interpret mode is a fifth.
@@ -28,15 +26,15 @@ CLOSE = 3e-6
 CLOSE_ON_GPU = 2e-5
 
 
-def in_halves(x: Any, still: int) -> Any:
+def in_halves(x: Any, plain: int) -> Any:
     """Rows that float16 holds."""
     return x.astype(np.float16).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def as_trained(x: jax.Array, still: int) -> jax.Array:
-    """Rows as a model has them: FP8 but for the columns that turn."""
-    return jnp.concatenate([rounding.fp8(x[..., :still]), x[..., still:]], axis=-1)
+def as_trained(x: jax.Array, plain: int) -> jax.Array:
+    """Rows as a model has them: FP8 but for the columns that rotate."""
+    return jnp.concatenate([rounding.fp8(x[..., :plain]), x[..., plain:]], axis=-1)
 
 
 @functools.cache
@@ -46,10 +44,14 @@ def compiled(function: Any, **options: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call: `position` of each row, `end` rows in the cache, and `leading` or `chosen` compressed rows of `stored` for each."""
+    """A call: `position` of each row, `end` rows in the cache, and `leading` or `chosen` compressed rows of `stored` for each.
+
+    Rows are of one sequence, or `sequence` and `end` say for each.
+    """
 
     position: tuple[int, ...]
-    end: int
+    end: int | tuple[int, ...]
+    sequence: tuple[int, ...] = ()
     leading: tuple[int, ...] = ()
     chosen: int = 0
     stored: int = 0
@@ -66,7 +68,10 @@ class Case:
         normal = normal or functools.partial(random.standard_normal, dtype=np.float32)
         position = np.asarray(self.position, np.int32)
         angle = position.astype(np.float32)[:, None] * np.exp(-np.arange(self.rope // 2, dtype=np.float32))[None, :]
-        ring, rows = normal((1, self.ring, self.dim)), normal((1, self.stored, self.dim))
+        sequence = np.asarray(self.sequence or (0,) * m, np.int32)
+        end = np.broadcast_to(np.asarray(self.end, np.int32), m)
+        count = 1 + max(self.sequence, default=0)
+        ring, rows = normal((count, self.ring, self.dim)), normal((count, self.stored, self.dim))
         ring, rows = (finish(x, self.dim - self.rope) for x in (ring, rows))
         compressed: Leading | Chosen | None = None
         if self.leading:
@@ -76,18 +81,25 @@ class Case:
             index[0] = -1
             compressed = Chosen(rows, index)
         q, sink = normal((m, self.heads * self.dim)) * 3, normal(self.heads)
-        return q, sink, np.cos(angle), np.sin(angle), ring, position, np.full(1, self.end, np.int32), compressed
+        return q, sink, np.cos(angle), np.sin(angle), ring, sequence, position, end, compressed
 
     @property
     def options(self) -> dict[str, Any]:
-        """Static arguments of `attend` and its reference."""
+        """Static arguments of `attend` and its meaning."""
         return {"window": self.window, "scale": self.dim**-0.5, "eps": EPS}
 
     def call(self, *args: Any, interpret: bool = True) -> Any:
         return compiled(attend, groups=self.groups, interpret=interpret, **self.options)(*args)
 
-    def expect(self, *args: Any) -> jax.Array:
-        return compiled(attend_reference, **self.options)(*args)
+    @property
+    def op(self) -> Op:
+        """The kernel with this call's options."""
+
+        def expected(*args: Any) -> jax.Array:
+            with jax.default_matmul_precision("highest"):
+                return compiled(meaning.decode, **self.options)(*args)
+
+        return Op(f"{self}", self.call, expected, tolerance=CLOSE, compared=lambda made: made[0], take=row_of)
 
 
 CASES = {
@@ -111,7 +123,12 @@ FLASH_CASES = {
     "leading": Case((3000, 3001), 3002, leading=(23, 24), stored=64, **FLASH),
     "long": Case((400000, 400001), 400002, leading=(3125, 3126), stored=8192, **FLASH),
 }
-BOTH = pytest.mark.parametrize("name", CASES)
+# Each of them reads the cache in another way.
+SOME = ("golden model", "wrapped", "chosen rows")
+BOTH = pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in SOME else pytest.mark.slow) for name in CASES])
+ONE = pytest.mark.parametrize(
+    "name", [name if name == "golden model" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 ON_GPU = pytest.mark.parametrize("name", [*CASES, *(f"flash {name}" for name in FLASH_CASES)])
 
 
@@ -119,68 +136,34 @@ def of(name: str) -> Case:
     return FLASH_CASES[name.removeprefix("flash ")] if name.startswith("flash ") else CASES[name]
 
 
-def error(out: jax.Array, expected: jax.Array) -> np.ndarray:
-    """Largest difference of each row over its largest value."""
-    out, expected = np.asarray(out), np.asarray(expected)
-    return np.abs(out - expected).max(axis=-1) / np.abs(expected).max(axis=-1)
-
-
 def check(name: str, *, interpret: bool) -> None:
-    case, close = of(name), CLOSE if interpret else CLOSE_ON_GPU
+    case = of(name)
     args = case.operands()
+    check_meaning(case.op, args, interpret=interpret)
     out, quantized = case.call(*args, interpret=interpret)
-    worst = error(out, case.expect(*args))
-    assert (worst <= CLOSE).all(), f"{name}: rows differ by {worst} of their largest value"
     # In a launch of its own: XLA's division on a GPU is not correctly rounded, the kernels' is.
     expected = compiled(activation.quantize, groups=case.groups, interpret=interpret)(out)
     assert_bits_equal(quantized.quants, expected.quants)
     assert_bits_equal(quantized.scales, expected.scales)
 
-    args = case.operands(as_trained)
-    worst = error(case.call(*args, interpret=interpret)[0], case.expect(*args))
-    assert (worst <= close).all(), f"{name}: trained rows differ by {worst} of their largest value"
+    check_meaning(case.op, case.operands(as_trained), interpret=interpret, tolerance=CLOSE if interpret else CLOSE_ON_GPU)
 
 
 @BOTH
 @pytest.mark.long
-def test_equals_the_reference(name):
+def test_equals_the_meaning(name):
     check(name, interpret=True)
 
 
-@pytest.mark.parametrize("kind", ["window", "leading", "chosen"])
-def test_the_reference_is_the_model(kind):
-    config = golden_config()
-    case = Case((33, 34, 35), 36, heads=config.n_heads, dim=config.head_dim, rope=config.rope_dim, window=16, ring=20, stored=12)
-    case = dataclasses.replace(case, **{"leading": {"leading": (8, 0, 9)}, "chosen": {"chosen": 6}}.get(kind, {}))
-    frequencies = inverse_frequencies(config, compressed=True)
-
-    @jax.jit
-    def by_the_model(q, sink, ring, position, end, compressed):
-        q_THQ = q.reshape(3, config.n_heads, -1)
-        q_THQ = rotate(q_THQ * rms_scale(q_THQ, EPS), position, frequencies)
-        held, _ = ring_positions(case.ring, end)
-        age = position[:, None] - held[None, :]
-        segments = [(ring[0], (age >= 0) & (age < case.window) & (held >= 0)[None, :])]
-        if isinstance(compressed, Leading):
-            segments.append((compressed.rows[0], jnp.arange(12, dtype=jnp.int32)[None, :] < compressed.visible[:, None]))
-        if isinstance(compressed, Chosen):
-            segments.append((compressed.rows[0][jnp.maximum(compressed.index, 0)], compressed.index >= 0))
-        expected, _ = model.attend(q_THQ, segments, sink, case.dim**-0.5)
-        return rotate(expected, position, frequencies, inverse=True).reshape(3, -1)
-
-    q, sink, _, _, ring, position, end, compressed = case.operands()
-    angle = position.astype(np.float32)[:, None] * frequencies
-    out = case.expect(q, sink, np.cos(angle), np.sin(angle), ring, position, end, compressed)
-    np.testing.assert_allclose(out, by_the_model(q, sink, ring, position, end, compressed), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["part of the ring", "wrapped", "leading rows", "chosen rows"])
+@pytest.mark.parametrize(
+    "name",
+    ["wrapped", "chosen rows", *(pytest.param(name, marks=pytest.mark.slow) for name in ("part of the ring", "leading rows"))],
+)
 @pytest.mark.long
 def test_what_no_row_sees_may_hold_anything(name):
     case = CASES[name]
-    *args, compressed = case.operands()
-    clean, _ = case.call(*args, compressed)
-    position, last = args[5], case.end - 1
+    *args, compressed = clean = case.operands()
+    position, last = args[6], case.end - 1
     held = last - (last - np.arange(case.ring)) % case.ring
     seen = (held >= 0) & (held <= position.max()) & (held > position.min() - case.window)
     args[4] = np.where(seen[None, :, None], args[4], np.float32(np.nan))
@@ -191,35 +174,54 @@ def test_what_no_row_sees_may_hold_anything(name):
         rows[0, unseen] = np.nan
         compressed = dataclasses.replace(compressed, rows=rows)
     assert not seen.all()
-    assert_bits_equal(case.call(*args, compressed)[0], clean)
+    check_unread(case.op, clean, (*args, compressed))
 
 
 def row_of(args: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
-    q, sink, cos, sin, ring, position, end, compressed = args
+    q, sink, cos, sin, ring, *where, compressed = args
     if isinstance(compressed, Leading):
         compressed = dataclasses.replace(compressed, visible=compressed.visible[rows])
     if isinstance(compressed, Chosen):
         compressed = dataclasses.replace(compressed, index=compressed.index[rows])
-    return q[rows], sink, cos[rows], sin[rows], ring, position[rows], end, compressed
+    return q[rows], sink, cos[rows], sin[rows], ring, *(x[rows] for x in where), compressed
 
 
-def check_rows(case: Case, counts: tuple[int, ...], *, interpret: bool) -> None:
+def check_company(case: Case, counts: tuple[int, ...], *, interpret: bool) -> None:
     args = case.operands(as_trained)
 
-    def parts(rows: slice, end: int) -> list[np.ndarray]:
-        own = row_of(args, rows)
-        out, quantized = case.call(*own[:6], np.full(1, end, np.int32), own[7], interpret=interpret)
-        return [np.asarray(x) for x in (out, quantized.quants, quantized.scales)]
+    def alone(m: int) -> tuple[Any, ...]:
+        """A row alone is also the last in the cache, with the rows that follow it not there yet."""
+        *own, end, compressed = row_of(args, slice(m, m + 1))
+        return *own, np.full_like(end, case.position[m] + 1), compressed
 
-    # A row alone is also the last in the cache, with the rows that follow it not there yet.
-    alone = [parts(slice(m, m + 1), case.position[m] + 1) for m in range(8)]
-    for count in counts:
-        together = parts(slice(0, count), case.end)
-        for m in range(count):
-            for kind, one, part in zip(("output", "quants", "scales"), alone[m], together, strict=True):
-                np.testing.assert_array_equal(
-                    part[m : m + 1].view(np.int32), one.view(np.int32), err_msg=f"{kind} of row {m} of {count}, {case}"
-                )
+    check_rows(case.op, args, counts, interpret=interpret, alone=alone)
+
+
+# Rows of a long sequence, of a short one and of the long one again.
+TWO = Case((98, 5, 99), (100, 6, 100), (1, 0, 1), leading=(33, 1, 34), stored=40, dim=32, rope=16, heads=2)
+TWO_CHOSEN = dataclasses.replace(TWO, leading=(), chosen=40)
+TWO_CASES = pytest.mark.parametrize("case", [pytest.param(TWO, marks=pytest.mark.long), TWO_CHOSEN], ids=["leading", "chosen"])
+
+
+def check_sequences(case: Case, *, interpret: bool) -> None:
+    """Each row as alone with its own sequence's cache, whatever the other sequence's holds; and close to the meaning."""
+    *others, ring, sequence, position, end, compressed = args = case.operands(as_trained)
+    check_meaning(case.op, args, interpret=interpret, tolerance=CLOSE if interpret else CLOSE_ON_GPU)
+
+    def alone(m: int) -> tuple[Any, ...]:
+        *own, held, s, own_position, own_end, rows = row_of(args, slice(m, m + 1))
+        mine = slice(s[0], s[0] + 1)
+        return *own, held[mine], np.zeros(1, np.int32), own_position, own_end, dataclasses.replace(rows, rows=rows.rows[mine])
+
+    check_rows(case.op, args, (len(sequence),), interpret=interpret, alone=alone)
+    ring, rows = (np.where(np.arange(2)[:, None, None] == 0, np.float32(np.nan), x) for x in (ring, compressed.rows))
+    poisoned = *others, ring, sequence, position, end, dataclasses.replace(compressed, rows=rows)
+    check_unread(case.op, args, poisoned, sequence == 1, interpret=interpret)
+
+
+@TWO_CASES
+def test_rows_of_two_sequences_are_those_of_each_alone(case):
+    check_sequences(case, interpret=True)
 
 
 _narrow_rows = jax.jit(narrow_rows, static_argnums=1)
@@ -240,7 +242,7 @@ def check_narrow(case: Case, *, interpret: bool) -> None:
         )
 
 
-# Blocks of 64 columns in chunks of 32 and of 128, the last of which ends in columns that turn.
+# Blocks of 64 columns in chunks of 32 and of 128, the last of which ends in columns that rotate.
 NARROW = {
     "golden model": CASES["golden model"],
     "leading rows": Case((98, 99, 100), 101, leading=(33, 0, 70), stored=70, dim=128, rope=64, heads=2),
@@ -248,9 +250,8 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["leading rows", *(pytest.param(name, marks=pytest.mark.long) for name in NARROW if name != "leading rows")]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "chosen rows" else pytest.mark.slow) for name in NARROW])
+@pytest.mark.long
 def test_narrow_rows_give_the_same_bits(name):
     check_narrow(NARROW[name], interpret=True)
 
@@ -258,7 +259,7 @@ def test_narrow_rows_give_the_same_bits(name):
 def test_narrow_rows_have_the_columns_that_turn():
     case = NARROW["leading rows"]
     q, sink, cos, sin, *args = with_narrow_rows(case, case.operands(as_trained))
-    with pytest.raises(ValueError, match="32 columns turn; the narrow rows have 64"):
+    with pytest.raises(ValueError, match="32 columns rotate; the narrow rows have 64"):
         case.call(q, sink, cos[:, :16], sin[:, :16], *args)
 
 
@@ -269,35 +270,35 @@ EIGHT_CASES = pytest.mark.parametrize("case", [EIGHT, EIGHT_CHOSEN, EARLY], ids=
 
 
 @EIGHT_CASES
-@pytest.mark.long
+@pytest.mark.slow
 def test_each_row_has_the_bits_of_the_row_alone(case):
-    check_rows(case, (2, 3, 8), interpret=True)
+    check_company(case, (2, 3, 8), interpret=True)
 
 
-@pytest.mark.parametrize("m", [1, 3, 8])
+@pytest.mark.long
+@pytest.mark.parametrize("m", [3, *(pytest.param(m, marks=pytest.mark.slow) for m in (1, 8))])
 @pytest.mark.parametrize("name", FLASH_CASES)
 def test_lowers_for_cuda(name, m):
     case = FLASH_CASES[name]
-    case = dataclasses.replace(case, position=case.position[:1] * m, leading=case.leading[:1] * m, stored=max(case.stored, 1))
+    case = dataclasses.replace(
+        case, position=case.position[:1] * m, sequence=tuple(range(m)), leading=case.leading[:1] * m, stored=max(case.stored, 1)
+    )
     args = jax.eval_shape(functools.partial(case.operands, normal=jnp.zeros))
-    text = lowered_for_cuda(jax.jit(functools.partial(attend, groups=8, **case.options)), *args)
-    assert kernel_calls(text, SPLIT_NAME) == 1
-    assert kernel_calls(text, COMBINE_NAME) == 1
+    check_lowers(functools.partial(attend, groups=8, **case.options), args, {SPLIT_NAME: 1, COMBINE_NAME: 1})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["chosen", "leading", "long"])
 def test_narrow_rows_lower_for_cuda(name):
     case = FLASH_CASES[name]
     args = jax.eval_shape(lambda: with_narrow_rows(case, case.operands(as_trained, jnp.zeros)))
-    text = lowered_for_cuda(jax.jit(functools.partial(attend, groups=8, **case.options)), *args)
-    assert kernel_calls(text, SPLIT_NAME) == 1
+    check_lowers(functools.partial(attend, groups=8, **case.options), args, {SPLIT_NAME: 1})
 
 
-@BOTH
+@ONE
 def test_small_models_lower_for_cuda(name):
     case = CASES[name]
-    text = lowered_for_cuda(jax.jit(functools.partial(attend, groups=case.groups, **case.options)), *case.operands())
-    assert kernel_calls(text, SPLIT_NAME) == 1
+    check_lowers(functools.partial(attend, groups=case.groups, **case.options), case.operands(), {SPLIT_NAME: 1})
 
 
 def test_a_head_of_odd_length_is_refused():
@@ -322,8 +323,15 @@ def test_narrow_rows_of_many_spans_on_a_gpu():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [{}, {**FLASH, "ring": 136}], ids=["small", "flash"])
+@TWO_CASES
+def test_rows_of_two_sequences_are_those_of_each_alone_on_a_gpu(case, shape):
+    check_sequences(dataclasses.replace(case, **shape), interpret=False)
+
+
+@pytest.mark.gpu
 @ON_GPU
-def test_equals_the_reference_on_a_gpu(name):
+def test_equals_the_meaning_on_a_gpu(name):
     check(name, interpret=False)
 
 
@@ -331,4 +339,4 @@ def test_equals_the_reference_on_a_gpu(name):
 @pytest.mark.parametrize("shape", [{}, {**FLASH, "ring": 136}], ids=["small", "flash"])
 @EIGHT_CASES
 def test_each_row_has_the_bits_of_the_row_alone_on_a_gpu(case, shape):
-    check_rows(dataclasses.replace(case, **shape), (2, 3, 4, 8), interpret=False)
+    check_company(dataclasses.replace(case, **shape), (2, 3, 4, 8), interpret=False)

@@ -1,4 +1,4 @@
-"""The compressor of a decode step: rows and rings against the whole sequence at once, bits over the number of rows."""
+"""The compressor of a decode step: rows and rings against their meaning over the whole sequence, bits over the number of rows."""
 
 from __future__ import annotations
 
@@ -10,18 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda import kernel_calls, lowered_for_cuda
-from flax import nnx
-from numerics import assert_bits_equal, golden_config
+from kernels.harness import check_lowers
+from numerics import assert_bits_equal
 
-from ds4jax.cache import CompressorCache, Rows
-from ds4jax.model import fake_quant
-from ds4jax.model.compressor import Compressor
-from ds4jax.model.indexer import finish_keys
-from ds4jax.model.parameters import OneKey
-from ds4jax.model.rope import inverse_frequencies
-from pallas_kernels import compressor
-from pallas_kernels.narrow import Stored, expanded, narrow_keys, narrow_rows
+from ds4jax.cache.state import Rows
+from pallas_kernels.attention.stored_rows import Stored, narrow_keys, narrow_rows, widen
+from pallas_kernels.compressor import decode as compressor
+from pallas_kernels.compressor import meaning
 
 EPS = 1e-6
 ROPE = 64
@@ -30,7 +25,7 @@ State = tuple[jax.Array, jax.Array, Stored]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A compressor over a sequence of `tokens`, its cache for calls of at most `most` rows."""
+    """A compressor over a sequence of `tokens`, its cache for calls of at most `most` rows; or over the sequence backwards."""
 
     ratio: int
     width: int
@@ -39,6 +34,7 @@ class Case:
     most: int = 8
     rope: int = ROPE
     narrow: bool = False
+    backwards: bool = False
 
     @property
     def overlap(self) -> int:
@@ -50,6 +46,8 @@ class Case:
         channels = self.overlap * self.width
         normal = functools.partial(np.random.default_rng([self.ratio, self.width]).standard_normal, dtype=np.float32)
         values, gates = normal((self.tokens, channels)), normal((self.tokens, channels))
+        if self.backwards:
+            values, gates = values[::-1], gates[::-1]
         return values, 2 * gates, normal((self.ratio, channels)), 1 + np.float32(0.2) * normal(self.width)
 
     def angles(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -59,9 +57,9 @@ class Case:
 
     @functools.cached_property
     def expected(self) -> np.ndarray:
-        """Every row of the sequence by the reference."""
+        """Every row of the sequence by the meaning."""
         first = self.ratio * np.arange(self.tokens // self.ratio, dtype=np.int32)
-        return np.asarray(_reference_rows(*self.inputs, *self.angles(first), ratio=self.ratio, eps=EPS, finish=self.finish))
+        return np.asarray(_rows(*self.inputs, *self.angles(first), ratio=self.ratio, eps=EPS, finish=self.finish))
 
     def state(self) -> State:
         """An empty cache, full of what must not be read."""
@@ -80,7 +78,8 @@ class Case:
         values, gates, ape, norm = self.inputs
         alive = (np.arange(rows) < live).astype(np.int32)
         own = (values[position], gates[position], ape, norm, *self.angles(position - (self.ratio - 1)))
-        return _compress(*own, *state, position, alive, np.full(1, start, np.int32), self.ratio, self.finish, interpret)
+        where = np.zeros(rows, np.int32), position, alive, np.full(rows, start, np.int32)
+        return _compress(*own, *state, *where, self.ratio, self.finish, None, interpret)
 
     def run(self, rows: int, live: int, *, interpret: bool = True) -> State:
         """The whole sequence in calls of `rows` of which `live` are."""
@@ -90,21 +89,20 @@ class Case:
         return state
 
 
-@functools.partial(jax.jit, static_argnums=(12, 13, 14))
+@functools.partial(jax.jit, static_argnums=(13, 14, 15, 16))
 def _compress(*args):
-    *operands, ratio, finish, interpret = args
-    return compressor.compress(*operands, ratio=ratio, eps=EPS, finish=finish, interpret=interpret)
+    *operands, ratio, finish, per_sequence, interpret = args
+    return compressor.compress(*operands, ratio=ratio, eps=EPS, finish=finish, per_sequence=per_sequence, interpret=interpret)
 
 
-_reference_rows = jax.jit(compressor.reference_rows, static_argnames=("ratio", "eps", "finish"))
+_rows = jax.jit(meaning.rows, static_argnames=("ratio", "eps", "finish"))
 _narrow_rows = jax.jit(narrow_rows, static_argnums=1)
 _narrow_keys = jax.jit(narrow_keys)
-_fp8 = jax.jit(fake_quant.fp8)
-_expanded = jax.jit(expanded)
+_widen = jax.jit(widen)
 
 
 def assert_state(case: Case, state: State, tolerance: float, what: str) -> None:
-    """Rows within `tolerance` of the reference's, rings exact: the last tokens, untouched slots still poisoned."""
+    """Rows within `tolerance` of the meaning's, rings exact: the last tokens, untouched slots still poisoned."""
     values, gates, rows = (np.asarray(array)[0] for array in state)
     count = case.tokens // case.ratio
     error = np.abs(rows[:count] - case.expected)
@@ -128,7 +126,14 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("rows", [(1, 1), (3, 3), (5, 5), (5, 3), (8, 7)], ids=lambda rows: f"{rows[1]}of{rows[0]}")
+def in_calls(rows: int, live: int, *marks: pytest.MarkDecorator) -> Any:
+    return pytest.param((rows, live), id=f"{live}of{rows}", marks=marks)
+
+
+OTHERS = [in_calls(*rows, pytest.mark.slow) for rows in ((1, 1), (3, 3), (5, 5), (8, 7))]
+
+
+@pytest.mark.parametrize("rows", [in_calls(5, 3), *OTHERS])
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.ratio}-{case.width}-{case.finish}")
 @pytest.mark.long
 def test_a_sequence_in_calls_is_the_sequence_at_once(case, rows):
@@ -146,6 +151,37 @@ def test_a_row_has_the_bits_of_the_row_alone(case):
             assert_bits_equal(array, alone)
 
 
+_step = jax.jit(Rows.step, static_argnums=1)
+
+
+def check_sequences(case: Case, *, interpret: bool) -> None:
+    """Two sequences in one cache, the second a step behind; steps of two rows each, of which some are clones."""
+    cases = case, dataclasses.replace(case, backwards=True)
+    state = jax.tree.map(lambda array: np.concatenate([array, array]), case.state())
+    start = np.zeros(2, np.int32)
+    while start.min() < case.tokens:
+        # Of the second sequence none in the first step, then one, then two.
+        count = np.minimum([2, min(start[0] // 2, 2)], case.tokens - start).astype(np.int32)
+        rows = _step(start, 2, count)
+        sequence, position, live = (np.asarray(array) for array in (rows.sequence, rows.position, rows.live))
+        values, gates = (np.stack([cases[s].inputs[i][p] for s, p in zip(sequence, position, strict=True)]) for i in range(2))
+        own = values, gates, *case.inputs[2:], *case.angles(position - (case.ratio - 1))
+        where = sequence, position, live.astype(np.int32), start[sequence]
+        state = _compress(*own, *state, *where, case.ratio, case.finish, 2, interpret)
+        start = start + count
+    for s, one in enumerate(cases):
+        for array, alone in zip(jax.tree.leaves(state), jax.tree.leaves(one.run(1, 1, interpret=interpret)), strict=True):
+            assert_bits_equal(array[s], alone[0])
+
+
+@pytest.mark.parametrize(
+    "case", [SMALL[3], pytest.param(dataclasses.replace(SMALL[0], tokens=13, narrow=True), marks=pytest.mark.long)],
+    ids=["float32", "narrow"],
+)  # fmt: skip
+def test_two_sequences_are_each_alone(case):
+    check_sequences(case, interpret=True)
+
+
 @pytest.mark.parametrize("case", SMALL[:2], ids=lambda case: case.finish)
 @pytest.mark.long
 def test_narrow_rows_hold_the_same_values(case):
@@ -158,52 +194,17 @@ def test_narrow_rows_hold_the_same_values(case):
     for array, leaf in zip(jax.tree.leaves(narrow[2]), jax.tree.leaves(expected), strict=True):
         assert_bits_equal(array, leaf)
     count = case.tokens // case.ratio
-    assert_bits_equal(np.asarray(_expanded(narrow[2]))[0, :count], np.asarray(wide[2])[0, :count])
+    assert_bits_equal(np.asarray(_widen(narrow[2]))[0, :count], np.asarray(wide[2])[0, :count])
 
 
-@pytest.mark.parametrize("ratio", [4, 16])
-@pytest.mark.parametrize("qat", [False, True])
-def test_the_reference_is_the_model(ratio, qat):
-    """`reference_rows` against the model's own compressor, fed with values and gates through identity weights."""
-    case = Case(ratio, 64, "fp4" if qat else "none", 3 * ratio, rope=32)
-    values, gates, ape, norm = case.inputs
-    channels = values.shape[1]
-    config = dataclasses.replace(golden_config(), dim=2 * channels, rope_dim=case.rope)
-    module = nnx.eval_shape(lambda: Compressor(config, ratio, case.width, rngs=OneKey(jax.random.key(0))))
-    module.ape.set_value(jnp.asarray(ape))
-    module.norm.weight.set_value(jnp.asarray(norm))
-    module.wkv.weight.set_value(jnp.asarray(np.eye(channels, 2 * channels, dtype=np.float32)))
-    module.wgate.weight.set_value(jnp.asarray(np.eye(channels, 2 * channels, channels, dtype=np.float32)))
-    rows = Rows.following(jnp.int32(0), case.tokens, case.tokens, strict=True)
-    cache = CompressorCache(*(np.zeros(shape, np.float32) for shape in ((1, 0, channels), (1, 0, channels), (1, 3, case.width))))
-    finish = functools.partial(finish_keys, dataclasses.replace(config, qat=qat))
-    call = jax.jit(functools.partial(module, finish=finish))
-    result = call(np.concatenate([values, gates], axis=1), rows, cache)
-    first = ratio * np.arange(3, dtype=np.int32)
-    angle = first.astype(np.float32)[:, None] * inverse_frequencies(config, compressed=True)
-    expected = _reference_rows(
-        values, gates, ape, norm, np.cos(angle), np.sin(angle), ratio=ratio, eps=config.norm_eps, finish=case.finish
-    )
-    np.testing.assert_allclose(np.asarray(result.rows)[0], expected, rtol=0, atol=2e-6)
-
-
-def test_the_reference_rounds_as_the_model():
-    case = SMALL[0]
-    rows = dataclasses.replace(case, finish="none").expected
-    still = case.width - case.rope
-    assert_bits_equal(case.expected[:, :still], _fp8(rows[:, :still]))
-    assert (case.expected[:, :still] != rows[:, :still]).any()
-
-
-def operands(rows: int, case: Case) -> tuple[Any, ...]:
+def operands(rows: int, case: Case, sequences: int = 1) -> tuple[Any, ...]:
     """Shapes of a call's operands."""
     channels, ring = case.overlap * case.width, case.overlap * case.ratio + 8
     floats = [(rows, channels)] * 2 + [(case.ratio, channels), (case.width,)] + [(rows, case.rope // 2)] * 2
-    floats += [(1, ring, channels)] * 2
-    kept = jax.eval_shape(lambda: case.kept(jnp.zeros((1, case.tokens // case.ratio + 8, case.width), jnp.float32)))
-    integers = [(rows,), (rows,), (1,)]
+    floats += [(sequences, ring, channels)] * 2
+    kept = jax.eval_shape(lambda: case.kept(jnp.zeros((sequences, case.tokens // case.ratio + 8, case.width), jnp.float32)))
     wide = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in floats]
-    return *wide, kept, *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in integers)
+    return *wide, kept, *[jax.ShapeDtypeStruct((rows,), jnp.int32)] * 4
 
 
 FLASH = [
@@ -220,11 +221,12 @@ def named(case: Case) -> str:
     return f"{case.ratio}-{case.width}-{case.finish}{'-narrow' if case.narrow else ''}"
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [3, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 8))])
 @pytest.mark.parametrize("case", FLASH, ids=named)
 def test_v4_flash_lowers(case, rows):
     jitted = jax.jit(functools.partial(compressor.compress, ratio=case.ratio, eps=EPS, finish=case.finish))
-    assert kernel_calls(lowered_for_cuda(jitted, *operands(rows, case)), compressor.NAME) == 1
+    check_lowers(jitted, operands(rows, case, rows), {compressor.NAME: 1})
 
 
 def test_operands_that_do_not_fit():
@@ -263,11 +265,17 @@ def test_narrow_rows_hold_the_same_values_on_the_gpu(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", [*ON_GPU, dataclasses.replace(ON_GPU[0], narrow=True)], ids=named)
+def test_two_sequences_are_each_alone_on_the_gpu(case):
+    check_sequences(case, interpret=False)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", ON_GPU, ids=lambda case: f"{case.ratio}-{case.width}-{case.finish}")
 def test_on_the_gpu(case):
-    """The compiled kernel against the reference, and its bits over the number of rows.
+    """The compiled kernel against its meaning, and its bits over the number of rows.
 
-    Before a rounding the GPU's last bits differ from the reference's; a value near the middle of two codes may take the other.
+    Before a rounding the GPU's last bits differ from the meaning's; a value near the middle of two codes may take the other.
     """
     alone = case.run(1, 1, interpret=False)
     rows = np.asarray(alone[2])[0, : case.tokens // case.ratio]

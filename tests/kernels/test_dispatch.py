@@ -18,24 +18,29 @@ from numerics import assert_bits_equal
 from quantized import as_float, random_blocks
 
 import ds4jax
-from ds4jax import cache as caches
-from ds4jax import decode
-from ds4jax.bench.synthetic import SMALL_Q2
-from ds4jax.decode import Limits
-from ds4jax.depth import Policy
-from ds4jax.drafter import MTPDrafter
+from ds4jax.cache import state as caches
+from ds4jax.decode import loop as decode
+from ds4jax.decode.depth import Policy
+from ds4jax.decode.drafters.mtp import MTPDrafter
+from ds4jax.decode.loop import Limits
+from ds4jax.decode.sampling import Filters, Sampling
+from ds4jax.decode.scoring import extend
 from ds4jax.model.moe import Experts
-from ds4jax.sampling import Sampling
-from ds4jax.scoring import extend
-from pallas_kernels import attention_prefill, grouped_matmul, ops
-from pallas_kernels.dispatch import DECODE_ROWS, OPT_OUT, Choice, choose
-from pallas_kernels.formats import BLOCK, IQ2_XXS, Q2_K, Q8_0
-from pallas_kernels.q8_matmul import MOST_ROWS, NAME
+from ds4jax.random_models.layouts import SMALL_Q2
+from pallas_kernels import ops
+from pallas_kernels.attention import prefill as attention_prefill
+from pallas_kernels.core.dispatch import DECODE_ROWS, OPT_OUT, Choice, choose
+from pallas_kernels.core.limits import MAX_ROWS
+from pallas_kernels.experts import prefill as experts_prefill
+from pallas_kernels.formats import BLOCK, IQ2_XXS, Q2_K, Q4_K, Q8_0
+from pallas_kernels.linear.q8_matmul import NAME
 
 matmul = jax.jit(ops.matmul, static_argnames="strict")
 
 # Per layer: q_a + kv, q_b, o_a, o_b, shared gate + up, shared down.
 CALLS_A_LAYER = 6
+# A format without a kernel.
+NO_KERNEL = type("Plain", (Q4_K,), {})
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +53,9 @@ def decode_step(model: ds4jax.LanguageModel, *, strict: bool, max_draft: int = 0
     drafter = MTPDrafter() if max_draft else None
 
     def inputs() -> tuple:
-        state = decode.start(model.config, 512, 0, drafter=drafter, max_draft=max_draft)
-        limits = Limits(jnp.int32(1), jnp.int32(1), jnp.zeros(1, jnp.int32))
-        return state, limits, Sampling().arrays(), Policy(jnp.int32(0), jnp.ones(1 + max_draft, jnp.float32))
+        state = decode.start(model.config, 512, [0], drafter=drafter, max_draft=max_draft)
+        limits = Limits.of([1], [1], [[0]])
+        return state, limits, Filters.of([Sampling()]), Policy(jnp.zeros(1, jnp.int32), jnp.ones(1 + max_draft, jnp.float32))
 
     arguments = (model.graph, model.weights, *jax.eval_shape(inputs))
 
@@ -82,19 +87,21 @@ def test_the_kernel_runs_in_the_decode_step(model):
     assert not multiplied_out(text) & dense_shapes(model), "a product reads a dequantised weight"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("max_draft", [1, 3])
 def test_the_kernel_runs_in_draft_verify_and_commit(model, max_draft):
     """One program holds the target, the block over what was committed, and each draft."""
     text = decode_step(model, strict=False, max_draft=max_draft)
     target = CALLS_A_LAYER * model.config.n_layers + 1
     # The block is a layer, e_proj, and h_proj with a row for each stream, at most eight rows a launch.
-    committed = CALLS_A_LAYER + 1 + math.ceil(model.config.hc_mult * (1 + max_draft) / MOST_ROWS)
+    committed = CALLS_A_LAYER + 1 + math.ceil(model.config.hc_mult * (1 + max_draft) / MAX_ROWS)
     # The first draft needs the head alone; those after it are a loop over block and head.
     deeper = (CALLS_A_LAYER + 2 + 1) * (max_draft > 1)
     assert executed_calls(text, NAME) == target + committed + 1 + deeper
     assert not multiplied_out(text) & dense_shapes(model), "a product reads a dequantised weight"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("max_draft", [0, 2])
 def test_strict_has_no_pallas_kernel_at_all(model, max_draft):
     text = decode_step(model, strict=True, max_draft=max_draft)
@@ -118,38 +125,42 @@ def test_prefill_of_many_rows_takes_the_library_product(model):
 
 
 @pytest.mark.parametrize(
-    ("rows", "quantized", "strict", "implementation", "cuda", "default", "reason"),
+    ("rows", "format", "strict", "implementation", "cuda", "default", "reason"),
     [
-        (1, True, False, None, "pallas", "xla", "Q8_0"),
-        (DECODE_ROWS, True, False, None, "pallas", "xla", "Q8_0"),
-        (DECODE_ROWS + 1, True, False, None, "bfloat16", "dot", "rows"),
-        (DECODE_ROWS + 1, True, True, None, "dot", "dot", "strict"),
-        (DECODE_ROWS + 1, False, False, None, "dot", "dot", "float"),
-        (1, False, False, None, "dot", "dot", "float"),
-        (1, True, True, None, "dot", "dot", "strict"),
-        (4, True, False, "pallas", "pallas", "pallas", "asked"),
-        (4, True, False, "interpret", "interpret", "interpret", "asked"),
-        (4, True, False, "xla", "xla", "xla", "asked"),
-        (4, True, True, "xla", "dot", "dot", "asked"),
-        (4, False, False, "xla", "dot", "dot", "asked"),
+        (1, Q8_0, False, None, "pallas", "xla", "Q8_0"),
+        (DECODE_ROWS, Q8_0, False, None, "pallas", "xla", "Q8_0"),
+        (DECODE_ROWS + 1, Q8_0, False, None, "bfloat16", "dot", "rows"),
+        (DECODE_ROWS + 1, Q8_0, True, None, "dot", "dot", "strict"),
+        (1, Q4_K, False, None, "pallas", "xla", "Q4_K, at most 32 rows"),
+        (1, NO_KERNEL, False, None, "xla", "xla", "Plain has no kernel"),
+        (DECODE_ROWS + 1, NO_KERNEL, False, None, "bfloat16", "dot", "Plain, more than 32 rows"),
+        (1, NO_KERNEL, True, None, "dot", "dot", "strict"),
+        (DECODE_ROWS + 1, None, False, None, "dot", "dot", "float"),
+        (1, None, False, None, "dot", "dot", "float"),
+        (1, Q8_0, True, None, "dot", "dot", "strict"),
+        (4, Q8_0, False, "pallas", "pallas", "pallas", "asked"),
+        (4, Q8_0, False, "interpret", "interpret", "interpret", "asked"),
+        (4, Q8_0, False, "xla", "xla", "xla", "asked"),
+        (4, Q8_0, True, "xla", "dot", "dot", "asked"),
+        (4, None, False, "xla", "dot", "dot", "asked"),
     ],
 )
-def test_choices(rows, quantized, strict, implementation, cuda, default, reason):
-    choice = choose(rows, quantized, strict=strict, implementation=implementation)
+def test_choices(rows, format, strict, implementation, cuda, default, reason):
+    choice = choose(rows, format, strict=strict, implementation=implementation)
     assert (choice.cuda, choice.default) == (cuda, default)
     assert reason in choice.reason
 
 
 @pytest.mark.parametrize(("rows", "strict", "cuda"), [(33, False, "three bfloat16"), (32, False, "dot"), (33, True, "dot")])
 def test_choices_of_half_floats(rows, strict, cuda):
-    choice = choose(rows, False, half=True, strict=strict)
+    choice = choose(rows, None, half=True, strict=strict)
     assert (choice.cuda, choice.default) == (cuda, "dot")
 
 
 @pytest.mark.parametrize(("rows", "path"), [(1, "xla"), (DECODE_ROWS + 1, "dot")])
 def test_the_opt_out_is_a_reason(monkeypatch, rows, path):
     monkeypatch.setenv(OPT_OUT, "1")
-    assert choose(rows, True, strict=False) == Choice(path, path, f"{OPT_OUT}=1")
+    assert choose(rows, Q8_0, strict=False) == Choice(path, path, f"{OPT_OUT}=1")
 
 
 def ones(*shape: int, dtype: DTypeLike = np.float32) -> np.ndarray:
@@ -216,7 +227,7 @@ def test_a_narrow_float_weight_is_widened_before_the_product(dtype, strict, rows
 
 
 def test_a_large_weight_is_multiplied_out_in_tiles(monkeypatch):
-    monkeypatch.setattr(ops, "MOST_TILE_VALUES", 64 * 12)
+    monkeypatch.setattr(ops, "MAX_TILE_VALUES", 64 * 12)
     w = Q8_0.quantize(np.random.default_rng(0).normal(size=(48, 64)))
     x = normal(1, DECODE_ROWS + 8, 64)
     expected = np.asarray(x, np.float64) @ np.asarray(as_float(w), np.float64).T
@@ -257,7 +268,7 @@ def test_a_product_of_sums_of_two_bfloat16_on_a_gpu(dtype):
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_a_product_in_bfloat16(monkeypatch, groups):
-    monkeypatch.setattr(ops, "MOST_TILE_VALUES", 64 * 12)
+    monkeypatch.setattr(ops, "MAX_TILE_VALUES", 64 * 12)
     w = Q8_0.quantize(np.random.default_rng(0).normal(size=(48, 64)))
     x = normal(1, DECODE_ROWS + 8, groups, 64)
     found = np.asarray(jax.jit(lambda x, w: ops._narrow_dots(x, (w,))[0])(x, w))
@@ -273,19 +284,27 @@ def experts(form: str) -> tuple[Experts, tuple[jax.ShapeDtypeStruct, ...]]:
     made = nnx.eval_shape(lambda: Experts(config, rngs=nnx.Rngs(0)))
     for seed, (name, one) in enumerate((("w1", made.w1), ("w2", made.w2), ("w3", made.w3))):
         shape, format = one.weight.get_value().shape, Q2_K if name == "w2" else IQ2_XXS
-        one.weight.set_value(format.from_bytes(random_blocks(format, shape)) if form == "quantised" else normal(seed, *shape))
+        if form == "unlike" and name == "w3":
+            format = Q4_K
+        one.weight.set_value(normal(seed, *shape) if form == "float" else format.from_bytes(random_blocks(format, shape)))
     rows = [((64, 256), "float32"), ((64, 2), "int32"), ((64, 2), "float32")]
     return made, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in rows)
 
 
 @pytest.mark.parametrize(
     ("form", "strict", "opt_out", "grouped"),
-    [("quantised", False, "0", 1), ("quantised", True, "0", 0), ("quantised", False, "1", 0), ("float", False, "0", 0)],
+    [
+        ("quantised", False, "0", 1),
+        ("unlike", False, "0", 1),
+        ("quantised", True, "0", 0),
+        ("quantised", False, "1", 0),
+        ("float", False, "0", 0),
+    ],
 )
 def test_experts_of_many_rows_are_grouped(monkeypatch, form, strict, opt_out, grouped):
     monkeypatch.setenv(OPT_OUT, opt_out)
     made, arguments = experts(form)
     jitted = jax.jit(functools.partial(made, strict=strict))
     text = lowered_for_cuda(jitted, *arguments)
-    assert kernel_calls(text, grouped_matmul.GATE_UP) == kernel_calls(text, grouped_matmul.DOWN) == grouped
+    assert kernel_calls(text, experts_prefill.GATE_UP) == kernel_calls(text, experts_prefill.DOWN) == grouped
     assert pallas_calls(jitted.lower(*arguments).as_text()) == 0

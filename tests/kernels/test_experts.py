@@ -1,30 +1,42 @@
-"""The expert kernels: their arithmetic against the reference, the bits of a row in other company, and lowering at full size."""
+"""The expert kernels: their arithmetic against its meaning, the bits of a row in other company, and lowering at full size."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cuda import kernel_calls, lowered_for_cuda
+from kernels.harness import Op, check_meaning, check_poisoned_row, check_rows
 from numerics import assert_bits_equal
 from quantized import random_blocks
 
-from pallas_kernels import activation_k, expert_matmul, reference
-from pallas_kernels.expert_matmul import DOWN, GATE_UP, ExpertTile
-from pallas_kernels.formats import IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0, Quantized
+from pallas_kernels.experts import meaning
+from pallas_kernels.experts.decode import DOWN, GATE_UP, ExpertTile, experts
+from pallas_kernels.formats import IQ2_S, IQ2_XXS, IQ3_XXS, MXFP4, Q2_K, Q4_K, Q5_K, Q6_K, Q8_0, Quantized
+from pallas_kernels.linear import activation_k
+from pallas_kernels.linear import meaning as linear
 
 LIMIT = 10.0
-PAIRS = [(IQ2_XXS, Q2_K), (Q4_K, Q4_K), (MXFP4, MXFP4), (Q8_0, Q8_0)]
+PAIRS = [
+    (IQ2_XXS, Q2_K),
+    (IQ2_S, IQ3_XXS),
+    (IQ2_S, MXFP4),
+    (IQ3_XXS, IQ2_S),
+    (Q4_K, Q4_K),
+    (Q5_K, Q6_K),
+    (Q6_K, Q5_K),
+    (MXFP4, MXFP4),
+    (Q8_0, Q8_0),
+]
 IDS = [f"{gate.__name__}-{down.__name__}" for gate, down in PAIRS]
 
 
-def expected(x: jax.Array, chosen: jax.Array, share: jax.Array, gate: Quantized, up: Quantized, down: Quantized) -> jax.Array:
-    g, u = (reference.expert_dot(x[:, None], stack.take(chosen)) for stack in (gate, up))
-    hidden = jax.nn.silu(jnp.minimum(g, LIMIT)) * jnp.clip(u, -LIMIT, LIMIT) * share[..., None]
-    return reference.expert_dot(hidden, down.take(chosen), add_up=True)
+expected = functools.partial(meaning.gathered, limit=LIMIT)
 
 
 @functools.cache
@@ -39,44 +51,53 @@ def case(gate: type[Quantized], down: type[Quantized], dim: int = 512, hidden: i
     return x, chosen, jnp.asarray(rng.uniform(0.2, 1.0, (8, 2)), jnp.float32), *stacks
 
 
-def run(arguments: tuple, rows: slice, *, tile: ExpertTile | None = None, interpret: bool) -> np.ndarray:
-    x, chosen, share, *stacks = arguments
-    call = jax.jit(functools.partial(expert_matmul.experts, limit=LIMIT, tile=tile, interpret=interpret))
-    return np.asarray(call(x[rows], chosen[rows], share[rows], *stacks))
+@functools.cache
+def program(tile: ExpertTile | None, interpret: bool) -> Any:
+    return jax.jit(functools.partial(experts, limit=LIMIT, tile=tile, interpret=interpret))
 
 
-def assert_near(found: np.ndarray, wanted: jax.Array) -> None:
-    wanted = np.asarray(wanted)
-    assert np.isfinite(wanted).all()
-    assert np.abs(wanted).max() > 0
-    # Integers are the same; what differs is the order of a few hundred float32 sums.
-    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+def call(*operands: Any, tile: ExpertTile | None = None, interpret: bool) -> jax.Array:
+    return program(tile, interpret)(*operands)
 
 
-@pytest.mark.parametrize("tile", [ExpertTile(1, 1), ExpertTile(4, 2)], ids=["1", "4-2"])
-@pytest.mark.parametrize(("gate", "down"), PAIRS, ids=IDS)
-@pytest.mark.long
-def test_the_reference(gate, down, tile):
-    arguments = case(gate, down)
-    assert_near(run(arguments, slice(0, 3), tile=tile, interpret=True), expected(*(a[:3] for a in arguments[:3]), *arguments[3:]))
+# Integers are the same; what differs is the order of a few hundred float32 sums.
+OP = Op("experts", call, expected, rows=(0, 1, 2), tolerance=1e-5, whole=True)
 
 
-@pytest.mark.parametrize(("gate", "down"), PAIRS[:2], ids=IDS[:2])
+SMALL, LARGE = ExpertTile(1, 1, 0), ExpertTile(4, 2, 2)
+# The formats of the published files; the others take the same steps.
+PUBLISHED = [((IQ2_XXS, Q2_K), SMALL), ((MXFP4, MXFP4), LARGE)]
+
+
+def _marks(pair: tuple, tile: ExpertTile) -> tuple:
+    if (pair, tile) == ((Q8_0, Q8_0), SMALL):
+        return ()
+    return (pytest.mark.long if (pair, tile) in PUBLISHED else pytest.mark.slow,)
+
+
+@pytest.mark.parametrize(
+    ("gate", "down", "tile"),
+    [
+        pytest.param(*pair, tile, id=f"{name}-{tile.gate_up}", marks=_marks(pair, tile))
+        for pair, name in zip(PAIRS, IDS, strict=True)
+        for tile in (SMALL, LARGE)
+    ],
+)
+def test_the_meaning(gate, down, tile):
+    op = dataclasses.replace(OP, kernel=functools.partial(call, tile=tile))
+    check_meaning(op, op.some(case(gate, down), slice(3)))
+
+
+@pytest.mark.parametrize(("gate", "down"), [pytest.param(*PAIRS[0], marks=pytest.mark.slow), PAIRS[1]], ids=IDS[:2])
 @pytest.mark.long
 def test_each_row_has_the_bits_of_the_row_alone(gate, down):
-    arguments = case(gate, down)
-    together = {rows: run(arguments, slice(0, rows), interpret=True) for rows in (2, 8)}
-    for m in range(2):
-        alone = run(arguments, slice(m, m + 1), interpret=True)
-        for found in together.values():
-            assert_bits_equal(found[m], alone[0])
+    check_rows(OP, case(gate, down), (2, 8))
 
 
 @pytest.mark.parametrize(("dim", "hidden"), [(256, 256), (4352, 512)])
-@pytest.mark.long
+@pytest.mark.slow
 def test_odd_numbers_of_lanes(dim, hidden):
-    arguments = case(IQ2_XXS, Q2_K, dim, hidden)
-    assert_near(run(arguments, slice(0, 2), interpret=True), expected(*(a[:2] for a in arguments[:3]), *arguments[3:]))
+    check_meaning(OP, OP.some(case(IQ2_XXS, Q2_K, dim, hidden), slice(2)))
 
 
 @pytest.mark.parametrize("format", list(activation_k.ORDERS), ids=lambda format: format.__name__)
@@ -85,19 +106,16 @@ def test_activations_in_blocks_of_256(format):
     x[1, 256:512] = 0
     x[2, 7], x[2, 9] = 5.0, -5.0
     quants, scales = activation_k.plain(activation_k.quantize_k(jnp.asarray(x), format, interpret=True), format)
-    wanted_quants, wanted_scales = reference.quantize_k(jnp.asarray(x))
+    wanted_quants, wanted_scales = linear.quantize_k(jnp.asarray(x))
     np.testing.assert_array_equal(quants, np.asarray(wanted_quants).reshape(3, -1))
     assert_bits_equal(scales, wanted_scales)
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("poison", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 @pytest.mark.long
 def test_a_nan_stays_in_its_row(poison):
-    x, *rest = case(IQ2_XXS, Q2_K)
-    clean = run((x, *rest), slice(0, 2), interpret=True)
-    found = run((x.at[1, 100].set(poison), *rest), slice(0, 2), interpret=True)
-    assert_bits_equal(found[0], clean[0])
-    assert np.isnan(found[1]).all()
+    x, *rest = clean = OP.some(case(IQ2_XXS, Q2_K), slice(2))
+    check_poisoned_row(OP, clean, (x.at[1, 100].set(poison), *rest), 1)
 
 
 def abstract(format: type[Quantized], *shape: int) -> Quantized:
@@ -106,14 +124,14 @@ def abstract(format: type[Quantized], *shape: int) -> Quantized:
     return jax.eval_shape(format.split, raw)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("gate", "down"), PAIRS, ids=IDS)
 def test_v4_flash_lowers(gate, down):
-    call = jax.jit(functools.partial(expert_matmul.experts, limit=LIMIT))
     numbers = (
         jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((3, 4096), "float32"), ((3, 6), "int32"), ((3, 6), "float32"))
     )
     stacks = abstract(gate, 256, 2048, 4096), abstract(gate, 256, 2048, 4096), abstract(down, 256, 4096, 2048)
-    text = lowered_for_cuda(call, *numbers, *stacks)
+    text = lowered_for_cuda(jax.jit(functools.partial(experts, limit=LIMIT)), *numbers, *stacks)
     assert kernel_calls(text, GATE_UP) == kernel_calls(text, DOWN) == 1
     assert kernel_calls(text, activation_k.NAME) + kernel_calls(text, "q8_activation") == 2
 
@@ -122,10 +140,5 @@ def test_v4_flash_lowers(gate, down):
 @pytest.mark.parametrize(("gate", "down"), PAIRS, ids=IDS)
 def test_on_the_gpu(gate, down):
     arguments = case(gate, down, 4096, 2048)
-    together = {rows: run(arguments, slice(0, rows), interpret=False) for rows in (2, 3, 8)}
-    assert_near(together[8], expected(*arguments))
-    for m in range(8):
-        alone = run(arguments, slice(m, m + 1), interpret=False)
-        for rows, found in together.items():
-            if m < rows:
-                assert (found[m].view(np.int32) == alone[0].view(np.int32)).all(), f"row {m} of {rows} differs from the row alone"
+    check_meaning(OP, arguments, interpret=False)
+    check_rows(OP, arguments, (2, 3, 8), interpret=False)

@@ -8,14 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda import kernel_calls, lowered_for_cuda
+from kernels.harness import Op, check_lowers, check_meaning, check_rows
 from numerics import assert_bits_equal
 
-from pallas_kernels import activation, router, swiglu
-from pallas_kernels import float_matmul as float_matmul_module
-from pallas_kernels.float_matmul import NAME, float_matmul
+from pallas_kernels.experts import meaning, router, swiglu
+from pallas_kernels.formats import Q2_K, Q4_K
+from pallas_kernels.linear import activation, activation_k
+from pallas_kernels.linear import float_matmul as float_matmul_module
+from pallas_kernels.linear.activation_k import quantize_k
+from pallas_kernels.linear.float_matmul import NAME, float_matmul
 
 DTYPES = ("float16", "bfloat16", "float32")
+SHAPES = [((5,), 64), ((10, 7, 64), 576), ((33,), 2304)]
+# All types share a kernel, and the middle shape has several weights and an odd one.
+MARKS = {(0, "float16"): (), (1, "float16"): pytest.mark.long, (2, "float32"): pytest.mark.long}
 # What one layer asks for together: rows of each weight, and K.
 FLASH = {
     "ratio 4": ((1024, 1024, 256, 256, 64), 4096),
@@ -33,20 +39,27 @@ def data(rows: int, sizes: tuple[int, ...], k: int, dtype: str) -> tuple[jax.Arr
 
 
 def check(sizes: tuple[int, ...], k: int, dtype: str, *, interpret: bool) -> None:
-    x, weights = data(8, sizes, k, dtype)
-    call = jax.jit(functools.partial(float_matmul, interpret=interpret))
-    alone = [call(x[m : m + 1], weights) for m in range(8)]
+    # A jitted function of its own: a test replaces what is read while tracing.
+    jitted = jax.jit(functools.partial(float_matmul, interpret=interpret))
+
+    def exact(x: jax.Array, weights: list[jax.Array]) -> list[np.ndarray]:
+        return [np.asarray(x, np.float64) @ np.asarray(w.astype(jnp.float32), np.float64).T for w in weights]
+
+    op = Op("product", lambda x, weights, interpret: jitted(x, weights), exact, (0,), 1e-6 * k**0.5, whole=True)
+    operands = data(8, sizes, k, dtype)
     for rows in (1, 3, 8):
-        for i, found in enumerate(call(x[:rows], weights)):
-            wanted = np.asarray(x[:rows], np.float64) @ np.asarray(weights[i].astype(jnp.float32), np.float64).T
-            assert np.abs(np.asarray(found) - wanted).max() <= 1e-6 * k**0.5 * np.abs(wanted).max()
-            for m in range(rows):
-                assert_bits_equal(found[m], alone[m][i][0])
+        check_meaning(op, op.some(operands, slice(rows)), interpret=interpret)
+    check_rows(op, operands, (1, 3, 8), interpret=interpret)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("sizes", "k"), [((10, 7, 64), 576), ((5,), 64), ((33,), 2304)])
-@pytest.mark.long
+@pytest.mark.parametrize(
+    ("sizes", "k", "dtype"),
+    [
+        pytest.param(*shape, dtype, marks=MARKS.get((SHAPES.index(shape), dtype), pytest.mark.slow))
+        for shape in SHAPES
+        for dtype in DTYPES
+    ],
+)
 def test_products_and_rows(sizes, k, dtype, monkeypatch):
     # A CPU's compiler contracts products and sums in a loop otherwise than in straight code, so that here the cut has to be the
     # same for every number of rows. A GPU has pinned instructions, and its test takes the cuts as they are.
@@ -60,13 +73,14 @@ def test_on_the_gpu(name):
     check(*FLASH[name], "float16", interpret=False)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [4, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 8))])
 @pytest.mark.parametrize("name", FLASH)
 def test_v4_flash_lowers(name, rows):
     sizes, k = FLASH[name]
     x = jax.ShapeDtypeStruct((rows, k), jnp.float32)
     weights = [jax.ShapeDtypeStruct((n, k), jnp.float16) for n in sizes]
-    assert kernel_calls(lowered_for_cuda(jax.jit(float_matmul), x, weights), NAME) == 1
+    check_lowers(jax.jit(float_matmul), (x, weights), {NAME: 1})
 
 
 def test_the_routers_choice_by_score():
@@ -74,11 +88,9 @@ def test_the_routers_choice_by_score():
     # Equal scores: the lower number is taken first.
     logits, bias = logits.at[3].set(0.5), bias.at[7].set(bias[11])
     chosen, share = router.route(logits, active=3, scale=1.5, bias=bias, interpret=True)
-    scores = jnp.sqrt(jax.nn.softplus(logits))
-    _, wanted = jax.lax.top_k(scores + bias, 3)
-    np.testing.assert_array_equal(chosen, wanted)
-    weights = jnp.take_along_axis(scores, wanted, axis=1)
-    np.testing.assert_allclose(share, weights / weights.sum(axis=1, keepdims=True) * 1.5, rtol=1e-6)
+    scores = meaning.scores(logits)
+    np.testing.assert_array_equal(chosen, meaning.choose(scores, bias, 3))
+    np.testing.assert_allclose(share, meaning.weigh(scores, chosen, 1.5), rtol=1e-6)
 
 
 def test_the_routers_choice_by_table():
@@ -87,18 +99,31 @@ def test_the_routers_choice_by_table():
     ids = jnp.array([1, 8, 4], jnp.int32)
     chosen, share = router.route(logits, active=3, scale=1.5, ids=ids, table=table, interpret=True)
     np.testing.assert_array_equal(chosen, table[ids])
-    weights = jnp.take_along_axis(jnp.sqrt(jax.nn.softplus(logits)), chosen, axis=1)
-    np.testing.assert_allclose(share, weights / weights.sum(axis=1, keepdims=True) * 1.5, rtol=1e-6)
+    np.testing.assert_allclose(share, meaning.weigh(meaning.scores(logits), chosen, 1.5), rtol=1e-6)
 
 
 def test_swiglu_is_clamped_and_quantised():
     gate, up = (8 * jax.random.normal(jax.random.key(seed), (3, 96)) for seed in (0, 1))
     found = swiglu.swiglu(gate, up, limit=10.0, interpret=True)
-    hidden = jax.nn.silu(jnp.minimum(gate, 10.0)) * jnp.clip(up, -10.0, 10.0)
-    wanted = activation.quantize(hidden, interpret=True)
+    wanted = activation.quantize(meaning.swiglu(gate, up, 10.0), interpret=True)
     np.testing.assert_allclose(found.scales, wanted.scales, rtol=1e-6)
     bytes_of = [np.asarray(a.quants).view(np.int8).astype(np.int32) for a in (found, wanted)]
     assert np.abs(bytes_of[0] - bytes_of[1]).max() <= 1
+
+
+@pytest.mark.long
+def test_swiglu_in_blocks_of_256():
+    """Alone and beside the routed experts' values, for a down matrix of such a format."""
+    gate, up, hidden = (8 * jax.random.normal(jax.random.key(seed), (1, 256)) for seed in range(3))
+    alone = swiglu.swiglu(gate, up, Q4_K, limit=10.0, interpret=True)
+    shared, routed = swiglu.swiglu_beside(gate, up, hidden, Q2_K, Q4_K, limit=10.0, interpret=True)
+    expected = alone, quantize_k(hidden, Q2_K, interpret=True)
+    for found, wanted in zip(jax.tree.leaves((shared, routed)), jax.tree.leaves(expected), strict=True):
+        assert_bits_equal(found, wanted)
+    quants, scales = activation_k.plain(alone, Q4_K)
+    wanted_quants, wanted_scales = activation_k.plain(quantize_k(meaning.swiglu(gate, up, 10.0), Q4_K, interpret=True), Q4_K)
+    np.testing.assert_allclose(scales, wanted_scales, rtol=1e-6)
+    assert np.abs(quants.astype(np.int32) - wanted_quants).max() <= 1
 
 
 @pytest.mark.gpu
@@ -116,13 +141,14 @@ def test_small_kernels_on_the_gpu():
         np.testing.assert_array_equal(together.quants[m], alone.quants[0])
 
 
+@pytest.mark.long
 def test_small_kernels_lower():
     def shape(*sizes: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     route = jax.jit(functools.partial(router.route, active=6, scale=1.5))
-    assert kernel_calls(lowered_for_cuda(route, shape(4, 256), bias=shape(256)), router.NAME) == 1
+    check_lowers(route, (shape(4, 256),), {router.NAME: 1}, bias=shape(256))
     table = {"ids": shape(4, dtype="int32"), "table": shape(129280, 6, dtype="int32")}
-    assert kernel_calls(lowered_for_cuda(route, shape(4, 256), **table), router.NAME) == 1
+    check_lowers(route, (shape(4, 256),), {router.NAME: 1}, **table)
     call = jax.jit(functools.partial(swiglu.swiglu, limit=10.0))
-    assert kernel_calls(lowered_for_cuda(call, shape(4, 2048), shape(4, 2048)), swiglu.NAME) == 1
+    check_lowers(call, (shape(4, 2048), shape(4, 2048)), {swiglu.NAME: 1})

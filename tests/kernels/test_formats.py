@@ -7,18 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_bits_equal
-from quantized import as_float, random_blocks
+from quantized import as_float, layouts, random_blocks, set_scale
 
-from pallas_kernels.formats import FORMATS, IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0, Quantized
+from pallas_kernels.formats import FORMATS, IQ2_S, IQ2_XXS, IQ3_XXS, MXFP4, Q2_K, Q4_K, Q5_K, Q6_K, Quantized, iq2_s, iq3_xxs
+from pallas_kernels.formats.iq1 import IQ1_M
 from pallas_kernels.formats.iq2_xxs import GRID, MAGNITUDES, selectors
 
-SHAPES = [(3, 256), (2, 768), (3, 2, 512)]
+SHAPES = [(3, 256), (3, 2, 768)]
 MOST_OF_THE_FILE = 1.25
 
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
+USUAL = (Q4_K, MXFP4, IQ2_XXS)
+EVERY = [pytest.param(FORMATS[name], marks=() if FORMATS[name] in USUAL else pytest.mark.long, id=name) for name in layouts()]
+every_layout = pytest.mark.parametrize("format", EVERY)
 
 
 def ggml(raw: np.ndarray, format: type[Quantized]) -> np.ndarray:
@@ -26,6 +30,7 @@ def ggml(raw: np.ndarray, format: type[Quantized]) -> np.ndarray:
 
 
 @every_format
+@settings(max_examples=8)
 @given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 2**32 - 1))
 def test_bytes_return_and_values_are_ggmls(format: type[Quantized], shape: tuple[int, ...], seed: int) -> None:
     raw = random_blocks(format, shape, seed)
@@ -49,7 +54,7 @@ def test_block_sizes_are_ggmls(format: type[Quantized]) -> None:
     assert gguf.GGML_QUANT_SIZES[kind] == (format.BLOCK, format.BLOCK_BYTES)
 
 
-@every_format
+@every_layout
 def test_experts_of_a_stack(format: type[Quantized]) -> None:
     weight = format.from_bytes(random_blocks(format, (5, 3, 256)))
     index = jnp.array([[4, 0], [2, 2]], jnp.int32)
@@ -58,13 +63,17 @@ def test_experts_of_a_stack(format: type[Quantized]) -> None:
     assert_bits_equal(as_float(taken), np.asarray(as_float(weight))[np.asarray(index)])
 
 
-def test_rows_of_a_matrix() -> None:
-    weight = Q8_0.from_bytes(random_blocks(Q8_0, (7, 96)))
-    index = jnp.array([6, 0, 6], jnp.int32)
-    assert_bits_equal(weight.take(index).dequantize(), np.asarray(weight.dequantize())[np.asarray(index)])
+@every_layout
+def test_rows_of_a_matrix(format: type[Quantized]) -> None:
+    raw, order = random_blocks(format, (8, 512)), np.random.default_rng(0).permutation(8)
+    weight = format.from_bytes(raw)
+    for made, stored in ((weight.take(order), raw[order]), (weight.in_tiles(4), raw.reshape(4, 2, -1))):
+        for plane, wanted in zip(jax.tree.leaves(made), jax.tree.leaves(format.from_bytes(stored)), strict=True):
+            assert plane.shape == wanted.shape
+            assert_bits_equal(plane, wanted)
 
 
-@every_format
+@every_layout
 def test_dequantised_inside_a_program(format: type[Quantized]) -> None:
     """Fused with what comes before and after it, no bit may differ."""
     raw = random_blocks(format, (3, 512))
@@ -83,6 +92,14 @@ def test_broken_scales_are_found(format: type[Quantized]) -> None:
             assert format.broken(spoiled).tolist() == [False] * 4 + [True, False]
 
 
+def test_a_broken_scale_in_four_parts() -> None:
+    """Every number that a float16 can be."""
+    scales = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    blocks = np.zeros((scales.size, IQ1_M.BLOCK_BYTES), np.uint8)
+    set_scale(blocks, scales)
+    np.testing.assert_array_equal(IQ1_M.broken(blocks), ~np.isfinite(scales))
+
+
 def test_exponents_of_mxfp4() -> None:
     """Every exponent: the smallest give numbers below the normal range, the largest none that is finite."""
     raw = np.zeros((256, 17), np.uint8)
@@ -93,10 +110,8 @@ def test_exponents_of_mxfp4() -> None:
         expected = ggml(raw, MXFP4)
     assert np.isfinite(expected[~broken]).all()
     assert not np.isfinite(expected[broken]).all(axis=1).any()
-    normal = np.abs(expected) >= np.finfo(np.float32).tiny
-    kept = ~broken & (normal | (expected == 0)).all(axis=1)
-    assert kept.sum() == 251
-    assert_bits_equal(as_float(MXFP4.from_bytes(raw[kept])), expected[kept])
+    assert broken.sum() == 3
+    assert_bits_equal(as_float(MXFP4.from_bytes(raw[~broken])), expected[~broken])
 
 
 def test_the_table_of_patterns_is_ggmls() -> None:
@@ -125,6 +140,42 @@ def test_lanes_of_iq2_xxs() -> None:
                 np.testing.assert_array_equal(step * magnitude * np.where(negative, -1, 1), expected[lane, j, k])
 
 
+def test_lanes_of_iq2_s() -> None:
+    raw = random_blocks(IQ2_S, (1, 512))
+    weight, expected = IQ2_S.from_bytes(raw), ggml(raw, IQ2_S).reshape(4, 4, 4, 8)
+    indices, signs, rest, factors = (
+        np.asarray(plane)[0] for plane in (weight.indices, weight.signs, weight.rest, weight.factors)
+    )
+    rest, factors = lane_bytes(rest[:, None]), lane_bytes(factors[:, None])
+    for lane in range(4):
+        scale = np.float32(np.asarray(weight.scales)[0, lane // 2])
+        for j in range(4):
+            code = indices.view(np.uint32)[lane, j]
+            for i, number in enumerate([code & 1023, code >> 10 & 1023, code >> 20 & 1023, code >> 30 | int(rest[lane, j]) << 2]):
+                magnitudes = MAGNITUDES[iq2_s.selectors()[number] >> np.arange(0, 32, 4) & 15]
+                step = scale * np.float32(2 * (int(factors[lane, j]) >> 4 * (i // 2) & 15) + 1) / 8
+                negative = (signs[lane, j] >> (i + np.arange(0, 32, 4))) & 1
+                np.testing.assert_array_equal(step * magnitudes * np.where(negative, -1, 1), expected[lane, j, i])
+
+
+def test_lanes_of_iq3_xxs() -> None:
+    raw = random_blocks(IQ3_XXS, (1, 512))
+    weight, expected = IQ3_XXS.from_bytes(raw), ggml(raw, IQ3_XXS).reshape(8, 16, 4)
+    indices, signs, factors = (
+        lane_bytes(np.asarray(weight.indices)[0]),
+        np.asarray(weight.signs)[:, 0],
+        np.asarray(weight.factors)[0],
+    )
+    patterns = lane_bytes(iq3_xxs.patterns()[:, None])
+    for lane in range(8):
+        scale = np.float32(np.asarray(weight.scales)[0, lane // 4])
+        for n in range(16):
+            half = n // 8
+            step = scale * np.float32(2 * (int(factors[lane]) >> 4 * half & 15) + 1) / 4
+            negative = lane_bytes(signs[half, lane : lane + 1] << (n % 8)) >> 7
+            np.testing.assert_array_equal(step * patterns[indices[lane, n]] * np.where(negative, -1.0, 1.0), expected[lane, n])
+
+
 def test_lanes_of_q2_k() -> None:
     raw = random_blocks(Q2_K, (1, 512))
     weight, expected = Q2_K.from_bytes(raw), ggml(raw, Q2_K).reshape(2, 2, 4, 2, 16)
@@ -151,12 +202,41 @@ def test_lanes_of_q4_k() -> None:
                 np.testing.assert_array_equal(scale * factor * values - minimum * offset, expected[lane, upper, half])
 
 
+def test_lanes_of_q5_k() -> None:
+    raw = random_blocks(Q5_K, (1, 512))
+    weight, expected = Q5_K.from_bytes(raw), ggml(raw, Q5_K).reshape(8, 2, 2, 4, 4)
+    quants, groups = lane_bytes(np.asarray(weight.quants)[:, 0]), lane_bytes(np.asarray(weight.groups)[0][:, None])
+    fifths = lane_bytes(np.asarray(weight.fifths)[:, 0, :, None])
+    for lane in range(8):
+        scale, minimum = (np.float32(np.asarray(plane)[0, lane // 4]) for plane in (weight.scales, weight.minima))
+        for n, h, w in np.ndindex(2, 2, 4):
+            bits = fifths[w // 2, lane] >> (4 * (w % 2) + 2 * n + h) & 1
+            values = ((quants[h, lane, 4 * w : 4 * w + 4] >> 4 * n & 15) | bits << 4).astype(np.float32)
+            factor, offset = np.float32(groups[lane, n]), np.float32(groups[lane, 2 + n])
+            np.testing.assert_array_equal(scale * factor * values - minimum * offset, expected[lane, n, h, w])
+
+
+def test_lanes_of_q6_k() -> None:
+    raw = random_blocks(Q6_K, (1, 512))
+    weight, expected = Q6_K.from_bytes(raw), ggml(raw, Q6_K).reshape(2, 2, 4, 2, 16)
+    low, high = lane_bytes(np.asarray(weight.low)[:, 0]), lane_bytes(np.asarray(weight.high)[0])
+    factors = lane_bytes(np.asarray(weight.factors)[0][:, None]).view(np.int8)
+    for lane in range(8):
+        b, h, p = lane // 4, lane // 2 % 2, lane % 2
+        scale = np.float32(np.asarray(weight.scales)[0, b])
+        for s in range(4):
+            quants = (low[s % 2, lane] >> 4 * (s // 2) & 15) | (high[lane] >> 2 * s & 3) << 4
+            step = scale * np.float32(factors[lane, s])
+            np.testing.assert_array_equal(step * (quants.astype(np.float32) - 32), expected[b, h, s, p])
+
+
 def test_lanes_of_mxfp4() -> None:
     raw = random_blocks(MXFP4, (1, 96))
     weight, expected = MXFP4.from_bytes(raw), ggml(raw, MXFP4).reshape(3, 2, 16)
-    quants = lane_bytes(np.asarray(weight.quants)[0])
+    nibbles = np.asarray(weight.quants)[0][..., None] >> np.arange(0, 32, 4) & 15
     codes = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
     for lane in range(3):
         scale = np.ldexp(np.float32(1), int(weight.exponents[0, lane]) - 128)
         for upper in range(2):
-            np.testing.assert_array_equal(scale * codes[quants[lane] >> 4 * upper & 15], expected[lane, upper])
+            values = codes[nibbles[lane, :, 4 * upper : 4 * upper + 4]].reshape(16)
+            np.testing.assert_array_equal(scale * values, expected[lane, upper])

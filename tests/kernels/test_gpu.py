@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from numerics import assert_bits_equal
 
-from pallas_kernels import activation, ops
+from pallas_kernels import ops
 from pallas_kernels.formats import BLOCK, HALF, Q8_0
-from pallas_kernels.shapes import FLASH
+from pallas_kernels.linear import activation
+from pallas_kernels.tuning.shapes import FLASH
 
 pytestmark = pytest.mark.gpu
 

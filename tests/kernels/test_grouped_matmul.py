@@ -13,15 +13,16 @@ from cuda import kernel_calls, lowered_for_cuda
 from numerics import assert_bits_equal
 from quantized import as_float, random_blocks
 
-from pallas_kernels import grouped_matmul, grouping
-from pallas_kernels.expand import NAME, expand
-from pallas_kernels.formats import IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0, Quantized
-from pallas_kernels.grouped_matmul import DOWN, GATE_UP, GroupedTile
+from pallas_kernels.experts import grouping
+from pallas_kernels.experts import prefill as experts_prefill
+from pallas_kernels.experts.prefill import DOWN, GATE_UP, GroupedTile
+from pallas_kernels.formats import IQ2_S, IQ2_XXS, IQ3_XXS, MXFP4, Q2_K, Q4_K, Q5_K, Q6_K, Q8_0, Quantized
+from pallas_kernels.linear.dequantise import NAME, dequantise
 
 LIMIT = 10.0
 SMALL = GroupedTile(rows=16, columns=128, depth=64)
-FORMATS = [IQ2_XXS, Q2_K, Q4_K, MXFP4, Q8_0]
-PAIRS = [(IQ2_XXS, Q2_K), (Q4_K, Q4_K), (MXFP4, MXFP4), (Q8_0, Q8_0)]
+FORMATS = [IQ2_XXS, IQ2_S, IQ3_XXS, Q2_K, Q4_K, Q5_K, Q6_K, MXFP4, Q8_0]
+PAIRS = [(IQ2_XXS, Q2_K), (IQ2_S, IQ3_XXS), (IQ2_S, MXFP4), (Q4_K, Q4_K), (Q5_K, Q6_K), (MXFP4, MXFP4), (Q8_0, Q8_0)]
 IDS = [f"{gate.__name__}-{down.__name__}" for gate, down in PAIRS]
 # Half a unit in the last place of bfloat16's eight digits.
 UNIT = 2.0**-9
@@ -64,7 +65,7 @@ def test_a_plan_holds_each_pair_once_among_its_experts(name, rows):
 
 def test_no_choice_needs_more_tiles_than_the_bound():
     for pairs, experts, rows in [(12, 5, 4), (3, 5, 4), (24_576, 256, 128)]:
-        bound = grouping.most_tiles(pairs, experts, rows)
+        bound = grouping.max_tiles(pairs, experts, rows)
         worst = np.ones(min(pairs, experts), int)
         worst[0] += pairs - worst.sum()
         assert -(-worst // rows).sum() <= bound <= pairs // rows + experts
@@ -79,16 +80,27 @@ def stack(format: type[Quantized], shape: tuple[int, ...], seed: int, least: int
     return format.from_bytes(random_blocks(format, shape, seed, least=least, most=most))
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.__name__)
+def _marks(pair: tuple) -> tuple:
+    if Q8_0 in pair:
+        return ()
+    return (pytest.mark.long if pair in ((IQ2_XXS, Q2_K), (MXFP4, MXFP4)) else pytest.mark.slow,)
+
+
+# One format with a codebook, and two without; every format takes the same steps.
+FEW = {IQ3_XXS: (), Q6_K: pytest.mark.long, Q8_0: pytest.mark.long}
+SOME = [pytest.param(format, marks=FEW.get(format, pytest.mark.slow)) for format in FORMATS]
+
+
+@pytest.mark.parametrize("format", SOME, ids=lambda format: format.__name__)
 def test_weights_are_multiplied_out_with_one_rounding_after_the_format_s_own(format):
     weight = stack(format, (3, 128, 256), 1, -7, 0)
-    found = jax.jit(functools.partial(expand, count=2, interpret=True))(weight, jnp.int32(1))
+    found = jax.jit(functools.partial(dequantise, count=2, interpret=True))(weight, jnp.int32(1))
     assert_bits_equal(found, np.asarray(as_float(weight, "bfloat16"))[1:])
 
 
 def test_widths_that_do_not_divide():
     with pytest.raises(ValueError, match="128"):
-        expand(stack(Q8_0, (1, 8, 64), 1), jnp.int32(0), 1, interpret=True)
+        dequantise(stack(Q8_0, (1, 8, 64), 1), jnp.int32(0), 1, interpret=True)
 
 
 @functools.cache
@@ -127,18 +139,21 @@ def expected(x: np.ndarray, chosen: np.ndarray, share: np.ndarray, gate: Quantiz
 
 
 @functools.cache
-def program(tile: GroupedTile, interpret: bool, most_values: int) -> Callable[..., jax.Array]:
-    """One for each value that MOST_VALUES has in a test, since it is read while tracing."""
-    assert most_values == grouped_matmul.MOST_VALUES
-    return jax.jit(functools.partial(grouped_matmul.experts, limit=LIMIT, tile=tile, interpret=interpret))
+def program(tile: GroupedTile, interpret: bool, max_values: int) -> Callable[..., jax.Array]:
+    """One for each value that MAX_VALUES has in a test, since it is read while tracing."""
+    assert max_values == experts_prefill.MAX_VALUES
+    return jax.jit(functools.partial(experts_prefill.experts, limit=LIMIT, tile=tile, interpret=interpret))
 
 
 def run(arguments: tuple, chosen: np.ndarray, *, tile: GroupedTile = SMALL, interpret: bool = True) -> np.ndarray:
     x, share, stacks = arguments
-    return np.asarray(program(tile, interpret, grouped_matmul.MOST_VALUES)(x, chosen, share, *stacks))
+    return np.asarray(program(tile, interpret, experts_prefill.MAX_VALUES)(x, chosen, share, *stacks))
 
 
-@pytest.mark.parametrize(("gate", "down"), PAIRS, ids=IDS)
+@pytest.mark.parametrize(
+    ("gate", "down"),
+    [pytest.param(*pair, id=name, marks=_marks(pair)) for pair, name in zip(PAIRS, IDS, strict=True)],
+)
 def test_the_reference(gate, down):
     arguments, chosen = case(gate, down), choice("spread")
     x, share, stacks = arguments
@@ -149,9 +164,9 @@ def test_the_reference(gate, down):
     assert np.linalg.norm(found - wanted) <= 8 * UNIT * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("name", ["one expert", "twice"])
+@pytest.mark.parametrize("name", ["one expert", pytest.param("twice", marks=pytest.mark.long)])
 def test_uneven_choices_some_experts_at_a_time(name, monkeypatch):
-    monkeypatch.setattr(grouped_matmul, "MOST_VALUES", 256 * 256)
+    monkeypatch.setattr(experts_prefill, "MAX_VALUES", 256 * 256)
     arguments, chosen = case(Q8_0, Q8_0), choice(name)
     x, share, stacks = arguments
     wanted, off = expected(x, chosen, share, *stacks)
@@ -189,10 +204,13 @@ def test_tiles_fit_into_shared_memory():
     assert [tile.shared_bytes <= limit << 10 for tile, limit in zip(TILES, (160, 160, 99), strict=True)] == [True] * 3
 
 
-@pytest.mark.parametrize(("tokens", "tile"), [(4096, TILES[0]), (512, TILES[1]), (512, TILES[2])])
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("tokens", "tile"), [(4096, TILES[0]), *(pytest.param(512, tile, marks=pytest.mark.slow) for tile in TILES[1:])]
+)
 @pytest.mark.parametrize(("gate", "down"), PAIRS, ids=IDS)
 def test_v4_flash_lowers(gate, down, tokens, tile):
-    call = jax.jit(functools.partial(grouped_matmul.experts, limit=LIMIT, tile=tile))
+    call = jax.jit(functools.partial(experts_prefill.experts, limit=LIMIT, tile=tile))
     numbers = (
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (((tokens, 4096), "float32"), ((tokens, 6), "int32"), ((tokens, 6), "float32"))
@@ -212,7 +230,7 @@ def test_on_the_gpu(gate, down, name):
     arguments, chosen = case(gate, down, 512, 256), choice(name)
     x, share, stacks = arguments
     for weight in (stacks[0], stacks[2]):
-        made = jax.jit(functools.partial(expand, count=EXPERTS - 1))(weight, jnp.int32(1))
+        made = jax.jit(functools.partial(dequantise, count=EXPERTS - 1))(weight, jnp.int32(1))
         differ = np.asarray(made != as_float(weight, "bfloat16")[1:]).sum()
         assert not differ, f"{differ} of {made.size} weights of {type(weight).__name__} differ"
     wanted, off = expected(x, chosen, share, *stacks)

@@ -10,16 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda import kernel_calls, lowered_for_cuda
-from numerics import assert_bits_equal, golden_config
+from kernels.harness import Op, check_lowers, check_rows
+from numerics import assert_bits_equal
 
-from ds4jax.cache import CompressorCache, Rows
-from ds4jax.model import fake_quant
-from ds4jax.model.indexer import Indexer
-from ds4jax.model.parameters import OneKey
-from ds4jax.model.rope import inverse_frequencies
-from pallas_kernels import finishing, indexer
-from pallas_kernels.narrow import Stored, narrow_keys
+from pallas_kernels.attention.stored_rows import Stored, narrow_keys
+from pallas_kernels.core import rotary, rounding
+from pallas_kernels.indexer import decode as indexer
+from pallas_kernels.indexer import meaning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Case:
         weights = random.standard_normal((self.rows, self.heads), np.float32)
         angle = random.uniform(0, 6.3, (self.rows, self.rope // 2)).astype(np.float32)
         keys = random.standard_normal((self.keys, self.dim), np.float32)
-        keys = np.array(_reference_fp4(keys)) if self.qat else keys
+        keys = np.array(_hadamard_fp4(keys)) if self.qat else keys
         copies = self.keys // 3
         keys[-copies:] = keys[:copies]
         return q, weights, np.cos(angle), np.sin(angle), keys[None]
@@ -52,20 +49,28 @@ class Case:
         *rows, keys = self.inputs
         mine = [array[first : first + len(visible)] for array in rows]
         options = {"topk": self.topk, "qat": self.qat, "interpret": interpret}
-        return np.asarray(_index(*mine, keys, np.asarray(visible, np.int32), **options))
+        return np.asarray(_index(*mine, keys, np.zeros(len(visible), np.int32), np.asarray(visible, np.int32), **options))
 
     def expected(self, visible: list[int]) -> np.ndarray:
-        """The choice by the reference."""
-        score = np.asarray(_reference_scores(*self.inputs, qat=self.qat))[: len(visible)]
-        return np.asarray(_reference_select(score, np.asarray(visible, np.int32), topk=self.topk))
+        """The choice by the meaning."""
+        score = np.asarray(_scores(*self.inputs, np.zeros(self.rows, np.int32), qat=self.qat))[: len(visible)]
+        return np.asarray(_best(score, np.asarray(visible, np.int32), topk=self.topk))
 
 
 _index = jax.jit(indexer.index, static_argnames=("topk", "qat", "interpret"))
-_reference_scores = jax.jit(indexer.reference_scores, static_argnames="qat")
-_reference_select = jax.jit(indexer.reference_select, static_argnames="topk")
-_reference_fp4 = jax.jit(finishing.reference_fp4)
+
+
+@functools.partial(jax.jit, static_argnames="qat")
+def _scores(*operands: Any, qat: bool) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        return meaning.decode_scores(*operands, qat=qat)
+
+
+_best = jax.jit(meaning.select, static_argnames="topk")
+_hadamard_fp4 = jax.jit(rounding.hadamard_fp4)
 _select = jax.jit(indexer.select, static_argnames=("topk", "keys", "interpret"))
 _narrow_keys = jax.jit(narrow_keys)
+ROUNDED_OR_NOT = pytest.mark.parametrize("qat", [True, pytest.param(False, marks=pytest.mark.long)])
 
 
 @pytest.mark.parametrize(
@@ -89,53 +94,84 @@ def test_equal_keys_keep_the_lower_index():
     """Among copies of one key beside a better and a worse one."""
     case = Case(60, 8, True, rows=1)
     *rows, keys = case.inputs
-    score = np.asarray(_reference_scores(*rows, keys, qat=True))[0]
+    zero = np.zeros(1, np.int32)
+    score = np.asarray(_scores(*rows, keys, zero, qat=True))[0]
     low, middle, high = (int(np.argsort(score)[i]) for i in (5, 30, 55))
     copies = keys[:, [middle] * 4 + [high, middle, low] + [middle] * 33]
-    chosen = _index(*rows, copies, np.full(1, 40, np.int32), topk=8, qat=True, interpret=True)
+    chosen = _index(*rows, copies, zero, np.full(1, 40, np.int32), topk=8, qat=True, interpret=True)
     np.testing.assert_array_equal(chosen, [[0, 1, 2, 3, 4, 5, 7, 8]])
 
 
 @pytest.mark.parametrize("qat", [True, False])
 @pytest.mark.long
 def test_each_row_has_the_bits_of_the_row_alone(qat):
-    case, visible = Case(100, 16, qat), [100, 15, 65, 90, 17, 16, 99, 50]
-    alone = np.concatenate([case.call(visible[m : m + 1], first=m) for m in range(8)])
-    for rows in (2, 3, 8):
-        assert_bits_equal(case.call(visible[:rows]), alone[:rows])
-    parts = [np.asarray(array) for array in _score(case, visible)]
-    for m in range(8):
-        alone_parts = _score(case, visible[m : m + 1], first=m)
-        for array, row in zip(parts, alone_parts, strict=True):
-            assert_bits_equal(array[m : m + 1], row)
+    case = Case(100, 16, qat)
+    operands = *case.inputs, np.zeros(8, np.int32), np.array([100, 15, 65, 90, 17, 16, 99, 50], np.int32)
+    options, rows = {"topk": case.topk, "qat": case.qat}, (0, 1, 2, 3, 5, 6)
+    check_rows(Op("choice", functools.partial(_index, **options), rows=rows), operands, (2, 3, 8))
+
+    def parts(q: np.ndarray, *others: np.ndarray, interpret: bool) -> list[jax.Array]:
+        return _queries_and_scores(q.reshape(-1, case.heads, case.dim), *others, **options, interpret=interpret)
+
+    check_rows(Op("queries and scores", parts, rows=rows), operands, (8,))
 
 
 def _score(
-    case: Case, visible: list[int], *, first: int = 0, keys: Stored | None = None, interpret: bool = True
-) -> list[jax.Array]:
-    """Finished queries as bits, and scores with 0 where there are none, of the case's keys or others."""
+    case: Case, visible: list[int], *, first: int = 0, keys: Stored | None = None, sequence: list[int] | None = None,
+    interpret: bool = True,
+) -> list[jax.Array]:  # fmt: skip
+    """Finished queries as bits, and scores with 0 where there are none, of the case's keys or others, all of one sequence."""
     q, *rows = (array[first : first + len(visible)] for array in case.inputs[:4])
     q, keys = q.reshape(len(visible), case.heads, case.dim), case.inputs[4] if keys is None else keys
     options = {"topk": case.topk, "qat": case.qat, "interpret": interpret}
-    return _queries_and_scores(q, *rows, keys, np.asarray(visible, np.int32), **options)
+    sequence = sequence or [0] * len(visible)
+    return _queries_and_scores(q, *rows, keys, np.asarray(sequence, np.int32), np.asarray(visible, np.int32), **options)
 
 
 @functools.partial(jax.jit, static_argnames=("topk", "qat", "interpret"))
-def _queries_and_scores(q, weights, cos, sin, keys, visible, *, topk, qat, interpret):
+def _queries_and_scores(q, weights, cos, sin, keys, sequence, visible, *, topk, qat, interpret):
     queries = indexer.finish_queries(q, cos, sin, visible, topk=topk, qat=qat, interpret=interpret)
-    score = indexer.scores(queries, weights, jax.tree.map(lambda array: array[0], keys), visible, topk=topk, interpret=interpret)
+    score = indexer.scores(queries, weights, keys, sequence, visible, topk=topk, interpret=interpret)
     some = (visible > topk)[:, None]
     bits = jnp.where(some[..., None, None], jax.lax.bitcast_convert_type(queries, jnp.uint16), jnp.uint16(0))
     block = jnp.arange(score.shape[1], dtype=jnp.int32)
     return [bits, jnp.where(some & (block < visible[:, None]), score, 0.0)]
 
 
-@pytest.mark.parametrize("qat", [True, False])
+@ROUNDED_OR_NOT
 def test_scores(qat):
     case = Case(100, 16, qat)
     _, score = _score(case, [100] * 8)
-    expected = _reference_scores(*case.inputs, qat=qat)
+    expected = _scores(*case.inputs, np.zeros(8, np.int32), qat=qat)
     np.testing.assert_allclose(np.asarray(score)[:, :100], expected, rtol=0, atol=1e-6)
+
+
+def check_sequences(case: Case, keys: Stored, *, interpret: bool) -> None:
+    """Three rows of two sequences: scores as alone with their own sequence's keys, NaN in the other ones or not."""
+    sequence, visible = [1, 0, 1], [case.keys, case.topk + 8, case.topk + 1]
+    _, score = _score(case, visible, keys=keys, sequence=sequence, interpret=interpret)
+    for m, s in enumerate(sequence):
+        own = jax.tree.map(lambda array, s=s: array[s : s + 1], keys)
+        _, alone = _score(case, visible[m : m + 1], first=m, keys=own, interpret=interpret)
+        assert_bits_equal(score[m : m + 1], alone)
+
+
+def two_sequences(case: Case) -> np.ndarray:
+    """Keys [2, S, Di]; the first sequence's are the second's backwards, with a NaN that its one row does not see."""
+    keys = case.inputs[4]
+    other = keys[:, ::-1].copy()
+    other[0, -1] = np.nan
+    return np.concatenate([other, keys])
+
+
+def test_rows_of_two_sequences_are_those_of_each_alone():
+    case = Case(70, 12, True, dim=32, rows=3)
+    keys = two_sequences(case)
+    check_sequences(case, keys, interpret=True)
+    sequence, visible = np.array([1, 0, 1], np.int32), np.array([70, 20, 13], np.int32)
+    chosen = _index(*case.inputs[:4], keys, sequence, visible, topk=12, qat=True, interpret=True)
+    score = _scores(*case.inputs[:4], keys, sequence, qat=True)
+    np.testing.assert_array_equal(chosen, _best(score, visible, topk=12))
 
 
 def check_narrow(case: Case, *, interpret: bool) -> None:
@@ -151,7 +187,13 @@ def check_narrow(case: Case, *, interpret: bool) -> None:
     assert same.all(), f"{case}: scores of rows and keys {np.argwhere(~same)[:5].tolist()}"
 
 
-@pytest.mark.parametrize("case", [Case(100, 16, True), Case(70, 12, True, dim=32, rows=2)], ids=["64 values", "32 values"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case(100, 16, True), marks=pytest.mark.long, id="64 values"),
+        pytest.param(Case(70, 12, True, dim=32, rows=2), marks=pytest.mark.long, id="32 values"),
+    ],
+)
 def test_narrow_keys_have_the_same_scores(case):
     check_narrow(case, interpret=True)
 
@@ -163,8 +205,8 @@ def test_finished_queries():
 
     @jax.jit
     def by_the_model(q, cos, sin):
-        turned = finishing.reference_rotate(q.reshape(8, case.heads, case.dim), cos[:, None], sin[:, None])
-        return fake_quant.fp4(fake_quant.hadamard(turned))
+        rotated = rotary.rotate(q.reshape(8, case.heads, case.dim), cos, sin)
+        return rounding.hadamard_fp4(rotated)
 
     assert_bits_equal(np.asarray(bits).view(jnp.bfloat16)[:, 0].astype(np.float32), by_the_model(q, cos, sin))
 
@@ -180,7 +222,7 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize("chunk", [128, 32], ids=lambda chunk: f"chunks of {chunk}")
+@pytest.mark.parametrize("chunk", [pytest.param(128, marks=pytest.mark.slow), 32], ids=lambda chunk: f"chunks of {chunk}")
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.long
 def test_select(name, chunk, monkeypatch):
@@ -201,71 +243,42 @@ def by_definition(score: np.ndarray, visible: np.ndarray, topk: int) -> np.ndarr
     return chosen
 
 
-@pytest.mark.parametrize("qat", [True, False])
-def test_the_reference_is_the_model(qat):
-    """Scores and choice of the reference against the model's own indexer."""
-    config = dataclasses.replace(golden_config(), qat=qat, index_topk=6)
-    case = Case(24, 6, qat, rows=3, heads=config.index_heads, dim=config.index_dim, rope=config.rope_dim)
-    module = Indexer(config, 4, rngs=OneKey(jax.random.key(3)))
-    x_TD, low_TL = (np.random.default_rng(i).standard_normal((3, n), np.float32) for i, n in enumerate((128, 64)))
-    rows = Rows.following(jnp.int32(90), 3, 3, strict=True)
-    ring = np.zeros((1, 16, 2 * case.dim), np.float32)
-    cache = CompressorCache(ring, ring, case.inputs[4])
-
-    @jax.jit
-    def call(x_TD, low_TL, rows, cache):
-        found: dict[str, jax.Array] = {}
-        cache = module.take_in(x_TD, rows, cache)
-        queries = module.queries(x_TD, low_TL, rows)
-        chosen, _ = module(queries, rows, cache, record=found.__setitem__)
-        return chosen, cache, queries, found
-
-    chosen, cache, queries, found = call(x_TD, low_TL, rows, cache)
-    position = np.asarray(rows.position)
-    angle = position.astype(np.float32)[:, None] * inverse_frequencies(config, compressed=True)
-    score = np.asarray(_reference_scores(queries.q, queries.weights, np.cos(angle), np.sin(angle), cache.rows, qat=qat))
-    visible = (position + 1) // 4
-    assert visible.tolist() == [22, 23, 23]
-    np.testing.assert_allclose(score[:, :22], np.asarray(found["score"])[:, :22], rtol=0, atol=2e-6)
-    np.testing.assert_array_equal(np.sort(chosen), _reference_select(score, visible, topk=6))
-
-
 def with_narrow_keys(given: tuple[Any, ...]) -> tuple[Any, ...]:
     """Shapes of the same operands, keys narrow."""
-    return *given[:4], jax.eval_shape(narrow_keys, given[4]), given[5]
+    return *given[:4], jax.eval_shape(narrow_keys, given[4]), *given[5:]
 
 
 def operands(rows: int, keys: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes of V4-Flash's operands."""
-    shapes = (rows, 64 * 128), (rows, 64), (rows, 32), (rows, 32), (1, keys, 128)
-    return (*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes), jax.ShapeDtypeStruct((rows,), jnp.int32))
+    """Shapes of V4-Flash's operands, as many sequences as rows."""
+    shapes = (rows, 64 * 128), (rows, 64), (rows, 32), (rows, 32), (rows, keys, 128)
+    return (*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes), *[jax.ShapeDtypeStruct((rows,), jnp.int32)] * 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("qat", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [3, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 8))])
 @pytest.mark.parametrize("keys", [2112 // 4 + 8, 16384, 262144 + 8])
 def test_v4_flash_lowers(keys, rows, qat):
     jitted = jax.jit(functools.partial(indexer.index, topk=512, qat=qat))
-    text = lowered_for_cuda(jitted, *operands(rows, keys))
-    assert [kernel_calls(text, name) for name in indexer.NAMES] == [1, 1, int(keys > 2048), 1]
+    check_lowers(jitted, operands(rows, keys), dict(zip(indexer.NAMES, [1, 1, int(keys > 2048), 1], strict=True)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [1, 8])
 def test_narrow_keys_lower(rows):
     given = with_narrow_keys(operands(rows, 262144 + 8))
-    text = lowered_for_cuda(jax.jit(functools.partial(indexer.index, topk=512, qat=True)), *given)
-    assert [kernel_calls(text, name) for name in indexer.NAMES] == [1, 1, 1, 1]
+    check_lowers(functools.partial(indexer.index, topk=512, qat=True), given, dict.fromkeys(indexer.NAMES, 1))
     with pytest.raises(ValueError, match="the keys are narrow, but qat is off"):
         jax.eval_shape(functools.partial(indexer.index, topk=512, qat=False), *given)
 
 
-@pytest.mark.parametrize("qat", [True, False])
+@ROUNDED_OR_NOT
 def test_few_heads_lower(qat):
     """Fewer than a tensor core's tile has."""
     case = Case(40, 8, qat)
     given = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in case.inputs]
-    jitted = jax.jit(functools.partial(indexer.index, topk=8, qat=qat))
-    assert kernel_calls(lowered_for_cuda(jitted, *given, jax.ShapeDtypeStruct((8,), jnp.int32)), "index_scores") == 1
+    given += [jax.ShapeDtypeStruct((8,), jnp.int32)] * 2
+    check_lowers(functools.partial(indexer.index, topk=8, qat=qat), tuple(given), {"index_scores": 1})
 
 
 def test_operands_that_do_not_fit():
@@ -292,7 +305,7 @@ def test_on_the_gpu(keys, qat):
     bits, score = _score(case, [keys] * 8, interpret=False)
     if qat:
         q, _, cos, sin, _ = case.inputs
-        expected = finishing.reference_fp4(finishing.reference_rotate(q.reshape(8, 64, 128), cos[:, None], sin[:, None]))
+        expected = rounding.hadamard_fp4(rotary.rotate(q.reshape(8, 64, 128), cos, sin), precision="highest")
         wrong = jax.lax.bitcast_convert_type(bits, jnp.bfloat16)[:, 0].astype(jnp.float32) != expected
         assert wrong.mean() <= 1e-4, f"{keys} keys: {wrong.sum()} values of the queries, rows {np.flatnonzero(wrong.any((1, 2)))}"
     finished = jnp.sum(jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32), axis=1)
@@ -302,7 +315,7 @@ def test_on_the_gpu(keys, qat):
     assert error.max() <= 1e-5, f"{keys} keys: scores differ by {error.max()}, rows {np.flatnonzero((error > 1e-5).any(axis=1))}"
     count = jnp.asarray(visible, jnp.int32)
     chosen = case.call(visible, interpret=False)
-    expected = np.asarray(indexer.reference_select(score[:, :keys], count, topk=512))
+    expected = np.asarray(meaning.select(score[:, :keys], count, topk=512))
     wrong = np.flatnonzero((chosen != expected).any(axis=1))
     assert not wrong.size, f"{keys} keys: choice of rows {wrong} with {np.asarray(visible)[wrong]} visible keys"
     _, shown = _score(case, visible, interpret=False)
@@ -314,6 +327,14 @@ def test_on_the_gpu(keys, qat):
         )
     for m in range(8):
         assert_bits_equal(np.asarray(shown)[m : m + 1], alone[m])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["float32", "narrow"])
+def test_rows_of_two_sequences_are_those_of_each_alone_on_the_gpu(kind):
+    case = Case(5000, 512, True, heads=64, dim=128, rope=64)
+    keys = two_sequences(case)
+    check_sequences(case, _narrow_keys(keys) if kind == "narrow" else keys, interpret=False)
 
 
 @pytest.mark.gpu

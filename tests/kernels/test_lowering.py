@@ -12,11 +12,12 @@ from numerics import golden_config
 
 from ds4jax.config import Config
 from ds4jax.model.parameters import shapes
-from pallas_kernels import ops, tiles
-from pallas_kernels.activation import Activation
+from pallas_kernels import ops
+from pallas_kernels.core import tiles
 from pallas_kernels.formats import BLOCK, HALF, Q8_0
-from pallas_kernels.q8_matmul import NAME, q8_matmul
-from pallas_kernels.shapes import FLASH, Product
+from pallas_kernels.linear.activation import Activation
+from pallas_kernels.linear.q8_matmul import NAME, q8_matmul
+from pallas_kernels.tuning.shapes import FLASH, Product
 
 GGUF_A = Config(
     vocab_size=640, dim=256, n_layers=6, n_heads=4, head_dim=128, rope_dim=64, q_lora_rank=64, o_groups=2, o_lora_rank=32,
@@ -54,7 +55,8 @@ def linear_products(config: Config) -> list[Product]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [4, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 8))])
 @pytest.mark.parametrize("product", FLASH, ids=lambda product: product.key)
 def test_v4_flash(product, rows):
     text = lowered(product, rows)
@@ -62,6 +64,7 @@ def test_v4_flash(product, rows):
     assert kernel_calls(text, "q8_activation") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("product", FLASH, ids=lambda product: product.key)
 def test_measured_tiles(product):
     """What a GPU runs: this machine's own device has the tiles of the rule."""
@@ -76,13 +79,11 @@ def test_measured_tiles(product):
             assert kernel_calls(text, NAME) == 1
 
 
-@pytest.mark.parametrize(
-    "product",
-    [*linear_products(golden_config()), *linear_products(GGUF_A)],
-    ids=lambda product: product.key,
-)
-def test_golden_models(product):
-    assert kernel_calls(lowered(product, 3), NAME) == 1
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [golden_config(), GGUF_A], ids=["a", "gguf"])
+def test_golden_models(config):
+    for product in linear_products(config):
+        assert kernel_calls(lowered(product, 3), NAME) == 1, product.key
 
 
 def test_twelve_rows_are_two_launches():

@@ -10,16 +10,16 @@ import pytest
 from numerics import arrays, assert_bits_equal
 from quantized import as_float, random_blocks
 
-from pallas_kernels import reference
 from pallas_kernels.formats import FORMATS, MXFP4, Quantized, Terms
+from pallas_kernels.linear import meaning
 
 GOLDEN = "gguf/activation_quant"
 K_FORMATS = ["IQ2_XXS", "Q2_K", "Q4_K"]
 SUM_LIMIT = 1e-6
 
 
-quantize_k = jax.jit(reference.quantize_k)
-expert_dot = jax.jit(reference.expert_dot)
+quantize_k = jax.jit(meaning.quantize_k)
+expert_dot = jax.jit(meaning.expert_dot)
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def weight(name: str) -> Quantized:
 @jax.jit
 def product(x: jax.Array, w: Quantized) -> jax.Array:
     """Every row with the same matrix: [M, K] and [N, K] → [M, N]."""
-    return reference.expert_dot(x, jax.tree.map(lambda plane: plane[None], w))
+    return meaning.expert_dot(x, jax.tree.map(lambda plane: plane[None], w))
 
 
 def test_q8_k_activations() -> None:
@@ -75,14 +75,14 @@ def test_mxfp4_products() -> None:
     """No golden array has them: the same sums in float64 from the quantised activations."""
     w = MXFP4.from_bytes(random_blocks(MXFP4, (24, 256)))
     x = np.random.default_rng(0).standard_normal((4, 256), np.float32)
-    quants, scales = jax.jit(reference.quantize)(x)
+    quants, scales = jax.jit(meaning.quantize)(x)
     rounded = (np.asarray(quants, np.float64) * np.asarray(scales, np.float64)[..., None]).reshape(4, -1)
     values = np.asarray(as_float(w), np.float64)
     error = np.abs(np.asarray(product(x, w), np.float64) - rounded @ values.T)
     assert (error <= SUM_LIMIT * (np.abs(rounded) @ np.abs(values).T)).all()
 
 
-@pytest.mark.parametrize("name", ["Q8_0", *K_FORMATS, "MXFP4"])
+@pytest.mark.parametrize("name", ["Q8_0", *(pytest.param(name, marks=pytest.mark.long) for name in (*K_FORMATS, "MXFP4"))])
 def test_rows_do_not_depend_on_each_other(name: str) -> None:
     """Contract 1: matrices of their own for each row, as the experts of a step have."""
     w = jax.tree.map(np.asarray, FORMATS[name].from_bytes(random_blocks(FORMATS[name], (6, 40, 512))))

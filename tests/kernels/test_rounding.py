@@ -1,4 +1,4 @@
-"""FP8 and FP4 rounding: the bits of the model's own, in and outside a kernel body."""
+"""FP8 and FP4 rounding, in and outside a kernel body: the bits of the types' own conversions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from cuda import kernel_calls, lowered_for_cuda
@@ -17,18 +18,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from numerics import assert_bits_equal
 
-from ds4jax.model import fake_quant
-from pallas_kernels import rounding
+from pallas_kernels.core import rounding
 
 Rounding = Callable[[jax.Array], jax.Array]
 FORMATS = pytest.mark.parametrize(
-    ("rounded", "model", "block"),
+    ("rounded", "block", "form"),
     [
-        (rounding.fp8, jax.jit(fake_quant.fp8, static_argnames="block"), rounding.FP8_BLOCK),
-        (rounding.fp4, jax.jit(fake_quant.fp4, static_argnames="block"), rounding.FP4_BLOCK),
+        (rounding.fp8, rounding.FP8_BLOCK, (ml_dtypes.float8_e4m3fn, 1e-4, 448.0)),
+        (rounding.fp4, rounding.FP4_BLOCK, (ml_dtypes.float4_e2m1fn, 6 * 2.0**-120, 6.0)),
     ],
     ids=["fp8", "fp4"],
 )
+Form = tuple[type, float, float]
+
+
+def by_conversion(x: np.ndarray, form: Form) -> np.ndarray:
+    """Values over their block's scale, cast to the type and back; the scale is the smallest power of two that fits them in."""
+    dtype, floor, limit = form
+    amax = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(floor)).astype(np.float64)
+    mantissa, exponent = np.frexp(amax / limit)
+    scale = np.ldexp(1.0, exponent - (mantissa == 0.5))
+    return np.float32((x / scale).astype(np.float32).astype(dtype).astype(np.float64) * scale)
 
 
 def spread(shape: tuple[int, ...]) -> np.ndarray:
@@ -54,30 +64,28 @@ def in_a_kernel(function: Rounding, x: Any, *, interpret: bool) -> jax.Array:
 
 
 @FORMATS
-def test_bits_of_the_model(rounded: Rounding, model: Callable[..., jax.Array], block: int) -> None:
+def test_bits(rounded: Rounding, block: int, form: Form) -> None:
     x = spread((64, 8, block))
-    expected = model(x, block=block)
+    expected = by_conversion(x, form)
     assert_bits_equal(jax.jit(rounded)(x), expected)
     assert_bits_equal(rounded(jnp.asarray(x)), expected)
 
 
 @FORMATS
-def test_bits_of_the_model_in_a_kernel(rounded: Rounding, model: Callable[..., jax.Array], block: int) -> None:
+def test_bits_in_a_kernel(rounded: Rounding, block: int, form: Form) -> None:
     x = spread((32, block))
-    assert_bits_equal(jax.jit(functools.partial(in_a_kernel, rounded, interpret=True))(x), model(x, block=block))
+    assert_bits_equal(jax.jit(functools.partial(in_a_kernel, rounded, interpret=True))(x), by_conversion(x, form))
 
 
 @FORMATS
 @given(values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=32, max_size=32))
-def test_bits_of_the_model_for_anything_finite(
-    rounded: Rounding, model: Callable[..., jax.Array], block: int, values: list[float]
-) -> None:
+def test_bits_for_anything_finite(rounded: Rounding, block: int, form: Form, values: list[float]) -> None:
     x = np.tile(np.float32(values), block // 32)
-    assert_bits_equal(jax.jit(rounded)(x), model(x, block=block))
+    assert_bits_equal(jax.jit(rounded)(x), by_conversion(x, form))
 
 
 @FORMATS
-def test_every_step_and_every_tie(rounded: Rounding, model: Callable[..., jax.Array], block: int) -> None:
+def test_every_step_and_every_tie(rounded: Rounding, block: int, form: Form) -> None:
     """The block's largest value is the format's; the others lie on each step and half-way between two."""
     largest = 448.0 if block == rounding.FP8_BLOCK else 6.0
     values = np.arange(0, 2 * largest * 1024, dtype=np.float64)[: 4096 * (block - 1)] / 1024
@@ -85,28 +93,28 @@ def test_every_step_and_every_tie(rounded: Rounding, model: Callable[..., jax.Ar
     x[:, 1:] = np.minimum(values[: x.shape[0] * (block - 1)], largest).reshape(x.shape[0], -1)
     x[:, 0] = largest
     out = np.asarray(jax.jit(rounded)(x))
-    assert_bits_equal(out, model(x, block=block))
+    assert_bits_equal(out, by_conversion(x, form))
     assert (out[:, 0] == largest).all()
 
 
 @FORMATS
-def test_a_nan_stays_one(rounded: Rounding, model: Callable[..., jax.Array], block: int) -> None:
+def test_a_nan_stays_one(rounded: Rounding, block: int, form: Form) -> None:
     x = spread((4, block))
     x[1:3, 5] = np.nan, np.inf
     out = np.asarray(jax.jit(rounded)(x))
     assert np.isnan(out[1, 5])
     assert not np.isfinite(out[2, 5])
-    assert_bits_equal(out[::3], np.asarray(model(x, block=block))[::3])
+    assert_bits_equal(out[::3], by_conversion(x[::3], form))
 
 
 @FORMATS
-def test_lowers_for_cuda(rounded: Rounding, model: Callable[..., jax.Array], block: int) -> None:
+def test_lowers_for_cuda(rounded: Rounding, block: int, form: Form) -> None:
     x = jax.ShapeDtypeStruct((32, block), jnp.float32)
     assert kernel_calls(lowered_for_cuda(jax.jit(functools.partial(in_a_kernel, rounded, interpret=False)), x), "rounding") == 1
 
 
 @pytest.mark.gpu
 @FORMATS
-def test_bits_of_the_model_on_a_gpu(rounded: Rounding, model: Callable[..., jax.Array], block: int) -> None:
+def test_bits_on_a_gpu(rounded: Rounding, block: int, form: Form) -> None:
     x = spread((32, block))
-    assert_bits_equal(in_a_kernel(rounded, jnp.asarray(x), interpret=False), model(x, block=block))
+    assert_bits_equal(in_a_kernel(rounded, jnp.asarray(x), interpret=False), by_conversion(x, form))

@@ -1,4 +1,4 @@
-"""`ds4jax.convert`: the same model in one GGUF file, however often the conversion was killed on the way."""
+"""`ds4jax.convert`: the same GGUF file, whether or not the conversion was killed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import tokenizers
@@ -24,15 +23,15 @@ from numerics import GOLDEN, arrays, assert_bits_equal
 
 import ds4jax
 from ds4jax.config import Config
-from ds4jax.convert import convert, plan
 from ds4jax.errors import InputError
 from ds4jax.language_model import LanguageModel
 from ds4jax.loading import hub, open_checkpoint
+from ds4jax.loading.convert import convert, plan
 from ds4jax.loading.gguf_write import write_gguf
 from ds4jax.loading.hub import open_hub
 from ds4jax.loading.hub_vocabulary import read_vocabulary
 from ds4jax.model.parameters import build
-from ds4jax.tokenizer import BOS, BYTE_OF, EOS, Tokenizer, build_bpe
+from ds4jax.text.tokenizer import BOS, BYTE_OF, EOS, Tokenizer, build_bpe
 from pallas_kernels.formats import MXFP4, Quantized
 
 HUB = GOLDEN / "hub"
@@ -47,10 +46,14 @@ def shapes_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a conversion gives that nobody interrupts."""
+    """The model's file of a conversion without interruption; that of its MTP block lies beside it."""
     out = tmp_path_factory.mktemp("whole") / "golden.gguf"
     convert(HUB, out)
     return out
+
+
+def mtp_of(out: Path) -> Path:
+    return out.with_name(f"mtp-{out.name}")
 
 
 def partial_of(out: Path) -> Path:
@@ -62,7 +65,7 @@ def journal_of(out: Path) -> Path:
 
 
 def refusal(path: Path) -> str:
-    """The one line that opening says."""
+    """The one-line error of opening it."""
     with pytest.raises(InputError) as caught:
         open_checkpoint(path)
     assert "\n" not in str(caught.value)
@@ -70,11 +73,13 @@ def refusal(path: Path) -> str:
 
 
 def assert_unfinished(out: Path) -> None:
-    """Nothing is there that loads, under its own name or another."""
+    """No file can be loaded, under its own name or another."""
     assert not out.exists()
+    assert not mtp_of(out).exists()
     partial = partial_of(out)
-    told = f"{partial}: an unfinished conversion, not a model; the same `ds4jax convert HUB_DIR {out.name}` again goes on with it"
-    assert refusal(partial) == told
+    told = "an unfinished conversion, not a model; the same `ds4jax convert` again goes on with it"
+    assert refusal(partial) == f"{partial}: {told}"
+    assert refusal(partial_of(mtp_of(out))) == f"{partial_of(mtp_of(out))}: {told}"
     renamed = Path(shutil.copy(partial, out.with_name("renamed.gguf")))
     assert "an unfinished conversion" in refusal(renamed)
     renamed.unlink()
@@ -82,11 +87,12 @@ def assert_unfinished(out: Path) -> None:
 
 def assert_finished(out: Path, whole: Path) -> None:
     assert out.read_bytes() == whole.read_bytes()
-    assert sorted(out.parent.iterdir()) == [out]
+    assert mtp_of(out).read_bytes() == mtp_of(whole).read_bytes()
+    assert sorted(out.parent.iterdir()) == [out, mtp_of(out)]
 
 
 class Watch:
-    """Counts the bytes of each stage, and fails once so many are converted."""
+    """Counts the bytes of each stage, and raises after a number of converted bytes."""
 
     def __init__(self, limit: int | None = None):
         self.limit = limit
@@ -104,10 +110,11 @@ def interrupted(out: Path, limit: int, **options: str) -> None:
 
 
 @pytest.mark.parametrize("dense", ["q8_0", "bf16", "f32"])
-def test_the_file_holds_what_the_directory_holds(dense: str, tmp_path: Path) -> None:
+def test_antirez_flavour_is_one_file(dense: str, tmp_path: Path) -> None:
     out = tmp_path / "golden.gguf"
-    layout = convert(HUB, out, dense=dense)
+    layout = convert(HUB, out, flavour="antirez", dense=dense)
     assert out.stat().st_size == layout.nbytes
+    assert list(tmp_path.iterdir()) == [out]
     converted, directory = open_checkpoint(out), open_hub(HUB, dense=dense)
     assert converted.config == directory.config
     assert converted.no_mtp == ""
@@ -125,7 +132,7 @@ def test_the_file_holds_what_the_directory_holds(dense: str, tmp_path: Path) -> 
 
 def test_written_at_once_it_is_the_same_file(tmp_path: Path) -> None:
     out, again = tmp_path / "golden.gguf", tmp_path / "again.gguf"
-    convert(HUB, out, dense="f32")
+    convert(HUB, out, flavour="antirez", dense="f32")
     directory = open_hub(HUB, dense="f32")
     tensors = {tensor.name: tensor.read() for tensor in directory.tensors}
     metadata = {"ds4jax.converted_dense": "f32"}
@@ -133,41 +140,27 @@ def test_written_at_once_it_is_the_same_file(tmp_path: Path) -> None:
     assert again.read_bytes() == out.read_bytes()
 
 
-def test_experts_equal_the_golden_weights(whole: Path) -> None:
-    """Bit for bit, by the `gguf` library alone."""
-    weights = arrays("weights")
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(whole).tensors}
-    stacks = [name for name in tensors if "_exps." in name]
-    assert len(stacks) == 3 * 7
-    for name in stacks:
-        assert tensors[name].tensor_type == gguf.GGMLQuantizationType.MXFP4
-        layer = name.split("_exps")[0].replace("blk.", "layers.").replace("ffn_", "ffn.experts.")
-        layer, matrix = layer.rsplit(".", 1)
-        kind = {"gate": "w1", "up": "w3", "down": "w2"}[matrix]
-        golden = np.stack([weights[f"{layer}.{expert}.{kind}.weight"] for expert in range(8)])
-        decoded = gguf.quants.dequantize(tensors[name].data, gguf.GGMLQuantizationType.MXFP4)
-        assert_bits_equal(decoded, golden + np.float32(0))
-
-
 @pytest.mark.long
-def test_the_same_logits(whole: Path) -> None:
+def test_the_same_logits(tmp_path: Path) -> None:
+    out = tmp_path / "golden.gguf"
+    convert(HUB, out, flavour="antirez")
     directory = open_hub(HUB, dense="q8_0")
     weights = ((tensor.name, tensor.read()) for tensor in directory.tensors)
     ids = arrays("golden")["ids"][:9]
     expected = LanguageModel(build(directory.config, weights), None).logits(ids)["logits"]
-    assert_bits_equal(ds4jax.load(whole).logits(ids)["logits"], expected)
+    assert_bits_equal(ds4jax.load(out).logits(ids)["logits"], expected)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 10))])
 def test_killed_at_a_random_point(seed: int, whole: Path, tmp_path: Path) -> None:
-    """What reached the disk ends at any byte, and the journal may know of more than that."""
-    out, size = tmp_path / "golden.gguf", whole.stat().st_size
+    """The partial file ends at any byte, and the journal may list more than it holds."""
+    out, size = tmp_path / "golden.gguf", whole.stat().st_size + mtp_of(whole).stat().st_size
     at = random.Random(seed).randrange(1, size)
     interrupted(out, at)
     with partial_of(out).open("r+b") as file:
         file.truncate(min(at, partial_of(out).stat().st_size))
     if at % 2:
-        # A line of the journal that is not whole.
+        # An incomplete line of the journal.
         with journal_of(out).open("ab") as file:
             file.write(b'{"tensor": "blk')
     assert_unfinished(out)
@@ -175,15 +168,16 @@ def test_killed_at_a_random_point(seed: int, whole: Path, tmp_path: Path) -> Non
     convert(HUB, out, progress=watch)
     kept = watch.last["checking"]
     assert kept <= at
-    # Nothing but the tensor that was broken off is converted twice.
-    largest = max(source.nbytes for source in plan(HUB).sources.values())
-    assert at - max(kept, len(plan(HUB).header)) <= largest + 32
+    # Only the interrupted tensor is converted twice.
+    outputs = plan(HUB, out).outputs
+    largest = max(source.nbytes for output in outputs for source in output.sources.values())
+    assert at - max(kept, len(outputs[0].header)) <= largest + 32
     assert_finished(out, whole)
 
 
 def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "golden.gguf"
-    for at in np.linspace(1e5, whole.stat().st_size - 1, 6).astype(int):
+    for at in np.linspace(1e5, whole.stat().st_size + mtp_of(whole).stat().st_size - 1, 6).astype(int):
         interrupted(out, int(at))
         assert_unfinished(out)
     convert(HUB, out)
@@ -193,7 +187,7 @@ def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ds4jax.convert import convert
+from ds4jax.loading.convert import convert
 
 def kill(stage, done, total):
     if done >= total // 2:
@@ -210,17 +204,18 @@ def test_kill_9(whole: Path, tmp_path: Path) -> None:
     assert_unfinished(out)
     watch = Watch()
     convert(HUB, out, progress=watch)
-    assert watch.last["checking"] > len(plan(HUB).header)
+    assert watch.last["checking"] > len(plan(HUB, out).outputs[0].header)
     assert_finished(out, whole)
 
 
-def test_killed_before_the_file_gets_its_name(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All bytes are there, the magic too: only the name says that it is unfinished."""
+@pytest.mark.parametrize("last", ["golden.gguf", "mtp-golden.gguf"])
+def test_killed_before_a_file_gets_its_name(last: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is complete, with its magic; only its name says that it is unfinished. The model's file gets its name last."""
     out = tmp_path / "golden.gguf"
     replace = os.replace
 
     def killed(source: Path, target: Path) -> None:
-        if target == out:
+        if target == out.with_name(last):
             raise KeyboardInterrupt
         replace(source, target)
 
@@ -229,6 +224,7 @@ def test_killed_before_the_file_gets_its_name(whole: Path, tmp_path: Path, monke
         with pytest.raises(KeyboardInterrupt):
             convert(HUB, out)
     assert not out.exists()
+    assert mtp_of(out).exists() == (last == out.name)
     assert partial_of(out).read_bytes() == whole.read_bytes()
     assert "an unfinished conversion" in refusal(partial_of(out))
     convert(HUB, out)
@@ -241,7 +237,7 @@ def test_what_a_disk_can_do(damage: str, whole: Path, tmp_path: Path) -> None:
     interrupted(out, 2_000_000)
     content = bytearray(partial_of(out).read_bytes())
     lines = journal_of(out).read_bytes().splitlines(keepends=True)
-    start = len(plan(HUB).header)
+    start = len(plan(HUB, out).outputs[0].header)
     if damage == "header":
         content[100] ^= 1
     elif damage == "data":
@@ -264,9 +260,22 @@ def test_refuses_a_beginning_of_something_else(whole: Path, tmp_path: Path) -> N
     out = tmp_path / "golden.gguf"
     interrupted(out, 1_000_000, dense="bf16")
     before = partial_of(out).read_bytes(), journal_of(out).read_bytes()
-    with pytest.raises(InputError, match="partial: began from other files or with another --dense"):
+    with pytest.raises(InputError, match="partial: began from other files or with other options"):
         convert(HUB, out)
     assert (partial_of(out).read_bytes(), journal_of(out).read_bytes()) == before
+    convert(HUB, out, force=True)
+    assert_finished(out, whole)
+
+
+@pytest.mark.parametrize("name", ["golden.gguf", "mtp-golden.gguf"])
+@pytest.mark.parametrize("content", [b"", pytest.param(b"precious", marks=pytest.mark.long), b"part and something else"])
+def test_a_partial_file_of_another_program_stays(name: str, content: bytes, whole: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "golden.gguf", tmp_path / f"{name}.partial"
+    other.write_bytes(content)
+    with pytest.raises(InputError, match=f"{other}: is not of this conversion; move it away, or give --force to replace it"):
+        convert(HUB, out)
+    assert other.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [other]
     convert(HUB, out, force=True)
     assert_finished(out, whole)
 
@@ -289,10 +298,16 @@ def test_a_file_that_is_there_stays(whole: Path, tmp_path: Path) -> None:
     out.write_bytes(b"precious")
     with pytest.raises(InputError, match=f"{out}: exists already; give --force to replace it"):
         convert(HUB, out)
-    # Even with --force it stays until the new one is complete.
+    mtp_of(out).write_bytes(b"precious, too")
+    out.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=f"{mtp_of(out)}: exists already; give --force to replace it"):
+        convert(HUB, out)
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "elsewhere").rename(out)
+    # With --force the old file stays until the new one is complete.
     with pytest.raises(KeyboardInterrupt):
         convert(HUB, out, force=True, progress=Watch(1_000_000))
-    assert out.read_bytes() == b"precious"
+    assert (out.read_bytes(), mtp_of(out).read_bytes()) == (b"precious", b"precious, too")
     convert(HUB, out, force=True)
     assert_finished(out, whole)
     (tmp_path / "folder").mkdir()
@@ -302,7 +317,7 @@ def test_a_file_that_is_there_stays(whole: Path, tmp_path: Path) -> None:
 
 def test_needs_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, usage = tmp_path / "golden.gguf", collections.namedtuple("usage", "total used free")
-    total = plan(HUB).nbytes
+    total = plan(HUB, out).nbytes
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(GIB, 0, total - 1))
     message = rf"{tmp_path}: free space: the conversion needs 0\.00 GB more, 0\.00 GB are free; make room"
     with pytest.raises(InputError, match=message):
@@ -310,8 +325,8 @@ def test_needs_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(GIB, 0, total))
     interrupted(out, 2_000_000)
-    # What is there already needs no more room.
-    left = total - partial_of(out).stat().st_size
+    # Bytes that are already written need no more space.
+    left = total - partial_of(out).stat().st_size - partial_of(mtp_of(out)).stat().st_size
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(GIB, 0, left))
     convert(HUB, out)
 
@@ -327,8 +342,6 @@ def test_two_at_once(tmp_path: Path) -> None:
 def test_refuses_places(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written: No such file"):
         convert(HUB, tmp_path / "none" / "out.gguf")
-    with pytest.raises(InputError, match="not a directory; give a checkpoint directory"):
-        convert(whole, tmp_path / "out.gguf")
     with pytest.raises(InputError, match=r"config\.json: cannot be read"):
         convert(tmp_path, tmp_path / "out.gguf")
 
@@ -344,17 +357,22 @@ def with_tokenizer(folder: Path) -> tuple[Path, Tokenizer]:
 
 
 def test_tokenizer(tmp_path: Path) -> None:
-    directory, tokenizer = with_tokenizer(tmp_path / "hub")
+    directory, short = with_tokenizer(tmp_path / "hub")
+    assert short.vocab_size == 262
+    tokenizer = open_checkpoint(directory).tokenizer
     out = tmp_path / "golden.gguf"
     convert(directory, out)
     converted = open_checkpoint(out)
+    assert tokenizer is not None
     assert converted.tokenizer is not None
-    assert converted.tokenizer.vocab_size == converted.config.vocab_size == 512
+    assert tokenizer.vocab_size == converted.tokenizer.vocab_size == converted.config.vocab_size == 512
+    # Every id that the model may choose has a text, the same from the directory and from the file.
+    assert [tokenizer.token_bytes(i) for i in range(512)] == [converted.tokenizer.token_bytes(i) for i in range(512)]
+    assert tokenizer.decode([386]) == "[PAD386]"
     for text in ("in the  beginning 1234", f"{BOS}the<｜User｜> <think>\n\n语言", "[PAD300]"):
         for parse_special in (False, True):
             ids = tokenizer.encode(text, parse_special=parse_special)
-            if "PAD" not in text or not parse_special:
-                assert converted.tokenizer.encode(text, parse_special=parse_special) == ids
+            assert converted.tokenizer.encode(text, parse_special=parse_special) == ids
             assert converted.tokenizer.decode(ids) == tokenizer.decode(ids) == text
     types = collections.Counter(converted.metadata["tokenizer.ggml.token_type"].tolist())
     assert types == {1: 258, 3: 3, 4: 1, 5: 512 - 262}
@@ -396,7 +414,7 @@ def test_refuses_more_tokens_than_the_model_has(tmp_path: Path) -> None:
 
 def test_no_stack_is_ever_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """An expert's rows leave the reader in their final form, a part at a time."""
-    source = plan(HUB).sources["blk.3.ffn_down_exps.weight"]
+    source = plan(HUB, Path("out.gguf")).outputs[0].sources["blk.3.ffn_down_exps.weight"]
     pieces = list(source.pieces())
     assert [piece.shape for piece in pieces] == [(128, 2 * MXFP4.BLOCK_BYTES)] * 8
     assert sum(piece.nbytes for piece in pieces) == source.nbytes

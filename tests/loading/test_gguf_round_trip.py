@@ -22,6 +22,7 @@ from ds4jax.errors import InputError
 from ds4jax.language_model import LanguageModel
 from ds4jax.loading import open_checkpoint
 from ds4jax.loading.gguf_names import slots
+from ds4jax.loading.gguf_values import encode
 from ds4jax.loading.gguf_write import write_gguf
 from ds4jax.model.parameters import build, shapes
 from pallas_kernels.formats import FORMATS, Q8_0, Quantized
@@ -151,14 +152,19 @@ def test_every_layer_may_have_expert_types_of_its_own(tmp_path: Path) -> None:
         jax.tree.map(assert_bits_equal, value, expected)
         dequantized = gguf.quants.dequantize(theirs.data, theirs.tensor_type)
         assert_bits_equal(as_float(value), dequantized.reshape(tensor.shape))
-    assert seen == set(FORMATS)
+    assert seen == {kind for pair in EXPERTS.values() for kind in pair}
 
 
-def test_a_quantised_value_is_not_stored_as_something_else(tmp_path: Path) -> None:
-    tensors = random_tensors(MIXED)
-    tensors["layers.1.attn.wkv.weight"] = FORMATS["Q4_K"].from_bytes(random_blocks(FORMATS["Q4_K"], (32, 256)))
-    with pytest.raises(ValueError, match=r"layers\.1\.attn\.wkv\.weight: cannot be stored as Q4_K"):
-        write_gguf(tmp_path / "mixed.gguf", MIXED, tensors)
+def test_a_type_that_a_parameter_never_has(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"hc_head_fn: cannot be stored as I32; it must be Q4_0 or .* or F32"):
+        write_gguf(tmp_path / "mixed.gguf", MIXED, random_tensors(MIXED), small="I32")
+
+
+def test_a_quantised_value_is_not_stored_as_something_else() -> None:
+    value = FORMATS["Q4_K"].from_bytes(random_blocks(FORMATS["Q4_K"], (32, 256)))
+    for stored in ("Q8_0", "F32"):
+        with pytest.raises(ValueError, match=rf"layers\.1\.attn\.wkv\.weight: given as Q4_K, to be stored as {stored}"):
+            encode(value, stored, "layers.1.attn.wkv.weight")
 
 
 @pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, n_mtp=0, compress_ratios=(128, 0, 4), o_groups=1)])

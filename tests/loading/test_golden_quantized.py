@@ -1,8 +1,7 @@
-"""Decode on 2-bit and 4-bit experts end to end: the golden model against its own arithmetic in float64, and against what rounding
-activations must cost.
+"""Decode with 2-bit and 4-bit experts: the golden model against its arithmetic in float64, and against the error that rounding
+activations causes.
 
-Every step of the decode that is examined starts from the cache that it really had, so that differences do not add up from row to
-row.
+Every examined step starts from the cache of the real decode, so that differences do not accumulate.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from gguf_files import MAIN, needs_main
 from numerics import arrays, assert_close
 
 import ds4jax
-from ds4jax import cache as caches
-from ds4jax.buckets import LEAST_CAPACITY, padded
-from ds4jax.cache import Cache
+from ds4jax.cache import state as caches
+from ds4jax.cache.capacity import MIN_CAPACITY, padded
+from ds4jax.cache.state import Cache
+from ds4jax.decode.scoring import extend
 from ds4jax.language_model import LanguageModel
-from ds4jax.model import moe
-from ds4jax.scoring import extend
 from pallas_kernels import ops
+from pallas_kernels.experts import meaning
 from pallas_kernels.formats import Q8_0, Quantized
 
 ROWS = 32
-# Ten times the largest seen: float32 sums in another order, nothing else.
+# Ten times the largest measured difference, of float32 sums in another order.
 TIGHT = 4e-5
 # Activations [..., K], a weight multiplied out [..., N, K] and its format, to [..., N]; leading axes as they are or 1.
 Product = Callable[[jax.Array, jax.Array, type[Quantized]], jax.Array]
@@ -67,9 +66,9 @@ def step(model: LanguageModel) -> Callable[..., tuple[Cache, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def decoded(model: LanguageModel) -> list[tuple[Cache, np.ndarray, np.ndarray]]:
-    """For each row of the golden decode the cache before it, its token [1], and the logits of the program as it is."""
+    """For each row of the golden decode: the cache before it, its token [1], and the logits of the unchanged program."""
     start, ids = int(expected("decode_start")), expected("ids")
-    cache, _ = step(model)(caches.empty(model.config, LEAST_CAPACITY), ids[:start], count=start, width=128)
+    cache, _ = step(model)(caches.empty(model.config, MIN_CAPACITY), ids[:start], count=start, width=128)
     run, found = step(model), []
     for token in ids[start : start + ROWS, None]:
         after, logits = run(cache, token)
@@ -80,14 +79,14 @@ def decoded(model: LanguageModel) -> list[tuple[Cache, np.ndarray, np.ndarray]]:
 
 @pytest.fixture
 def replace() -> Iterator[Callable[[Product], None]]:
-    """A function that puts another product in place of every one that rounds its activations."""
+    """A function that replaces every product with rounded activations by another."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         yield functools.partial(_replace, monkeypatch)
     jax.clear_caches()
 
 
 def _replace(monkeypatch: pytest.MonkeyPatch, product: Product) -> None:
-    # Blocks that have been traced keep the products that they were traced with.
+    # Traced blocks keep the products of their trace.
     jax.clear_caches()
 
     def dense(x_MCK: jax.Array, weights: tuple[Q8_0, ...]) -> tuple[jax.Array, ...]:
@@ -99,7 +98,7 @@ def _replace(monkeypatch: pytest.MonkeyPatch, product: Product) -> None:
         return jnp.sum(y, axis=-2) if add_up else y
 
     monkeypatch.setattr(ops, "_quantized", dense)
-    monkeypatch.setattr(moe, "expert_dot", expert)
+    monkeypatch.setattr(meaning, "expert_dot", expert)
 
 
 def rounded(x: np.ndarray, format: type[Quantized]) -> np.ndarray:
@@ -122,8 +121,7 @@ def rounded(x: np.ndarray, format: type[Quantized]) -> np.ndarray:
 def test_every_step_is_its_arithmetic_in_float64(model, decoded, replace) -> None:
     """Weights multiplied out, integers of activations in float64: what differs is the order of float32 sums.
 
-    An activation that lies at the edge of two integers may fall on either side then, which shows at once: some rows may be off by
-    more, and most may not.
+    An activation between two integers may round to either, with a large effect: a few rows may differ by more.
     """
     seen: Counter[str] = Counter()
 
@@ -146,11 +144,11 @@ def test_every_step_is_its_arithmetic_in_float64(model, decoded, replace) -> Non
     assert off.max() < 1
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_rounding_costs_what_noise_of_a_step_costs(model, decoded, replace) -> None:
-    """Against the strict step from the same cache: as far off as when activations are moved at random within half a step.
+    """The difference from the strict step equals that of random changes of the activations within half a step.
 
-    In the median over the rows, since few go to other experts or other compressed rows, and are off by much more.
+    Compared by the median over rows: a few rows choose other experts or compressed rows and differ much more.
     """
     seen: Counter[str] = Counter()
 
@@ -174,12 +172,13 @@ def test_rounding_costs_what_noise_of_a_step_costs(model, decoded, replace) -> N
     assert 1 / 1.4 < rounding / noise < 1.4
 
 
+@pytest.mark.slow
 def test_a_long_prefill_rounds_nothing(model) -> None:
     found = model.logits(expected("ids"))["logits"]
     assert_close(found, expected("prefill_logits"))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_drafting_changes_nothing(model) -> None:
     """Tokens and fingerprints of three-row steps against plain ones, by matrices of every format."""
     report = model.check(expected("greedy_prompt"), strict=False)

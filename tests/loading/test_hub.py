@@ -34,7 +34,7 @@ def golden_raw() -> Raw:
 
 @pytest.fixture
 def hub(tmp_path) -> Path:
-    """A copy of the golden checkpoint, to break."""
+    """A copy of the golden checkpoint for tests to damage."""
     return Path(shutil.copytree(HUB, tmp_path / "hub"))
 
 
@@ -65,7 +65,7 @@ def read(checkpoint: Checkpoint, name: str) -> np.ndarray:
 
 
 def refused(directory: Path) -> str:
-    """The one line that opening says."""
+    """The one-line error of opening it."""
     with pytest.raises(InputError) as caught:
         open_hub(directory)
     assert "\n" not in str(caught.value)
@@ -127,7 +127,7 @@ def test_one_file_without_index_in_other_types(single):
 
 
 def test_claimed_mtp_that_is_not_there(single, golden_raw):
-    """The config claims one either way; the weights decide."""
+    """The weights decide, whatever the config says."""
     without = {name: None for name in golden_raw if name.startswith("mtp.0.")}
     checkpoint = open_hub(single(without))
     assert checkpoint.metadata["num_nextn_predict_layers"] == 1
@@ -143,10 +143,71 @@ def test_what_the_model_has_no_use_for(single):
     assert all(name in extra or name.startswith("mtp.0.") for name in checkpoint.ignored)
 
 
+def test_an_incomplete_mtp_block_is_named(single):
+    checkpoint = open_hub(single({"mtp.0.e_proj.weight": None}))
+    assert (checkpoint.config.n_mtp, len(checkpoint.ignored)) == (0, 86)
+    assert checkpoint.no_mtp == "its MTP block is incomplete: mtp.0.e_proj.weight is missing"
+    first = "mtp.0.attn.attn_sink"
+    assert checkpoint.note == f"86 tensors are not used, {first} the first of them; no drafts: {checkpoint.no_mtp}"
+
+
+def test_an_mtp_block_under_another_prefix(single, golden_raw):
+    block = {name: tensor for name, tensor in golden_raw.items() if name.startswith("mtp.0.")}
+    moved = {f"model.{name}": tensor for name, tensor in block.items()}
+    checkpoint = open_hub(single(dict.fromkeys(block) | moved))
+    assert checkpoint.ignored == tuple(sorted(moved))
+    assert f"{len(moved)} tensors are not used, " in checkpoint.note
+    assert "no drafts: these weights have no MTP block under mtp.0, though model.mtp.0." in checkpoint.note
+
+
+def test_a_dspark_drafter_of_one_stage(single):
+    projection = {"mtp.0.main_proj.weight": ("BF16", [128, 384], bytes(128 * 768))}
+    hub = single(projection | {"mtp.0.e_proj.weight": None, "mtp.0.e_proj.scale": None})
+    assert "config.json: dspark_target_layer_ids: missing or not a list; the DSpark drafter of these weights" in refused(hub)
+
+
+def config_with(hub: Path, **changes: object) -> Path:
+    raw = json.loads((hub / "config.json").read_text())
+    (hub / "config.json").write_text(json.dumps(raw | changes))
+    return hub
+
+
+def test_compressors_that_the_config_has_no_use_for(hub):
+    message = "config.json: compress_ratios: gives this layer 0, but the weights have layers.2.attn.compressor.ape"
+    assert message in refused(config_with(hub, compress_ratios=[0] * 7))
+
+
+def test_a_table_of_experts_that_the_config_has_no_use_for(single):
+    hub = config_with(single({"layers.1.ffn.gate.bias": ("F32", [8], bytes(32))}), num_hash_layers=1)
+    assert "config.json: num_hash_layers: is 1, but the weights have layers.1.ffn.gate.tid2eid" in refused(hub)
+
+
+def test_more_ratios_than_layers_and_block(hub):
+    message = "config.json: compress_ratios: has 7 entries; 5 layers and the MTP block of these weights make 6"
+    assert message in refused(config_with(hub, num_hidden_layers=5))
+
+
+def test_a_folder_of_gguf_files(tmp_path):
+    for name in ("c.gguf", "b.gguf", "a-mtp.gguf"):
+        (tmp_path / name).touch()
+    assert (
+        refused(tmp_path) == f"{tmp_path}: a folder with GGUF files, and no config.json; give the name of a file, such as b.gguf"
+    )
+
+
 def test_a_dspark_drafter_is_no_mtp_block(single):
     checkpoint = open_hub(single({"mtp.1.attn_norm.weight": ("BF16", [128], bytes(256))}))
-    assert checkpoint.config.n_mtp == 0
-    assert "DSpark drafter" in checkpoint.no_mtp
+    assert (checkpoint.config.n_mtp, checkpoint.drafter) == (0, "none")
+    assert checkpoint.no_mtp == "its mtp.* tensors are several blocks, and neither an MTP block nor a DSpark drafter"
+
+
+def test_a_broken_dspark_drafter(single):
+    hub = single({"mtp.1.confidence_head.proj.weight": ("BF16", [1, 128], bytes(256))})
+    assert "dspark_target_layer_ids: missing or not a list" in refused(hub)
+    checkpoint = open_hub(hub, drafter="none")
+    assert (checkpoint.config.n_mtp, checkpoint.ignored, checkpoint.drafter, checkpoint.note) == (0, (), "none", "")
+    with pytest.raises(InputError, match="drafter is mtp: its mtp.* tensors are a DSpark drafter, which is not an MTP block"):
+        open_hub(hub, drafter="mtp")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +311,8 @@ def test_config_of_an_absurd_size(hub, keys):
         ('{"weight_map": {"norm.weight": 1}}', "weight_map: missing or not a table"),
         ('{"weight_map": {"norm.weight": "../hub/' + SHARD + '"}}', "a shard lies beside the index"),
         ('{"weight_map": {"norm.weight": "/etc/passwd"}}', "a shard lies beside the index"),
-        ('{"weight_map": {"norm.weight": ".."}}', "no such file"),
+        ('{"weight_map": {"norm.weight": ".."}}', "names the shard '..'; a shard lies beside the index"),
+        ('{"weight_map": {"norm.weight": ""}}', "names the shard ''; a shard lies beside the index"),
         ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' is given twice"),
         ('{"weight_map": {"absent.weight": "' + SHARD + '"}}', f"'absent.weight': listed in {SHARD!r}, which does not hold it"),
         ('{"weight_map": {"embed.weight": "' + SHARD + '"}}', "missing; the model of config.json needs it"),
@@ -299,7 +361,7 @@ def complaint(directory: Path) -> str | None:
 
 @given(position=st.integers(0, 24_000), value=st.integers(0, 255))
 def test_one_changed_byte_of_a_header(tmp_path_factory, position, value):
-    """Opens, or says in one line what is wrong."""
+    """The checkpoint opens, or the error is one line."""
     directory = tmp_path_factory.mktemp("hub")
     for file in HUB.iterdir():
         (directory / file.name).symlink_to(file)
@@ -325,7 +387,7 @@ def test_published_inventory(tmp_path):
     text = json.dumps(header).encode()
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        # Sparse: takes no room on the disk.
+        # A sparse file takes no space on the disk.
         file.truncate(8 + len(text) + end)
     checkpoint = open_hub(tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -49,7 +49,7 @@ def test_v4_flash(read, tmp_path):
 def test_golden():
     config, _ = read_config(GOLDEN / "hub" / "config.json")
     other = golden_config(qat=True)
-    # The reference's config.json knows no context length.
+    # The reference's config.json has no context length.
     assert with_mtp(config, GOLDEN) == dataclasses.replace(other, max_context=1024)
 
 
@@ -70,7 +70,7 @@ def test_yarn_itself_is_not_assumed(read):
 
 
 def test_rope_parameters(read):
-    """Both ways in which newer files describe rotation."""
+    """Both forms in which newer files describe rotation."""
     flat = {**YARN, "rope_type": "yarn", "attention_factor": 1.0}
     del flat["type"]
     assert read(rope_scaling=None, rope_parameters=flat)[0] == Config(n_mtp=0)
@@ -95,6 +95,8 @@ def test_rope_parameters(read):
         ("hidden_size", -1, "is -1; it must be an integer"),
         ("hidden_size", 0, "is 0"),
         ("eos_token_id", [1, 2], "is [1, 2]; it must be an integer"),
+        ("eos_token_id", 129280, "is 129280; it must be below vocab_size (129280)"),
+        ("bos_token_id", 129280, "is 129280; it must be below vocab_size (129280)"),
         ("rms_norm_eps", "small", 'is "small"; it must be a number'),
         ("rms_norm_eps", float("nan"), "is NaN; it must be a number"),
         ("rope_theta", float("inf"), "is Infinity; it must be a number"),

@@ -1,4 +1,4 @@
-"""Hub checkpoints as they are generated from: FP4 experts as MXFP4 without loss, dense matrices in the type asked for."""
+"""Hub checkpoints for generation: FP4 experts become MXFP4 exactly, dense matrices the requested type."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def expected(name: str) -> np.ndarray:
 @pytest.mark.parametrize("dense", FORMS)
 def test_every_golden_tensor(dense: str) -> None:
     checkpoint = open_hub(HUB, dense=dense)
-    types = {slot.name: slot.types for slot in slots(checkpoint.config)}
+    kinds = {slot.name: slot.kind for slot in slots(checkpoint.config)}
     assert {tensor.name: tensor.shape for tensor in checkpoint.tensors} == shapes(checkpoint.config)
     for tensor in checkpoint.tensors:
         value, golden = tensor.read(), expected(tensor.name)
         assert (form(value), value.nbytes) == (tensor.form, tensor.device_nbytes), tensor.name
-        if types[tensor.name] is EXPERTS:
+        if kinds[tensor.name] is EXPERTS:
             assert isinstance(value, MXFP4), tensor.name
             np.testing.assert_array_equal(np.asarray(as_float(value)), golden, err_msg=tensor.name, strict=True)
-        elif types[tensor.name] is DENSE and dense == "q8_0":
+        elif kinds[tensor.name] is DENSE and dense == "q8_0":
             assert isinstance(value, Q8_0), tensor.name
             assert_bits_equal(value.to_bytes(), Q8_0.encode(golden))
         else:
@@ -183,8 +183,9 @@ def test_rows_that_blocks_do_not_divide(tmp_path: Path) -> None:
     assert read(open_hub(tmp_path, dense="bf16"), "layers.0.attn.wq_b.weight").shape == (384, 48)
 
 
+@pytest.mark.long
 def test_logits_with_mxfp4_experts() -> None:
-    """Float32 around experts that lost nothing: the golden logits."""
+    """Exact experts and float32 for the rest give the golden logits."""
     checkpoint = open_hub(HUB, dense="f32")
     config = dataclasses.replace(checkpoint.config, qat=False)
     model = LanguageModel(build(config, ((tensor.name, tensor.read()) for tensor in checkpoint.tensors)), None)

@@ -1,4 +1,4 @@
-"""Loading a file in the published layout: hardly more than one tensor at a time in memory, and hardly slower than copying."""
+"""Loading a file in the published layout: memory for about one tensor at a time, at nearly the speed of a copy."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ds4jax.loading.gguf_header import read_header
 from ds4jax.loading.gguf_names import slots
 from pallas_kernels.formats import FORMATS, Quantized
 
-# What jax, the model's structure and compiling take, beside tensors.
+# Memory of JAX, the model's structure and compiling, without tensors.
 ALLOWED = 1_500_000_000
 # The same in practice, for a file that would fit into the allowance whole.
 USUAL = 250_000_000
-LEAST_RATE = 0.5
+MIN_RATE = 0.5
 ROUNDS = 3
 # Where a block of a file falls into parts.
 PARTS = {"Q8_0": (2,), "IQ2_XXS": (2,), "Q2_K": (16, 80, 82)}
@@ -113,7 +113,7 @@ def loaded(path: Path) -> list[object]:
 
 
 def copied(path: Path) -> list[list[np.ndarray]]:
-    """The least that any loader does, in numpy: map the file, split blocks into parts, and copy these."""
+    """The minimum work of a loader, in numpy: map the file, split blocks into parts, and copy these."""
     header, values = read_header(path), []
     for info in sorted(header.tensors.values(), key=lambda info: info.offset):
         raw = header.raw(info)
@@ -137,12 +137,12 @@ def seconds(work: Callable[[Path], object], path: Path) -> float:
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the reference runs on the host; GPUs have a benchmark of their own")
 def test_rate(q2: Path) -> None:
-    # What is compiled stays, and the file is in memory from here on.
+    # From here on programs are compiled and the file is in memory.
     loaded(q2)
     rounds = [(seconds(loaded, q2), seconds(copied, q2)) for _ in range(ROUNDS)]
     ours, reference = (statistics.median(column) for column in zip(*rounds, strict=True))
     print(f"{q2.stat().st_size / ours / 1e9:.2f} GB/s, reference {q2.stat().st_size / reference / 1e9:.2f} GB/s")
-    assert reference / ours >= LEAST_RATE
+    assert reference / ours >= MIN_RATE
 
 
 @pytest.mark.gpu

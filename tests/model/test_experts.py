@@ -12,22 +12,37 @@ from numerics import assert_bits_equal
 from quantized import as_float, random_blocks
 
 from ds4jax.config import Config
-from ds4jax.model.moe import GATHER_ROWS, Experts
+from ds4jax.model.moe import Experts
+from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.formats import FORMATS, Q8_0
 
 CONFIG = Config(dim=512, moe_dim=256, n_experts=4, n_active=2, n_layers=1, compress_ratios=(0,), n_mtp=0, n_hash_layers=0)
-# Gate and up, down: as published, mixed files, the official checkpoint, and what a small model has.
-KINDS = [("IQ2_XXS", "Q2_K"), ("Q4_K", "Q4_K"), ("MXFP4", "MXFP4"), ("Q8_0", "Q8_0"), ("Q2_K", "IQ2_XXS")]
+# Types of gate and up, and of down: published files, mixed files, the official checkpoint, a small model, types without a kernel;
+# or of gate, of up and of down.
+KINDS = [
+    ("IQ2_XXS", "Q2_K"),
+    ("Q4_K", "Q4_K"),
+    ("MXFP4", "MXFP4"),
+    ("Q8_0", "Q8_0"),
+    ("Q2_K", "IQ2_XXS"),
+    ("IQ3_S", "IQ4_NL"),
+    ("IQ2_XXS", "Q4_K", "Q2_K"),
+]
+Kind = tuple[str, ...]
 ROWS = 6
 
-every_kind = pytest.mark.parametrize("kind", KINDS, ids="-".join)
+EVERY = [*(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS[:-1]), KINDS[-1]]
+every_kind = pytest.mark.parametrize("kind", EVERY, ids="-".join)
+# Products of every format have a test of their own for the same; here it is the experts around them.
+SOME = [pytest.param(kind, marks={0: [], 6: pytest.mark.long}.get(i, pytest.mark.slow)) for i, kind in enumerate(KINDS)]
+some_kinds = pytest.mark.parametrize("kind", SOME, ids="-".join)
 
 
 @functools.cache
-def experts(kind: tuple[str, str]) -> tuple[nnx.GraphDef, nnx.State]:
+def experts(kind: Kind) -> tuple[nnx.GraphDef, nnx.State]:
     """Experts with random blocks, scaled so that the hidden values are of order 1 and some are clamped."""
     module = nnx.eval_shape(lambda: Experts(CONFIG, rngs=nnx.Rngs(0)))
-    for seed, (stack, name) in enumerate(((module.w1, kind[0]), (module.w3, kind[0]), (module.w2, kind[1]))):
+    for seed, (stack, name) in enumerate(((module.w1, kind[0]), (module.w3, kind[-2]), (module.w2, kind[-1]))):
         shape = stack.weight.get_value().shape
         format = FORMATS[name]
         if format is Q8_0:
@@ -51,8 +66,8 @@ def run(graph: nnx.GraphDef, weights: nnx.State, *args: np.ndarray, strict: bool
     return nnx.merge(graph, weights)(*args, strict=strict)
 
 
-def exact(kind: tuple[str, str], x: np.ndarray, chosen: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """The same in float64 on the dequantised weights."""
+def exact(kind: Kind, x: np.ndarray, chosen: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Expected outputs in float64 from dequantised weights."""
     module = nnx.merge(*experts(kind))
     w1, w2, w3 = (np.asarray(as_float(s.weight.get_value()), np.float64) for s in (module.w1, module.w2, module.w3))
     y = np.zeros((ROWS, CONFIG.dim))
@@ -68,22 +83,22 @@ def distance(actual: jax.Array, expected: np.ndarray) -> float:
 
 
 @every_kind
-def test_strict_is_the_float_product(kind: tuple[str, str]) -> None:
+def test_strict_is_the_float_product(kind: Kind) -> None:
     args = rows()
     assert distance(run(*experts(kind), *args, strict=True), exact(kind, *args)) < 1e-6
 
 
 @every_kind
-def test_quantised_activations_cost_a_few_percent(kind: tuple[str, str]) -> None:
+def test_quantised_activations_cost_a_few_percent(kind: Kind) -> None:
     args = rows()
     off = distance(run(*experts(kind), *args, strict=False), exact(kind, *args))
     assert off < 0.04
     assert off > 1e-4 or kind[0] == "Q8_0", "activations were not quantised"
 
 
-@every_kind
+@some_kinds
 @pytest.mark.parametrize("strict", [True, False])
-def test_each_row_has_the_bits_of_the_row_alone(kind: tuple[str, str], strict: bool) -> None:
+def test_each_row_has_the_bits_of_the_row_alone(kind: Kind, strict: bool) -> None:
     """Contract 1."""
     args = rows()
     alone = [np.asarray(run(*experts(kind), *(a[i : i + 1] for a in args), strict=strict)) for i in range(ROWS)]
@@ -92,10 +107,10 @@ def test_each_row_has_the_bits_of_the_row_alone(kind: tuple[str, str], strict: b
 
 
 @every_kind
-def test_many_rows_read_every_expert_once(kind: tuple[str, str]) -> None:
+def test_many_rows_read_every_expert_once(kind: Kind) -> None:
     """Prefill: float products, whether strict or not."""
     args = rows()
-    repeats = 2 * GATHER_ROWS // ROWS + 1
+    repeats = 2 * MAX_ROWS // ROWS + 1
     many = [np.concatenate([a] * repeats) for a in args]
     y = np.asarray(run(*experts(kind), *many, strict=False))
     assert distance(y[:ROWS], exact(kind, *args)) < 1e-6
@@ -103,8 +118,18 @@ def test_many_rows_read_every_expert_once(kind: tuple[str, str]) -> None:
 
 
 def test_the_router_weight_is_applied_before_the_hidden_values_are_quantised() -> None:
-    """Twice the weight is twice the output to the bit: a power of two passes through Q8_K's scale unchanged."""
+    """Twice the weight gives exactly twice the output: a power of two does not change Q8_K's rounding."""
     x, chosen, share = rows()
     graph, weights = experts(KINDS[0])
     once, twice = (np.asarray(run(graph, weights, x, chosen, share * factor, strict=False)) for factor in np.float32([1, 2]))
     assert_bits_equal(twice, once * np.float32(2))
+
+
+@pytest.mark.long
+def test_rows_without_a_kernel_share_their_memory() -> None:
+    graph, weights = experts(("IQ3_S", "IQ4_NL"))
+    few, many = (
+        run.lower(graph, weights, *(a[:count] for a in rows()), strict=False).compile().memory_analysis().temp_size_in_bytes
+        for count in (1, ROWS)
+    )
+    assert 1 << 20 < many < 1.5 * few

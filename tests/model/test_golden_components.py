@@ -1,4 +1,4 @@
-"""Every component array of golden set a, within its README's limit."""
+"""Every component array of golden set a, within the tolerance of its README."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import pytest
 from flax import nnx
 from numerics import arrays, assert_bits_equal, assert_component, component, golden_config, golden_model, golden_transformer
 
-from ds4jax import cache as caches
-from ds4jax.cache import Rows
+from ds4jax.cache import state as caches
+from ds4jax.cache.capacity import capacity_for, chunks, padded
+from ds4jax.cache.state import Rows
 from ds4jax.config import Config
-from ds4jax.model import fake_quant
-from ds4jax.model import hyper_connections as hc
-from ds4jax.model.attention import attend
-from ds4jax.model.moe import swiglu
+from ds4jax.decode.scoring import extend
 from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.tape import into
-from ds4jax.scoring import extend
+from pallas_kernels.attention.meaning import attend
+from pallas_kernels.core import rounding
+from pallas_kernels.experts.meaning import swiglu
+from pallas_kernels.hyper_connections import meaning as hc
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def exact_products():
 
 
 def jitted(module: nnx.Module) -> Callable:
-    """A module's call as one compiled function: much less to compile than op by op."""
+    """A module's call as one compiled function, which compiles faster than op by op."""
     graph, weights = nnx.split(module)
     call = jax.jit(lambda weights, *args: nnx.merge(graph, weights)(*args))
     return functools.partial(call, weights)
@@ -39,7 +40,7 @@ def jitted(module: nnx.Module) -> Callable:
 
 @functools.cache
 def run_attention(prefix: str, qat: bool = False) -> tuple[jax.Array, caches.LayerCache, dict[str, jax.Array]]:
-    """One layer's attention over a golden input from position 0, with its intermediates."""
+    """Attention of one layer for a golden input from position 0, with its intermediates."""
     golden = component(prefix)
     layer, length = int(golden["layer"]), len(golden["x"])
     graph, weights = nnx.split(golden_transformer(qat).layers[layer].attn)
@@ -78,7 +79,7 @@ def test_indexer():
     blocks = golden["compressed_k"].shape[0]
     _, cache, tape = run_attention("attn_r4")
     assert_component(tape["q_low"], golden["qr"])
-    assert_component(fake_quant.hadamard(cache.indexer.rows[0, :blocks]), golden["compressed_k"])
+    assert_component(rounding.hadamard(cache.indexer.rows[0, :blocks]), golden["compressed_k"])
     assert_component(tape["indexer.score"][:, :blocks], golden["score"])
     np.testing.assert_array_equal(selected(tape), golden["topk_sorted"])
 
@@ -100,11 +101,14 @@ def selected(tape: dict[str, jax.Array]) -> np.ndarray:
 
 @functools.cache
 def prefilled(length: int) -> caches.Cache:
-    """The cache after a prefill of golden ids."""
+    """The cache after a prefill of golden ids, by a program of `LanguageModel.logits`."""
     model = golden_model()
-    cache, ids = caches.empty(model.config, length), jnp.asarray(arrays("golden")["ids"][:length])
-    count = jnp.int32(length)
-    return extend(model.graph, model.weights, cache, None, ids, ids, count, count, strict=False, want_logits=False)[0]
+    capacity = capacity_for(length, model.config.max_context)
+    cache, mtp = caches.empty(model.config, capacity), caches.empty_mtp(model.config, capacity)
+    [(start, width, count)] = chunks(length, length)
+    ids = padded(arrays("golden")["ids"][:length], start, width)
+    asked = (model.graph, model.arrays, cache, mtp, ids, ids, jnp.int32(count), jnp.int32(count))
+    return extend(*asked, strict=False, want_logits=True)[0]
 
 
 @pytest.mark.parametrize("ratio", [4, 16])
@@ -123,8 +127,8 @@ def test_state_after_prefill(ratio):
 
 
 def unrotated_keys(keys: np.ndarray) -> np.ndarray:
-    """Golden keys carry a Hadamard transform, its own inverse, which this model leaves out where nothing is rounded."""
-    return np.asarray(fake_quant.hadamard(jnp.asarray(keys)))
+    """Golden keys have a Hadamard transform, its own inverse; this model omits it where nothing is rounded."""
+    return np.asarray(rounding.hadamard(jnp.asarray(keys)))
 
 
 def ring_in_order(ring: jax.Array, length: int, count: int) -> np.ndarray:
@@ -133,7 +137,7 @@ def ring_in_order(ring: jax.Array, length: int, count: int) -> np.ndarray:
 
 
 def check_pending(state: caches.CompressorCache, golden: dict[str, np.ndarray], prefix: str, length: int, ratio: int) -> None:
-    """The reference keeps the unfinished block's inputs (ratio 4: behind the previous block's); the ring holds the same rows."""
+    """The reference stores the unfinished block's inputs (ratio 4: after the previous block's); the ring has the same rows."""
     kv, score = golden[f"{prefix}pending_kv"], golden[f"{prefix}pending_score"]
     first, offset = length - length % ratio, 4 if ratio == 4 else 0
     for position in range(first, length):
@@ -186,14 +190,15 @@ def test_hyper_connections():
     config, block, h = model.config, model.layers[int(golden["layer"])], jnp.asarray(golden["x"])
     mixes = hc.mixes(h, block.hc_attn_fn.get_value(), config.norm_eps)
     assert_component(mixes, golden["mixes"])
-    pre, post, comb = hc.split(mixes, block.hc_attn_scale.get_value(), block.hc_attn_base.get_value(), config)
+    rounds = {"n": config.hc_mult, "iterations": config.hc_iters, "eps": config.hc_eps}
+    pre, post, comb = hc.split(mixes, block.hc_attn_scale.get_value(), block.hc_attn_base.get_value(), **rounds)
     assert_component(pre, golden["pre"])
     assert_component(post, golden["post"])
     assert_component(comb, golden["comb"])
     assert_component(hc.collapse(h, pre), golden["collapsed"])
-    assert_component(hc.expand(jnp.asarray(golden["sub"]), h, post, comb), golden["out"])
+    assert_component(hc.write_back(jnp.asarray(golden["sub"]), h, post, comb), golden["out"])
     head = [p.get_value() for p in (model.hc_head_fn, model.hc_head_scale, model.hc_head_base)]
-    assert_component(hc.head(h, *head, config), golden["head_out"])
+    assert_component(hc.head(h, *head, eps=config.hc_eps, norm_eps=config.norm_eps), golden["head_out"])
 
 
 def test_sparse_attention():
@@ -223,9 +228,9 @@ def test_rotary_positions(kind):
     assert_component(rotate(x, position, frequencies), golden[f"{kind}_fwd"])
     assert_component(rotate(x, position, frequencies, inverse=True), golden[f"{kind}_inv"])
     unit = jnp.zeros((len(position), 2 * len(frequencies)), jnp.float32).at[:, 0::2].set(1.0)
-    turned = rotate(unit, position, frequencies)
-    assert_component(turned[:, 0::2], golden[f"{kind}_cos"])
-    assert_component(turned[:, 1::2], golden[f"{kind}_sin"])
+    rotated = rotate(unit, position, frequencies)
+    assert_component(rotated[:, 0::2], golden[f"{kind}_cos"])
+    assert_component(rotated[:, 1::2], golden[f"{kind}_sin"])
 
 
 @pytest.mark.parametrize("kind", ["main", "compress"])
@@ -237,9 +242,9 @@ def test_frequencies_of_v4_flash(kind):
 @pytest.mark.parametrize(
     ("name", "function"),
     [
-        ("fp8_block64", functools.partial(fake_quant.fp8, block=64)),
-        ("fp8_block128", functools.partial(fake_quant.fp8, block=128)),
-        ("fp4_block32", fake_quant.fp4),
+        ("fp8_block64", functools.partial(rounding.fp8_rows, block=64)),
+        ("fp8_block128", functools.partial(rounding.fp8_rows, block=128)),
+        ("fp4_block32", rounding.fp4_rows),
     ],
 )
 def test_simulated_rounding(name, function):
@@ -249,4 +254,4 @@ def test_simulated_rounding(name, function):
 
 def test_hadamard():
     golden = component("quant")
-    assert_component(fake_quant.hadamard(jnp.asarray(golden["x"])), golden["hadamard128"])
+    assert_component(rounding.hadamard(jnp.asarray(golden["x"])), golden["hadamard128"])

@@ -1,4 +1,4 @@
-"""What a trace shows: golden numbers, sums that must be one, and the same as the model itself computes."""
+"""Contents of a trace: golden numbers, probabilities that sum to one, and the model's own logits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import functools
 import jax
 import numpy as np
 import pytest
-from numerics import arrays, assert_close, assert_component, component, golden_model
+from numerics import arrays, assert_close, assert_component, component, golden_model, short_model
 
 from ds4jax import InputError
-from ds4jax.model import fake_quant
-from ds4jax.model import hyper_connections as hc
-from ds4jax.trace import LAYER, WHOLE, Trace, explain
+from ds4jax.evaluation.trace import LAYER, MODEL, Trace, explain
+from pallas_kernels.core import rounding
+from pallas_kernels.hyper_connections import meaning as hc
+
+# Every trace is a program of its own.
+pytestmark = pytest.mark.long
+
+# The layer of the short model with an indexer.
+RATIO_4 = 1
 
 
 @functools.cache
@@ -20,6 +26,13 @@ def traced(length: int) -> Trace:
     return golden_model().trace(arrays("golden")["ids"][:length])
 
 
+@functools.cache
+def of_short(length: int) -> Trace:
+    """For what holds of any model."""
+    return short_model().trace(arrays("golden")["ids"][:length])
+
+
+@pytest.mark.slow
 def test_streams_after_every_block() -> None:
     golden = arrays("golden")
     rows, trace = golden["short_positions"], traced(int(golden["short_len"]))
@@ -49,7 +62,7 @@ def test_indexer() -> None:
     layer = traced(40).layer(int(component("attn_r4")["layer"]))
     assert_component(layer["attn.q_low"], golden["qr"])
     assert_component(layer["attn.indexer.score"], golden["score"])
-    keys = jax.jit(fake_quant.hadamard)(layer["attn.indexer.compressor.rows"])
+    keys = jax.jit(rounding.hadamard)(layer["attn.indexer.compressor.rows"])
     assert_component(keys, golden["compressed_k"])
     np.testing.assert_array_equal(np.sort(layer["attn.indexer.selected"], axis=1), golden["topk_sorted"])
 
@@ -66,15 +79,14 @@ def test_expert_choices(kind: str) -> None:
 
 
 def test_mixing_matrices() -> None:
-    """The golden component has random streams, which no trace meets; from the golden streams before a layer to those after it
-    there is one way, and it leads through all of a layer's mixing."""
+    """Golden components have random streams, so a trace is compared by the golden streams before and after a layer."""
     golden = arrays("golden")
     rows, trace = golden["short_positions"], traced(int(golden["short_len"]))
     for index in trace.over_layers("streams"):
         layer, streams = trace.layer(index), golden["short_hidden"][index]
         for part in ("attn", "ffn"):
             post, comb, out = (layer[name][rows] for name in (f"hc_{part}_post", f"hc_{part}_comb", f"{part}_out"))
-            streams = hc.expand(out, streams, post, comb)
+            streams = hc.write_back(out, streams, post, comb)
             np.testing.assert_allclose(comb.sum(axis=1), 1, atol=1e-4)
             np.testing.assert_allclose(comb.sum(axis=2), 1, atol=1e-2)
         assert_close(streams, golden["short_hidden"][index + 1])
@@ -87,6 +99,7 @@ def test_window_rows() -> None:
     assert_component(rows, np.roll(golden["window_kv"], -(length % window), axis=0))
 
 
+@pytest.mark.slow
 def test_mtp_block() -> None:
     golden = arrays("golden")
     trace = golden_model().trace(golden["ids"], only="mtp")
@@ -96,7 +109,7 @@ def test_mtp_block() -> None:
 
 
 def test_attention_weights_sum_to_one() -> None:
-    trace = traced(40)
+    trace = of_short(40)
     for index, ratio in enumerate(trace.ratios):
         layer = trace.layer(index)
         parts = [layer["attn.sink_weights"], layer["attn.window_weights"].sum(-1)]
@@ -109,17 +122,17 @@ def test_attention_weights_sum_to_one() -> None:
 
 
 def test_attention_is_paid_to_selected_rows_alone() -> None:
-    layer = traced(40).layer(int(component("attn_r4")["layer"]))
+    layer = of_short(40).layer(RATIO_4)
     chosen = layer["attn.indexer.selected"]
     for t, weights in enumerate(layer["attn.compressed_weights"].max(axis=1)):
         assert set(np.flatnonzero(weights)) <= set(chosen[t][chosen[t] >= 0].tolist())
 
 
-@pytest.mark.parametrize("length", [1, 3, 64, 65])
+@pytest.mark.parametrize("length", [1, 3, 64, pytest.param(65, marks=pytest.mark.slow)])
 def test_shapes_and_names(length: int) -> None:
-    """Nothing of the padding is left, every name is documented, and every documented name is there."""
-    trace = traced(length)
-    config = golden_model().config
+    """A trace has no padding, and exactly the documented names."""
+    trace = of_short(length)
+    config = short_model().config
     letters = {"N": config.hc_mult, "D": config.dim, "H": config.n_heads, "Q": config.head_dim, "E": config.n_experts}
     letters |= {"V": config.vocab_size}
     for name, array in trace.items():
@@ -129,24 +142,25 @@ def test_shapes_and_names(length: int) -> None:
         for axis, size in zip(axes, array.shape, strict=True):
             assert size == (letters | {"T": rows}).get(axis, size), (name, axis)
         assert array.dtype == (np.int32 if name.endswith(("chosen", "selected")) else np.float32)
-    kinds = {name.split(".", 2)[-1] for name in trace if name not in WHOLE}
+    kinds = {name.split(".", 2)[-1] for name in trace if name not in MODEL}
     assert kinds == set(LAYER)
-    assert set(WHOLE) < set(trace)
-    assert trace["layers.2.attn.compressor.rows"].shape[0] == length // config.layer_ratios[2]
+    assert set(MODEL) < set(trace)
+    assert trace[f"layers.{RATIO_4}.attn.compressor.rows"].shape[0] == length // 4
 
 
+@pytest.mark.slow
 def test_padding_changes_no_choice() -> None:
-    """65 rows run in a wider program than 64; what the first 64 choose is the same."""
-    short, long = traced(64), traced(65)
+    """65 rows run in a wider program than 64; the choices of the first 64 are equal."""
+    short, long = of_short(64), of_short(65)
     for name in short:
         if name.endswith("chosen") and not name.startswith("mtp"):
             np.testing.assert_array_equal(short[name], long[name][:64])
 
 
 def test_only() -> None:
-    model, ids = golden_model(), arrays("golden")["ids"][:3]
-    assert set(model.trace(ids, only="layers.1")) == {name for name in traced(3) if name.startswith("layers.1.")}
-    assert set(model.trace(ids, only=["*.streams", "logits"])) == {n for n in traced(3) if n.endswith("streams")} | {"logits"}
+    model, ids = short_model(), arrays("golden")["ids"][:3]
+    assert set(model.trace(ids, only="layers.1")) == {name for name in of_short(3) if name.startswith("layers.1.")}
+    assert set(model.trace(ids, only=["*.streams", "logits"])) == {n for n in of_short(3) if n.endswith("streams")} | {"logits"}
     with pytest.raises(InputError, match=r"^trace: no name is or begins with layers\.9; "):
         model.trace(ids, only="layers.9")
     with pytest.raises(InputError, match="^prompt is empty"):
@@ -154,7 +168,7 @@ def test_only() -> None:
 
 
 def test_printed() -> None:
-    lines = str(traced(3)).splitlines()
-    assert lines[0] == repr(traced(3)) == f"Trace of 3 tokens, {len(traced(3))} arrays"
+    lines = str(of_short(3)).splitlines()
+    assert lines[0] == repr(of_short(3)) == f"Trace of 3 tokens, {len(of_short(3))} arrays"
     assert [line for line in lines if line.startswith("layers.i.attn.sink_weights")] != []
-    assert all("layers 2, 4" in line for line in lines if ".indexer." in line)
+    assert all("layers 1" in line for line in lines if ".indexer." in line)

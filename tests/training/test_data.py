@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ds4jax.errors import InputError
-from ds4jax.tokenizer import BYTE_OF
+from ds4jax.text.tokenizer import BYTE_OF
 from ds4jax.training import data
 
 

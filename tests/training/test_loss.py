@@ -33,6 +33,7 @@ def weights(network: Network) -> tuple[Weights, Weights]:
     return network.initial(0), network.tables(0)
 
 
+@pytest.mark.long
 def test_matrices_alone_are_decayed(weights: tuple[Weights, Weights]) -> None:
     params, _ = weights
     for name, value in params.items():
@@ -56,7 +57,7 @@ def test_muon_takes_hidden_matrices_alone(weights: tuple[Weights, Weights]) -> N
     assert not any("q_norm" in name or "kv_norm" in name or "compressor" in name for name in norms)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=pytest.mark.long)])
 def test_without_a_gradient_only_decay_moves_weights(recipe: Recipe, weights: tuple[Weights, Weights], kind: str) -> None:
     params, _ = weights
     optimizer = make_optimizer(dataclasses.replace(recipe, optimizer=kind, learning_rate=0.5, weight_decay=0.1), params)

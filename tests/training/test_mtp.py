@@ -13,9 +13,10 @@ from flax import nnx
 import ds4jax
 from ds4jax import Config, InputError, LanguageModel
 from ds4jax.model.forward import score
+from ds4jax.model.mtp import MTP_PARAMETERS
 from ds4jax.model.transformer import Transformer
 from ds4jax.training.loss import mtp_parts
-from ds4jax.training.mtp import MTP_PARAMETERS, mtp_loss, teacher
+from ds4jax.training.mtp import mtp_loss, teacher
 from ds4jax.training.tiny import tiny_config
 from pallas_kernels.formats import Quantized
 
@@ -36,6 +37,7 @@ def window() -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).integers(0, 300, DRAWN), jnp.int32)
 
 
+@pytest.mark.slow
 def test_is_the_loss_of_a_whole_run(model: Transformer, window: jax.Array) -> None:
     loss, parts = jax.jit(mtp_loss, static_argnames="distill")(model, window, distill=0.25)
     logits, mtp = jax.jit(score)(model, window[:-1])
@@ -45,6 +47,7 @@ def test_is_the_loss_of_a_whole_run(model: Transformer, window: jax.Array) -> No
     assert parts["agreement"] == expected["agreement"]
 
 
+@pytest.mark.long
 def test_only_the_block_has_a_gradient(model: Transformer, window: jax.Array) -> None:
     floats = nnx.All(nnx.Param, lambda path, leaf: jnp.issubdtype(leaf.get_value().dtype, jnp.floating))
     gradient = jax.jit(nnx.grad(lambda model: mtp_loss(model, window)[0], argnums=nnx.DiffState(0, floats)))(model)
@@ -60,7 +63,7 @@ def test_only_the_block_has_a_gradient(model: Transformer, window: jax.Array) ->
     assert trained > 20
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_with_a_teacher_that_is_known(model: Transformer, window: jax.Array) -> None:
     known = jax.jit(teacher)(model, window)
     assert known.h_TND.shape[0] == known.logits_TV.shape[0] == DRAWN - 1
@@ -77,6 +80,7 @@ def test_a_model_without_the_block(micro: dict, window: jax.Array) -> None:
         language.with_mtp_of(bare)
 
 
+@pytest.mark.long
 def test_float_model_has_the_same_values() -> None:
     """What quantised weights stand for, in float32, and tables as they are."""
     shipped = ds4jax.load()
@@ -89,7 +93,7 @@ def test_float_model_has_the_same_values() -> None:
         np.testing.assert_array_equal(value, stored)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_another_block_drafts_and_changes_nothing(model: Transformer) -> None:
     plain = LanguageModel(model, None, max_draft=1)
     graph, mtp, rest = nnx.split(model, MTP_PARAMETERS, ...)

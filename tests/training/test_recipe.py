@@ -19,7 +19,7 @@ from ds4jax.training.tiny import hash_table, tiny_config
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"batch": 0}, "--batch: 0 is too small"),
         ({"dropout": 1.5}, "--dropout: 1.5 is too large"),
@@ -34,8 +34,8 @@ from ds4jax.training.tiny import hash_table, tiny_config
         ({"long_context": 5000}, "--context: windows are longer"),
     ],
 )
-def test_impossible_recipes_are_refused(fields: dict[str, object], said: str) -> None:
-    with pytest.raises(InputError, match=re.escape(said)):
+def test_impossible_recipes_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
         Recipe(**fields)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,23 @@ import pytest
 from safetensors.numpy import load_file
 
 import ds4jax
-from ds4jax import train
+from ds4jax.cli.main import main
 from ds4jax.training import checkpoint, data
 from ds4jax.training.loop import initial_state, make_steps
 from ds4jax.training.network import Network
 from ds4jax.training.optimizer import make_optimizer
 from ds4jax.training.recipe import phases
-from ds4jax.training.report import read_log
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Matplotlib comes with the module: collecting tests must not wait for it."""
+    from ds4jax.training import report
+
+    return report.read_log(path)
 
 
 def run(*words: object) -> int:
-    return train.main([str(word) for word in words])
+    return main(["train", *map(str, words)])
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +62,7 @@ def test_exported_file_is_the_model_that_was_measured(trained: Path, text: str) 
     model = ds4jax.load(trained / "model.gguf")
     assert model.config == loaded.recipe.model_config()
     held_out = text[text.index("Book 11\n") :]
-    from ds4jax.evaluate import evaluate
+    from ds4jax.evaluation.evaluate import evaluate
 
     score = evaluate(model, held_out)
     np.testing.assert_allclose(score.bits_per_byte, loaded.figures["held_out_bits_per_byte"], rtol=1e-4)
@@ -74,7 +81,7 @@ def test_exported_file_says_how_it_was_made(trained: Path) -> None:
     assert said["general.name"] == "ds4jax tiny"
     assert said["ds4jax.qat"] is False
     assert said["ds4jax.training_steps"] == 50
-    assert said["ds4jax.trained_with"].startswith("python -m ds4jax.train --text ")
+    assert said["ds4jax.trained_with"].startswith("ds4jax train --text ")
     assert len(said["ds4jax.corpus_sha256"]) == 64
     assert 0 < said["ds4jax.baseline_bits_per_byte"] < 8
     assert 0 < said["ds4jax.validation_bits_per_byte"] < 8
@@ -119,10 +126,10 @@ def test_stopped_and_resumed_run_ends_with_the_same_bits(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent the POSIX way")
-@pytest.mark.long
+@pytest.mark.slow
 def test_request_to_terminate_saves_and_ends(micro_options: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "ds4jax.train", *micro_options, "--steps", "50", "--out", str(folder)]
+    command = [sys.executable, "-m", "ds4jax", "train", *micro_options, "--steps", "50", "--out", str(folder)]
     # Every step is told, which says that the run listens to signals, and evaluated, which leaves time to send one.
     command += ["--report-seconds", "0.001", "--steps-per-call", "1", "--evaluate-every", "1"]
     environment = os.environ | {"JAX_PLATFORMS": jax.default_backend()}
@@ -134,11 +141,11 @@ def test_request_to_terminate_saves_and_ends(micro_options: list[str], tmp_path:
                 process.send_signal(signal.SIGTERM)
             seen.append(line)
     assert process.returncode == 0, seen
-    assert any("go on with --resume" in line for line in seen)
+    assert any("continue with --resume" in line for line in seen)
     assert 1 <= checkpoint.load_run(folder).step < 50
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_average_follows_the_weights_and_routers_are_steered(trained: Path, text_file: Path) -> None:
     loaded = checkpoint.load_run(trained / "run")
     recipe, network = loaded.recipe, Network.of(loaded.recipe.model_config())
@@ -193,8 +200,20 @@ def test_folder_with_a_run_is_not_overwritten(
     (tmp_path / checkpoint.STATE).write_bytes(b"hours of work")
     with pytest.raises(SystemExit):
         run(*micro_options, "--out", tmp_path)
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
     assert (tmp_path / checkpoint.STATE).read_bytes() == b"hours of work"
+
+
+@pytest.mark.parametrize("name", ["text", checkpoint.STATE])
+def test_an_export_never_replaces_what_training_reads(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_bytes(b"words")
+    (tmp_path / checkpoint.STATE).write_bytes(b"hours of work")
+    os.link(tmp_path / name, tmp_path / "link")
+    with pytest.raises(SystemExit) as ended:
+        run("--text", tmp_path / "text", "--resume", tmp_path, "--steps", 0, "--export", tmp_path / "link")
+    assert ended.value.code == 2
+    assert f"--export {tmp_path / 'link'}: is {tmp_path / name}, an input of the training" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes() in (b"words", b"hours of work")
 
 
 def test_file_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,1 @@
+"""Batches: a file of requests in, a file of replies out."""

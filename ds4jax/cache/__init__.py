@@ -1,0 +1,1 @@
+"""The cache: its layout, how rows are stored, and its capacity."""

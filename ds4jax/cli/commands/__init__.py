@@ -1,0 +1,1 @@
+"""The commands of ds4jax, one file each."""

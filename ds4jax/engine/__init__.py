@@ -1,0 +1,1 @@
+"""The engine: prefill, calls of the decode loop, sessions and their files."""

@@ -1,0 +1,58 @@
+"""The shape of an engine: what its programs are compiled for, and the state that it allocates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from ds4jax.cache.capacity import PREFILL
+from ds4jax.decode import loop
+from ds4jax.decode.drafter import Drafter
+from ds4jax.decode.loop import DecodeState
+from ds4jax.engine.loaded import Loaded
+from ds4jax.engine.prefill import nbytes
+
+# Rows of a prefill call, by platform. A prompt's rows have the bits of this width, so it must not depend on anything else.
+GRID = {"cpu": PREFILL[1]}
+
+
+def default_chunk(platform: str) -> int:
+    """Rows of each prefill call on a platform."""
+    return GRID.get(platform, PREFILL[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the programs of the slots are compiled for, besides the model.
+
+    Attributes:
+        slots: S.
+        capacity: rows of each slot's cache.
+        chunk: rows of each prefill call, padding included.
+        strict: float32 products without Pallas kernels.
+        drafter: None at max_draft 0.
+    """
+
+    slots: int
+    capacity: int
+    chunk: int
+    strict: bool
+    drafter: Drafter | None
+
+
+def fresh(model: Loaded, shape: Shape) -> DecodeState:
+    """The state of free slots."""
+    last_S = [0] * shape.slots
+    return loop.start(model.config, shape.capacity, last_S, drafter=shape.drafter, max_draft=model.max_draft)
+
+
+def shapes(model: Loaded, shape: Shape) -> DecodeState:
+    """Shapes and types of the state of the slots, without allocating it."""
+    found: DecodeState = jax.eval_shape(lambda: fresh(model, shape))
+    return found
+
+
+def state_bytes(model: Loaded, shape: Shape) -> int:
+    """Bytes of the state of the slots."""
+    return nbytes(shapes(model, shape))

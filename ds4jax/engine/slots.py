@@ -1,0 +1,259 @@
+"""Slots on the device: `prefill` a prompt into one, `insert` it among the others, `step` them all, `free` it. Ids in, ids out.
+
+One thread at a time may use them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ds4jax.bounds import NO_STOP
+from ds4jax.cache.capacity import padded
+from ds4jax.decode import loop, slots
+from ds4jax.decode.loop import DecodeState
+from ds4jax.decode.masks import Mask
+from ds4jax.decode.sampling import Sampling
+from ds4jax.decode.slots import STOP_IDS, Asked
+from ds4jax.engine import chunk_state
+from ds4jax.engine.chunk_state import ChunkState
+from ds4jax.engine.compile import begin, wait
+from ds4jax.engine.costs import engine_costs
+from ds4jax.engine.loaded import Loaded
+from ds4jax.engine.shape import Shape, fresh, shapes
+
+
+class News(NamedTuple):
+    """What a call of the loop added to a slot.
+
+    Attributes:
+        slot: its index.
+        tokens: the new tokens, the stop token included.
+        fingerprints: uint32 [n, 2], of the logits of each.
+        stopped: whether the last token is a stop token.
+        steps, tried, stood: counts since the request was inserted, see `ds4jax.decode.depth.Acceptance`.
+        scores: log probabilities of the n tokens: [n] of each, [n, m] and ids [n, m] of the most likely ones; None if the request
+            does not want them.
+    """
+
+    slot: int
+    tokens: list[int]
+    fingerprints: np.ndarray
+    stopped: bool
+    steps: int
+    tried: np.ndarray
+    stood: np.ndarray
+    scores: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+
+
+class Slots:
+    """The state of S slots on the device, and the programs over it."""
+
+    def __init__(self, model: Loaded, shape: Shape):
+        """Start compiling. Nothing is allocated before the first use."""
+        self.model, self.shape = model, shape
+        self._numbers: dict[int, jax.Array] = {}
+        self.rebuild()
+        self._programs = [begin((*self._key(), name), lower) for name, lower in self._lowers().items()]
+
+    def rebuild(self) -> None:
+        """Start with free slots; again after a failed call, which lost the state."""
+        costs = engine_costs(self.model, strict=self.shape.strict, drafter=self.shape.drafter)
+        self._state: DecodeState | None = None
+        self._asked = Asked.none(self.shape.slots, costs)
+        self._counts, self._steps = [0] * self.shape.slots, [0] * self.shape.slots
+        self._active: set[int] = set()
+        self._scored: set[int] = set()
+        self._mask = Mask.none(self.shape.slots, self.model.config.vocab_size)
+        self._masked: dict[int, np.ndarray] = {}
+
+    def release(self) -> None:
+        """Give the state's memory back."""
+        self._state = None
+
+    def _key(self) -> tuple[Any, ...]:
+        """The key of the programs. Models of equal shapes share them."""
+        return self.model.graph, self.model.config, self.model.max_draft, self.shape
+
+    def _lowers(self) -> dict[str, Any]:
+        model, shape = self.model, self.shape
+        arguments, drafter, strict = (model.graph, model.arrays, self.shapes()), shape.drafter, shape.strict
+        return {
+            "prefill": lambda: loop.lower_prefill(*arguments, shape.chunk, drafter=drafter, strict=strict),
+            "call": lambda: slots.lower_call(
+                *arguments, self._asked, self._mask, drafter=drafter, max_draft=model.max_draft, strict=strict
+            ),
+        }
+
+    def shapes(self) -> DecodeState:
+        """Shapes and types of the state, without allocating it."""
+        return shapes(self.model, self.shape)
+
+    @property
+    def state(self) -> DecodeState:
+        """The state of all slots. The next call of another method donates its buffers."""
+        if self._state is None:
+            self._state = fresh(self.model, self.shape)
+        return self._state
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request goes on in the next step."""
+        return bool(self._active)
+
+    def warm(self) -> None:
+        """Compile all programs, so that no request waits for those of another. Changes nothing."""
+        self._compiled()
+        state = self.taken(0, 0)
+        self.put_rows(0, 0, state)
+        self.put_rings(0, 0, state)
+        self.insert(0, 0, max_new_tokens=1, sampling=Sampling(), depth=0, stop_ids=())
+        self.free(0)
+
+    def prefill(self, slot: int, ids_T: np.ndarray, start: int) -> int:
+        """Append the prompt's chunk that begins at row `start` to a slot that does not take part yet. Waits for the device.
+
+        All tokens except the last are appended; the first step appends the last one.
+
+        Returns:
+            The number of rows in the cache after it.
+        """
+        count, width = min(self.shape.chunk, len(ids_T) - 1 - start), self.shape.chunk
+        program, _ = self._compiled()
+        index = (np.int32(slot),) if self.shape.slots > 1 else ()
+        ids, following = padded(ids_T, start, width), padded(ids_T, start + 1, width)
+        state = self.state
+        cache, drafting = program(self.model.arrays, state.cache, state.drafting, ids, following, np.int32(count), *index)
+        self._state = dataclasses.replace(state, cache=cache, drafting=drafting)
+        jax.block_until_ready(cache.length)
+        return start + count
+
+    def taken(self, slot: int, start: int) -> ChunkState:
+        """The state of the chunk from row `start` on, which has just been appended, on the host."""
+        state, options = self.state, {"config": self.model.config, "chunk": self.shape.chunk}
+        found = chunk_state.taken(state.cache, state.drafting, np.int32(slot), np.int32(start), **options)
+        on_host: ChunkState = jax.tree.map(np.asarray, found)
+        return on_host
+
+    def chunk_shapes(self) -> ChunkState:
+        """Shapes and types of `taken`."""
+        state, number = self.shapes(), jax.ShapeDtypeStruct((), np.int32)
+        options = {"config": self.model.config, "chunk": self.shape.chunk}
+        shapes: ChunkState = jax.eval_shape(
+            functools.partial(chunk_state.taken, **options), state.cache, state.drafting, number, number
+        )
+        return shapes
+
+    def put_rows(self, slot: int, start: int, state: ChunkState) -> None:
+        """Write the rows of the chunk from row `start` on into a slot that does not take part yet."""
+        self._put(chunk_state.put_rows, slot, start, state.rows)
+
+    def put_rings(self, slot: int, length: int, state: ChunkState) -> None:
+        """Let the slot go on after row `length`, the end of the state's chunk. All rows before must be written."""
+        self._put(chunk_state.put_rings, slot, length, state.rings)
+
+    def _put(self, program: Callable[..., tuple[Any, Any]], slot: int, row: int, part: Any) -> None:
+        state = self.state
+        numbers = np.int32(slot), np.int32(row)
+        cache, drafting = program(state.cache, state.drafting, *numbers, part, config=self.model.config)
+        self._state = dataclasses.replace(state, cache=cache, drafting=drafting)
+
+    def insert(
+        self,
+        slot: int,
+        last: int,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        depth: int,
+        stop_ids: tuple[int, ...],
+        scored: bool = False,
+    ) -> None:
+        """Let a slot take part from the next step on. Its prompt except the last token must be in the cache.
+
+        Args:
+            last: the last token of the prompt.
+            depth: drafts per step, or `ds4jax.decode.depth.AUTO`.
+            stop_ids: at most `STOP_IDS`.
+            scored: whether its news have scores.
+        """
+        stops = np.array((*stop_ids, *(NO_STOP,) * (STOP_IDS - len(stop_ids))), np.int32)
+        numbers = np.int32(slot), np.int32(last), np.int32(max_new_tokens), stops
+        how = sampling.arrays(), np.int32(depth), np.bool_(scored)
+        self._asked, last_S = slots.insert(self._asked, self.state.last, *numbers, *how)
+        self._state = dataclasses.replace(self.state, last=last_S)
+        self._active.add(slot)
+        if scored:
+            self._scored.add(slot)
+
+    def mask(self, slot: int, words_M: np.ndarray | None) -> None:
+        """The tokens that a slot may take next, uint32 [ceil(V/32)], see `Mask`; None allows all. Holds until the next mask."""
+        if words_M is None and slot not in self._masked:
+            return
+        self._masked.pop(slot, None)
+        if words_M is not None:
+            self._masked[slot] = words_M
+        mask = Mask.none(self.shape.slots, self.model.config.vocab_size)
+        all_words, masked = np.array(mask.words), np.array(mask.masked)
+        for masked_slot, own in self._masked.items():
+            all_words[masked_slot], masked[masked_slot] = own, True
+        self._mask = Mask(jax.device_put(all_words), jax.device_put(masked))
+
+    def step(self, steps: int) -> tuple[int, list[News]]:
+        """Run at most `steps` steps of all slots that take part, and wait for them. Ends early when a request ends.
+
+        Returns:
+            The number of steps, and what is new in each of these slots.
+        """
+        _, program = self._compiled()
+        arguments = self.model.arrays, self.state, self._asked, self._mask, self._number(steps)
+        self._state, report, scores = program(*arguments)
+        numbers_SN = np.array(report)
+        tables = jax.tree.map(np.asarray, (scores.chosen, scores.top, scores.top_ids)) if self._scored else None
+        # The next call then finds every buffer at the same address, and CUDA graphs need no update.
+        report.delete()
+        before = list(self._steps)
+        news = [self._news(slot, numbers_SN[slot], tables) for slot in sorted(self._active)]
+        return max((one.steps - before[one.slot] for one in news), default=0), news
+
+    def _news(self, slot: int, numbers: np.ndarray, tables: tuple[np.ndarray, np.ndarray, np.ndarray] | None) -> News:
+        depth = self.model.max_draft
+        count, stopped, steps = numbers[:3].tolist()
+        tried, stood = numbers[3 : 3 + depth], numbers[3 + depth : 3 + 2 * depth]
+        new, self._counts[slot], self._steps[slot] = count - self._counts[slot], count, steps
+        rows = numbers[3 + 2 * depth :].reshape(-1, 3)[:count]
+        rows = rows[len(rows) - new :]
+        fingerprints = np.ascontiguousarray(rows[:, 1:]).view(np.uint32)
+        scores = None
+        if tables and slot in self._scored:
+            chosen, top, top_ids = (table[slot, :new] for table in tables)
+            scores = chosen, top, top_ids
+        return News(slot, rows[:, 0].tolist(), fingerprints, bool(stopped), steps, tried, stood, scores)
+
+    def free(self, slot: int) -> None:
+        """Empty a slot, whatever it did. Its state is that of a new one to the last bit."""
+        model, shape = self.model, self.shape
+        self._state, self._asked = slots.clear(
+            self.state, self._asked, np.int32(slot),
+            config=model.config, capacity=shape.capacity, drafter=shape.drafter, max_draft=model.max_draft,
+        )  # fmt: skip
+        self._counts[slot] = self._steps[slot] = 0
+        self._active.discard(slot)
+        self._scored.discard(slot)
+        self.mask(slot, None)
+
+    def _number(self, number: int) -> jax.Array:
+        """The number as int32 [], in the same device buffer every time."""
+        if number not in self._numbers:
+            self._numbers[number] = jax.device_put(np.int32(number))
+        return self._numbers[number]
+
+    def _compiled(self) -> list[Any]:
+        futures: list[Future[Any]] = self._programs
+        return wait(futures)

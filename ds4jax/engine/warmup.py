@@ -1,0 +1,104 @@
+"""Compiles the large programs of ordinary use into the persistent cache, without reading weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from ds4jax.cache.capacity import BUCKETS, MIN_REAL, capacities, widths
+from ds4jax.decode import loop as decode
+from ds4jax.decode.depth import Policy
+from ds4jax.decode.loop import Limits
+from ds4jax.decode.sampling import Filters, Sampling
+from ds4jax.engine.compile import compile_all
+from ds4jax.engine.loaded import Loaded
+from ds4jax.engine.prefill import chunk_here, nbytes
+from ds4jax.errors import InputError
+from ds4jax.loading.checkpoint import Checkpoint
+from ds4jax.model.parameters import build
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program's name, and a function that lowers it."""
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+
+
+@dataclasses.dataclass(frozen=True)
+class Warm:
+    """A program that is in the persistent cache now.
+
+    Attributes:
+        lower_seconds, compile_seconds, kept: see `ds4jax.engine.compile.Compiled`.
+    """
+
+    name: str
+    lower_seconds: float
+    compile_seconds: float
+    kept: bool
+
+
+def without_weights(checkpoint: Checkpoint, *, max_draft: int | None = None) -> Loaded:
+    """An opened model with `jax.ShapeDtypeStruct` as weights. Its programs can be compiled; nothing is read or allocated.
+
+    Raises:
+        InputError: `max_draft` is outside 0 to 4.
+    """
+    model = build(checkpoint.config, ((tensor.name, tensor.abstract) for tensor in checkpoint.tensors))
+    about = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.drafter}
+    return Loaded(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, **about)
+
+
+def programs(model: Loaded, context: int, *, strict: bool, chunk: int | None = None) -> list[Program]:
+    """The programs of `generate` and `chat` for texts of up to `context` tokens: for each cache size the prefills and the loop.
+
+    Args:
+        model: the result of `without_weights`; its MTP block is the drafter.
+        chunk: as for `generate`.
+
+    Raises:
+        InputError: `context` is outside 1 to the model's context.
+    """
+    maximum = model.config.max_context
+    if not 1 <= context <= maximum:
+        raise InputError(f"{model.path or 'the model'}: context is {context}; it must be 1 to {maximum}")
+    drafter, depth = model.drafter(None), model.max_draft
+    limits, policy = Limits.of([0], [0], [[0]]), Policy(jnp.zeros(1, jnp.int32), jnp.ones(1 + depth, jnp.float32))
+    loop = (limits, Filters.of([Sampling()]), policy)
+    made = []
+    for capacity in capacities(context, maximum):
+        state = model.state_shapes(capacity, drafter)
+        arguments = (model.graph, model.arrays, state)
+        for width in widths(chunk or chunk_here(model.config, capacity, model.nbytes + nbytes(state))):
+            # A prompt that fits this cache needs no wider call.
+            if width == BUCKETS[0] or width < MIN_REAL * capacity:
+                lower = functools.partial(decode.lower_prefill, *arguments, width, drafter=drafter, strict=strict)
+                made.append(Program(f"prefill of {width} rows, cache of {capacity}", lower))
+        run = functools.partial(decode.lower_run, *arguments, *loop, drafter=drafter, max_draft=depth, strict=strict)
+        made.append(Program(f"decode, cache of {capacity}", run))
+    return made
+
+
+def warm(programs: Sequence[Program], note: Callable[[str], None]) -> Iterator[Warm]:
+    """Compile programs, several at a time, while others are traced.
+
+    Args:
+        note: called with the name of each program before it is traced.
+
+    Yields:
+        The programs in this order, each as soon as it and all earlier ones are compiled.
+    """
+
+    def lower(program: Program) -> jax.stages.Lowered:
+        note(program.name)
+        return program.lower()
+
+    made = compile_all(functools.partial(lower, program) for program in programs)
+    for program, one in zip(programs, made, strict=True):
+        yield Warm(program.name, one.lower_seconds, one.compile_seconds, one.kept)

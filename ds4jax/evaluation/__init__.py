@@ -1,0 +1,1 @@
+"""Evaluates models: scores, log probabilities, traces, the lossless check, and recorded continuations."""

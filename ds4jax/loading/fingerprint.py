@@ -1,0 +1,92 @@
+"""Digests of a model: of its weights, computed on the device, and of its sizes and types."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ds4jax.config import Config
+from ds4jax.loading.contents import kind_of
+from pallas_kernels.formats import Quantized
+
+# Elements mixed at once. Bounds the temporary memory for a large array, however the compiler fuses.
+PIECE = 1 << 24
+# Odd constants with spread bits: a value counts differently at every index. Source: the 32-bit finaliser of MurmurHash3.
+_INDEX, _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+
+# Fields of a configuration that change numbers and no size.
+_NO_SIZES = {
+    "route_scale", "swiglu_limit", "rope_theta", "compress_rope_theta", "rope_factor", "original_context", "beta_fast",
+    "beta_slow", "hc_eps", "norm_eps", "max_context", "bos_id", "eos_id", "dspark_noise_id", "qat", "cache",
+}  # fmt: skip
+
+
+def of_shape(config: Config, weights: Any) -> str:
+    """A digest of a model's sizes, and of how many tensors of each class have each type; 16 hexadecimal digits.
+
+    A step of models with equal digests takes about the same time. `weights` may be `jax.ShapeDtypeStruct`.
+    """
+    sizes = {name: value for name, value in _fields(config).items() if name not in _NO_SIZES}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(weights, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    types = collections.Counter(
+        (kind_of(jax.tree_util.keystr(path, simple=True, separator=".")), _type_of(leaf)) for path, leaf in leaves
+    )
+    return hashlib.sha256(json.dumps([sizes, sorted(types.items())], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _type_of(leaf: Any) -> str:
+    return type(leaf).__name__ if isinstance(leaf, Quantized) else str(leaf.dtype)
+
+
+def of_weights(config: Config, weights: Any) -> str:
+    """A digest of a configuration and of every bit of its weights, 64 hexadecimal digits; the same on every backend.
+
+    Weights stay on the device. Each leaf is summed in integers, which is exact in any order.
+    """
+    digest = hashlib.sha256(json.dumps(_fields(config), sort_keys=True).encode())
+    leaves, _ = jax.tree_util.tree_flatten_with_path(weights)
+    totals = [sums(leaf) for _, leaf in leaves]
+    for (path, leaf), total in zip(leaves, totals, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        digest.update(f"\n{name} {leaf.dtype} {list(leaf.shape)} {np.asarray(total).tolist()}".encode())
+    return digest.hexdigest()
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    """The configuration's fields, without those that mean nothing for a model without DSpark."""
+    fields = dataclasses.asdict(config)
+    return {name: value for name, value in fields.items() if config.n_dspark or "dspark" not in name}
+
+
+@functools.partial(jax.jit, static_argnames="piece")
+def sums(leaf: jax.Array, piece: int = PIECE) -> jax.Array:
+    """Sum and exclusive or over an array's elements, each mixed with its index: uint32 [2], whatever the size of a piece."""
+    word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[jnp.dtype(leaf.dtype).itemsize]
+    words = leaf.astype(word) if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(leaf, word)
+    words, size = words.reshape(-1), min(leaf.size, piece)
+
+    def add(i: jax.Array, totals: jax.Array) -> jax.Array:
+        # The last piece overlaps the one before, so that all have one size. Elements that were counted before are masked.
+        begin = jnp.minimum(i * size, leaf.size - size)
+        index = (begin + jnp.arange(size, dtype=jnp.int32)).astype(jnp.uint32)
+        mixed = _mixed(jax.lax.dynamic_slice(words, (begin,), (size,)).astype(jnp.uint32), index)
+        new = jnp.where(index >= (i * size).astype(jnp.uint32), mixed, jnp.uint32(0))
+        both = jax.lax.reduce(new, jnp.uint32(0), jax.lax.bitwise_xor, (0,))
+        return jnp.stack([totals[0] + jnp.sum(new, dtype=jnp.uint32), totals[1] ^ both])
+
+    return jax.lax.fori_loop(0, -(-leaf.size // max(size, 1)), add, jnp.zeros(2, jnp.uint32))
+
+
+def _mixed(bits: jax.Array, index: jax.Array) -> jax.Array:
+    mixed = bits ^ (index * jnp.uint32(_INDEX))
+    for shift, factor in ((16, _FIRST), (13, _SECOND)):
+        mixed = (mixed ^ (mixed >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return mixed ^ (mixed >> jnp.uint32(16))

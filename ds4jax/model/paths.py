@@ -1,0 +1,157 @@
+"""The gate of the model: decides from static facts which calls run by kernels on CUDA, and gives the reason where none do.
+
+Each function returns why kernels cannot run, in a few words, or None if they can. The rule of a single product is in
+`pallas_kernels.core.dispatch`, which also reads the opt-out. `ds4jax inspect --dispatch` prints exactly these answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any
+
+from ds4jax.cache.state import LayerCache, Rows
+from ds4jax.config import Config
+from pallas_kernels.core.dispatch import opt_out
+from pallas_kernels.core.limits import MAX_ROWS
+from pallas_kernels.experts import prefill as grouped
+from pallas_kernels.formats import Quantized
+from pallas_kernels.hyper_connections.decode import STREAMS
+from pallas_kernels.linear.dequantise import RUNS
+from pallas_kernels.linear.lane_formats import LANE_FORMATS
+from pallas_kernels.linear.meaning import Weight
+
+# Parameters of a block by their dotted names.
+Weights = Mapping[str, Any]
+
+DENSE = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b")
+SHARED = ("ffn.shared_experts.w1", "ffn.shared_experts.w2", "ffn.shared_experts.w3")
+# Gate, up and down.
+EXPERTS = ("ffn.experts.w1", "ffn.experts.w3", "ffn.experts.w2")
+# Products of one input in one launch.
+COMPRESSED = (
+    "attn.compressor.wkv",
+    "attn.compressor.wgate",
+    "attn.indexer.compressor.wkv",
+    "attn.indexer.compressor.wgate",
+    "attn.indexer.weights_proj",
+    "attn.indexer.wq_b",
+)
+FLOATS = ("float16", "bfloat16", "float32")
+# Widths are multiples of these minimum blocks.
+MIN_WIDTH = {"dim": 256, "moe_dim": 256, "head_dim": 64, "index_dim": 32}
+# A tensor core's operand has at least this many columns.
+MIN_COLUMNS = 16
+
+
+def _powers_of_two(**widths: int) -> str | None:
+    for name, width in widths.items():
+        if width & (width - 1):
+            return f"{name} is {width}, not a power of two"
+    return None
+
+
+def _wide_enough(config: Config, *names: str) -> str | None:
+    for name in names:
+        width, unit = getattr(config, name), MIN_WIDTH[name]
+        if width % unit:
+            return f"{name} is {width}, not a multiple of {unit}"
+    return None
+
+
+def _no_kernel(name: str, weight: Any, formats: Container[type[Quantized]]) -> str | None:
+    if type(weight) in formats:
+        return None
+    return f"{name} is {type(weight).__name__ if isinstance(weight, Quantized) else weight.dtype}, which has no kernel"
+
+
+def _streams(config: Config) -> str | None:
+    return None if config.hc_mult == STREAMS else f"hc_mult is {config.hc_mult}, not {STREAMS}"
+
+
+def why_not_block(config: Config, weights: Weights) -> str | None:
+    """Why the decode kernels cannot run a block of these weights; None when they can."""
+    names = ("dim", "head_dim", "rope_dim", "q_lora_rank", "moe_dim", "index_dim")
+    reason = opt_out() or _streams(config) or _powers_of_two(**{name: getattr(config, name) for name in names})
+    reason = reason or _wide_enough(config, *MIN_WIDTH)
+    if reason:
+        return reason
+    for name in (*DENSE, *SHARED, *EXPERTS):
+        if reason := _no_kernel(name, weights[name], LANE_FORMATS):
+            return reason
+    gate, up = (type(weights[name]).__name__ for name in EXPERTS[:2])
+    if gate != up:
+        return f"gate and up experts are of two types, {gate} and {up}"
+    floats = {str(weights[name].dtype) if hasattr(weights[name], "dtype") else "" for name in COMPRESSED if name in weights}
+    if not floats <= set(FLOATS) or isinstance(weights["ffn.gate"], Quantized):
+        return "a compressor, indexer or router weight is quantised"
+    return "compressor and indexer weights are of two float types" if len(floats) > 1 else None
+
+
+def why_not_step(config: Config, blocks: Iterable[Weights], rows: Rows, caches: Sequence[LayerCache]) -> str | None:
+    """Why the decode kernels cannot run a call of these rows through blocks; None when they can.
+
+    They write the rings before they read them, so the rings need room for all rows of a sequence.
+    """
+    if rows.strict:
+        return "strict"
+    if rows.sees is not None:
+        return "what each row sees is given"
+    if rows.position.shape[0] > MAX_ROWS:
+        return f"more than {MAX_ROWS} rows"
+    if rows.per_sequence > min(cache.window.shape[1] for cache in caches) - config.window:
+        return "the rings have no room for the rows"
+    return next((reason for weights in blocks if (reason := why_not_block(config, weights))), None)
+
+
+def why_not_head(config: Config, head: Any, rows: int, *, strict: bool) -> str | None:
+    """Why the decode kernels cannot compute the logits of this many rows; None when they can."""
+    if strict:
+        return "strict"
+    if rows > MAX_ROWS:
+        return f"more than {MAX_ROWS} rows"
+    reason = opt_out() or _streams(config) or _powers_of_two(dim=config.dim) or _wide_enough(config, "dim")
+    return reason or _no_kernel("head", head, LANE_FORMATS)
+
+
+def why_not_prefill_attention(config: Config, rows: Rows, weight: Weight) -> str | None:
+    """Why the prefill kernels cannot run the attention of a call of these rows; None when they can.
+
+    Args:
+        weight: one of the dense weights. Where they are float32, the caller wants float32 results, or gradients.
+    """
+    if rows.strict:
+        return "strict"
+    if rows.position.shape[0] <= MAX_ROWS:
+        return f"at most {MAX_ROWS} rows"
+    if not rows.single:
+        return "rows of several sequences"
+    if rows.both_ways or rows.sees is not None:
+        return "rows that see later ones"
+    if not isinstance(weight, Quantized) and weight.dtype == "float32":
+        return "float32 weights"
+    reason = opt_out() or _powers_of_two(index_heads=config.index_heads, index_dim=config.index_dim)
+    if reason:
+        return reason
+    if config.head_dim & -config.head_dim < MIN_COLUMNS:
+        return f"head_dim is {config.head_dim}, not a multiple of {MIN_COLUMNS}"
+    return _wide_enough(config, "index_dim")
+
+
+def why_not_grouped_experts(config: Config, stacks: Sequence[Weight], rows: int, *, strict: bool) -> str | None:
+    """Why the prefill kernels cannot run the experts of this many rows; None when they can.
+
+    Args:
+        stacks: gate, up and down, of any types.
+    """
+    if strict:
+        return "strict"
+    if rows <= MAX_ROWS:
+        return f"at most {MAX_ROWS} rows"
+    if reason := opt_out():
+        return reason
+    for name, stack in zip(EXPERTS, stacks, strict=True):
+        if reason := _no_kernel(name, stack, RUNS):
+            return reason
+    if not grouped.fits(config.dim, config.moe_dim):
+        return f"dim {config.dim} or moe_dim {config.moe_dim} does not divide into tiles"
+    return None

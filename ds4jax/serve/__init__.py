@@ -1,0 +1,1 @@
+"""A server for one model: the interfaces of OpenAI and Anthropic over HTTP."""

@@ -1,0 +1,1 @@
+"""Text: tokenizer, chat prompts, replies and stop texts."""

@@ -1,0 +1,64 @@
+"""What the reply parser returns: a reply taken apart, and what a piece of a streamed reply adds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+End = Literal["eos", "length"]
+Finish = Literal["stop", "tool_calls", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCall:
+    """One call of a reply.
+
+    Attributes:
+        arguments: JSON text; of a call that was cut, its beginning.
+        complete: False for a call that was cut by the limit of tokens. It must not be executed.
+    """
+
+    name: str
+    arguments: str
+    complete: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ParsedReply:
+    """A reply taken apart.
+
+    Attributes:
+        reasoning: None if the prompt did not ask for reasoning.
+        content: the answer; "" without one.
+        tool_calls: in the order of the text.
+        finish: "stop", "tool_calls", or "length" where the limit of tokens cut the reply.
+    """
+
+    reasoning: str | None
+    content: str
+    tool_calls: tuple[ToolCall, ...]
+    finish: Finish
+
+
+@dataclasses.dataclass(frozen=True)
+class CallDelta:
+    """What a piece of a reply adds to one call.
+
+    Attributes:
+        index: the call's number in the reply.
+        name: its name where it begins, else None.
+        arguments: the text that its arguments grow by.
+    """
+
+    index: int
+    name: str | None
+    arguments: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What a piece of a reply adds."""
+
+    reasoning: str = ""
+    content: str = ""
+    tool_calls: tuple[CallDelta, ...] = ()

@@ -1,0 +1,1 @@
+"""Attention with a sink over the window and compressed rows."""

@@ -1,0 +1,1 @@
+"""The compressor: one row for each block of tokens."""

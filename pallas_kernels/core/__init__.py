@@ -1,0 +1,1 @@
+"""Shared by all kernels: launches, loads, rounding, rotation, tiles and the gate."""

@@ -1,0 +1,1 @@
+"""Routed experts: router, grouping, products and SwiGLU."""

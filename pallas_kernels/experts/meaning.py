@@ -1,0 +1,103 @@
+"""Meaning of the routed experts: scores and choice, clamped SwiGLU, and the weighted sum of the chosen experts' outputs.
+
+Source: `Gate` and `Expert` of the reference inference code; gguf.md §6.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats import Quantized
+from pallas_kernels.linear.meaning import Weight, as_float32, expert_dot
+
+# The weights of a row's experts are divided by their sum, but at least by this.
+MIN_WEIGHT_SUM = 2.0**-14
+
+Formats = tuple[type[Quantized], ...]
+
+
+def scores(logits_TE: jax.Array) -> jax.Array:
+    """Router scores, float32 [T, E]: sqrt(softplus(logit))."""
+    return jnp.sqrt(jax.nn.softplus(logits_TE))
+
+
+def choose(scores_TE: jax.Array, bias_E: jax.Array, active: int) -> jax.Array:
+    """Choose the K = `active` experts with the largest score + bias, int32 [T, K]; of equal ones the lower number.
+
+    The bias changes the choice but not the weight. Hash-routed layers look the choice up in a table instead.
+    """
+    _, chosen_TK = jax.lax.top_k(scores_TE + bias_E, active)
+    return chosen_TK
+
+
+def weigh(scores_TE: jax.Array, chosen_TK: jax.Array, scale: float) -> jax.Array:
+    """Weights of the chosen experts, float32 [T, K]: scores [T, E] of the chosen, divided by their sum, times `scale`."""
+    weights_TK = jnp.take_along_axis(scores_TE, chosen_TK, axis=1)
+    total = jnp.maximum(jnp.sum(weights_TK, axis=1, keepdims=True), MIN_WEIGHT_SUM)
+    return weights_TK / total * scale
+
+
+def swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+    """silu(min(gate, limit)) · clip(up, ±limit): the gate is clamped from above only."""
+    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+
+
+def gathered(
+    x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array, gate: Weight, up: Weight, down: Weight,
+    *, limit: float, in_float: Formats = (), precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:  # fmt: skip
+    """Weighted sum of the chosen experts' outputs, float32 [T, D]. Gathers the matrices of each row.
+
+    Args:
+        x_TD: float32 [T, D].
+        chosen_TK, weights_TK: int32 and float32 [T, K]; the weight is applied before the last product.
+        gate, up: stacks [E, F, D], float or quantised.
+        down: stack [E, D, F].
+        limit: of the SwiGLU.
+        in_float: formats whose weights are dequantised. Weights of other formats are multiplied by quantised activations, as in
+            the kernels.
+        precision: of the float products.
+    """
+    gate, down, up = (_take_chosen(stack, chosen_TK) for stack in (gate, down, up))
+
+    def gate_or_up(weight: Weight) -> jax.Array:
+        if _quantises(weight, in_float):
+            return expert_dot(x_TD[:, None], weight)
+        return jnp.einsum("td,tkfd->tkf", x_TD, as_float32(weight), precision=precision, preferred_element_type=jnp.float32)
+
+    gate_TKF, up_TKF = gate_or_up(gate), gate_or_up(up)
+    hidden_TKF = swiglu(gate_TKF, up_TKF, limit) * weights_TK[..., None]
+    if _quantises(down, in_float):
+        return expert_dot(hidden_TKF, down, add_up=True)
+    return jnp.einsum("tkf,tkdf->td", hidden_TKF, as_float32(down), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _take_chosen(stack: Weight, chosen_TK: jax.Array) -> Weight:
+    """Matrices [T, K, ...] of the chosen experts from a stack [E, ...]."""
+    return stack.take(chosen_TK) if isinstance(stack, Quantized) else stack[chosen_TK]
+
+
+def _quantises(weight: Weight, in_float: Formats) -> TypeGuard[Quantized]:
+    """Whether the product with this weight quantises its activations."""
+    return isinstance(weight, Quantized) and not isinstance(weight, in_float)
+
+
+def one_by_one(
+    x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array, gate: Weight, up: Weight, down: Weight, *, limit: float
+) -> jax.Array:
+    """`gathered` in float32 for many rows. Reads every expert once and multiplies it by all rows, with weight 0 if not chosen."""
+    query = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None]
+    share_TE = jnp.zeros((x_TD.shape[0], gate.shape[0]), jnp.float32).at[query, chosen_TK].add(weights_TK)
+
+    def add_expert(y_TD: jax.Array, expert: tuple[Weight, Weight, Weight, jax.Array]) -> tuple[jax.Array, None]:
+        gate, down, up, share_T = expert
+        gate_TF = jnp.einsum("td,fd->tf", x_TD, as_float32(gate), preferred_element_type=jnp.float32)
+        up_TF = jnp.einsum("td,fd->tf", x_TD, as_float32(up), preferred_element_type=jnp.float32)
+        hidden_TF = swiglu(gate_TF, up_TF, limit) * share_T[:, None]
+        return y_TD + jnp.einsum("tf,df->td", hidden_TF, as_float32(down), preferred_element_type=jnp.float32), None
+
+    experts = (gate, down, up, share_TE.T)
+    return jax.lax.scan(add_expert, jnp.zeros_like(x_TD), experts)[0]

@@ -1,0 +1,1 @@
+"""Hyper-connections: residual streams that are mixed by a doubly stochastic matrix."""

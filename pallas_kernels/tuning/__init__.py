@@ -1,0 +1,1 @@
+"""Measures tiles on a device."""

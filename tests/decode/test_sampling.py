@@ -1,0 +1,121 @@
+"""Each filter against its definition in numpy, and the draw against the filtered distribution."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds4jax.decode.accept import accept
+from ds4jax.decode.drafter import Drafts
+from ds4jax.decode.sampling import Filters, Sampling, filtered
+from ds4jax.errors import InputError
+
+V = 16
+NO_DRAFTS = Drafts.none(1, 0, V)
+
+
+def choose(logits: jax.Array, filters: Filters, position: jax.Array) -> jax.Array:
+    """The token that plain decode commits after `position`."""
+    one = jax.tree.map(lambda field: field[None], filters)
+    return accept(logits[None, None], NO_DRAFTS, jnp.zeros(1, jnp.int32), one, position[None])[1][0]
+
+
+logit_lists = st.lists(st.floats(-6, 6, width=32), min_size=V, max_size=V)
+jitted = jax.jit(filtered)
+
+
+def by_definition(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The documented rule, token by token, in float64."""
+    scaled = np.asarray(logits, np.float32) / np.float32(sampling.temperature)
+    p = np.exp(scaled.astype(np.float64) - scaled.max())
+    p /= p.sum()
+    order = sorted(range(V), key=lambda i: (-p[i], i))
+    kept, total = np.zeros(V), 0.0
+    for rank, token in enumerate(order):
+        in_k = sampling.top_k == 0 or rank < sampling.top_k
+        in_p = sampling.top_p >= 1 or total < sampling.top_p
+        in_min = p[token] >= sampling.min_p * p[order[0]]
+        kept[token] = p[token] if rank == 0 or (in_k and in_p and in_min) else 0.0
+        total += p[token]
+    return kept / kept.sum()
+
+
+@given(
+    logit_lists,
+    st.floats(0.25, 3),
+    st.integers(0, V + 2),
+    st.sampled_from([0.13, 0.5, 0.77, 0.9, 1.0]),
+    st.sampled_from([0.0, 0.03, 0.21, 1.0]),
+)
+def test_filters(logits, temperature, top_k, top_p, min_p):
+    # Distinct logits far from every threshold are not guaranteed; a kept set may differ only where rounding decides.
+    logits = np.float32(logits) + np.arange(V, dtype=np.float32) * np.float32(1e-3)
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    actual = np.asarray(jitted(jnp.asarray(logits), sampling.arrays()))
+    expected = by_definition(logits, sampling)
+    assert actual.sum() == pytest.approx(1, abs=1e-5)
+    if ((actual > 0) == (expected > 0)).all():
+        np.testing.assert_allclose(actual, expected, atol=2e-6)
+    else:
+        close = by_definition(logits, Sampling(temperature, top_k, min(top_p * 1.0001, 1.0), min_p * 0.9999))
+        far = by_definition(logits, Sampling(temperature, top_k, top_p * 0.9999, min(min_p * 1.0001, 1.0)))
+        assert ((close > 0) != (far > 0)).any(), "differs from the definition away from any threshold"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(0.7), Sampling(1.0, top_k=3), Sampling(1.3, top_p=0.6), Sampling(1.0, min_p=0.2), Sampling(1.0, 5, 0.9, 0.05)],
+)
+def test_draws_follow_the_filtered_distribution(sampling):
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=V).astype(np.float32) * 2)
+    count = 200_000
+    filters = sampling.arrays()
+    tokens = jax.jit(jax.vmap(lambda position: choose(logits, filters, position)))(jnp.arange(count, dtype=jnp.int32))
+    observed = np.bincount(np.asarray(tokens), minlength=V) / count
+    assert 0.5 * np.abs(observed - by_definition(np.asarray(logits), sampling)).sum() < 0.01
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1e-6, 1e39, 1e300])
+def test_extreme_temperatures(temperature):
+    logits = np.arange(V, dtype=np.float32)
+    p = np.asarray(jitted(jnp.asarray(logits), Sampling(temperature).arrays()))
+    expected = np.eye(V)[-1] if temperature < 1 else np.full(V, 1 / V)
+    np.testing.assert_allclose(p, expected, atol=1e-6)
+
+
+def test_greedy_takes_the_first_of_equals():
+    logits = jnp.zeros(V, jnp.float32).at[jnp.array([3, 9])].set(2.0)
+    assert int(choose(logits, Sampling().arrays(), jnp.int32(0))) == 3
+
+
+@pytest.mark.long
+def test_seeds_differ_and_reproduce():
+    logits = jnp.zeros(V, jnp.float32)
+
+    def tokens(seed: int) -> list[int]:
+        return [int(choose(logits, Sampling(1.0, seed=seed).arrays(), jnp.int32(i))) for i in range(12)]
+
+    assert tokens(0) == tokens(0)
+    assert tokens(0) != tokens(1)
+    assert tokens(1) != tokens(1 + 2**40)
+    assert tokens(-1) != tokens(1)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("temperature", [-0.1, float("nan"), float("inf")]),
+        ("top_k", [-1]),
+        ("top_p", [0.0, 1.01, float("nan"), -0.5]),
+        ("min_p", [-0.01, 1.5, float("nan")]),
+        ("seed", [2**63]),
+    ],
+)
+def test_bad_values_are_named(field, values):
+    for value in values:
+        with pytest.raises(InputError, match=field.replace("_", "-")):
+            Sampling(**{field: value})

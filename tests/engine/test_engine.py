@@ -1,0 +1,468 @@
+"""An engine: each request has the bits that it has alone, whatever else happens."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from numerics import assert_bits_equal
+from small_models import DRAFTS, shallow_model, small_model, text
+
+import ds4jax
+from ds4jax.bounds import HELD_OUT_TEXT
+from ds4jax.decode.drafters.ngram import NgramDrafter
+from ds4jax.decode.sampling import Sampling
+from ds4jax.engine.chunk_state import ChunkState
+from ds4jax.engine.engine import Engine
+from ds4jax.engine.intake import Intake
+from ds4jax.engine.prefill import call_bytes
+from ds4jax.engine.prefix import PrefixCache
+from ds4jax.engine.prefix_folder import PrefixFolder
+from ds4jax.engine.request import Request, RequestResult
+from ds4jax.engine.scheduler import Closed, QueueFull
+from ds4jax.engine.shape import Shape, fresh, state_bytes
+from ds4jax.engine.slots import Slots
+from ds4jax.engine.wish import Wish
+from ds4jax.errors import InputError
+from ds4jax.evaluation import logprobs as evaluation
+from ds4jax.random_models import checkpoint as random_models
+from ds4jax.random_models import layouts
+
+CONTEXT, CHUNK, SLOTS = 256, 32, 4
+CASES = [(cache, strict) for cache in ("float32", "narrow") for strict in (False, True)]
+# Cache and strict; or the model in the package, whose drafts stand, or one whose eight rows of two slots go by kernels on a GPU.
+# Without a case, one layer and drafts copied from the text.
+Case = tuple[str, bool] | str | None
+tiny_model = functools.cache(ds4jax.load)
+
+
+@functools.cache
+def q2_model() -> ds4jax.LanguageModel:
+    whole = random_models.checkpoint(layouts.SMALL_Q2, "small-q2")
+    return ds4jax.LanguageModel(random_models.synthetic(whole), None, max_draft=2)
+
+
+def engine(case: Case = None, **options: Any) -> Engine:
+    options = {"slots": SLOTS, "context": CONTEXT} | options
+    if case == "tiny":
+        return Engine(tiny_model(), **options)
+    if case == "q2":
+        return Engine(q2_model(), **options | {"slots": 2})
+    options = {"chunk": CHUNK} | options
+    if case is None:
+        return Engine(shallow_model(), drafter=NgramDrafter(), **options)
+    return Engine(small_model(case[0]), strict=case[1], **options)
+
+
+def prompt(case: Case, start: int, length: int) -> np.ndarray:
+    if case == "tiny":
+        return tiny_model().encode(HELD_OUT_TEXT.read_text()[:4000])[start : start + length]
+    return text(start, length)
+
+
+@functools.cache
+def alone(case: Case, start: int, length: int, fields: tuple[tuple[str, Any], ...]) -> RequestResult:
+    """The result of a request in a new engine."""
+    with engine(case) as one:
+        return one.submit(prompt(case, start, length), **dict(fields)).result()
+
+
+def assert_same(actual: RequestResult, expected: RequestResult) -> None:
+    count = len(actual.ids)
+    if actual.finish_reason != "cancelled":
+        assert (actual.finish_reason, count) == (expected.finish_reason, len(expected.ids))
+        assert len(actual.fingerprints) == len(expected.fingerprints)
+    assert actual.ids == expected.ids[:count]
+    assert_bits_equal(actual.fingerprints, expected.fingerprints[: len(actual.fingerprints)])
+    assert actual.seed == expected.seed
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Engine]:
+    with engine() as one:
+        yield one
+
+
+def drawn(dice: random.Random) -> tuple[int, int, tuple[tuple[str, Any], ...]]:
+    """A request of any kind; some begin like others, and end in other ways."""
+    sampling = Sampling() if dice.random() < 0.5 else Sampling(dice.choice([0.7, 1.1]), top_p=0.95, seed=dice.randrange(2**40))
+    length = dice.choice([1, 2, CHUNK, CHUNK + 1, 2 * CHUNK + 5, 140, dice.randrange(1, 150)])
+    fields = {
+        "max_new_tokens": dice.randrange(1, 90),
+        "sampling": sampling,
+        "draft": dice.choice([0, 1, DRAFTS, None, "auto"]),
+        "stop": tuple(dice.randrange(512) for _ in range(dice.choice([0, 0, 7]))),
+        "ignore_eos": dice.random() < 0.5,
+    }
+    return dice.choice([0, 0, 60, 120]), length, tuple(fields.items())
+
+
+def mixed(one: Engine, case: Case, count: int, seed: int) -> None:
+    """Submit requests at random times, cancel some, and compare each with itself alone."""
+    dice = random.Random(seed)
+    wishes = [drawn(dice) for _ in range(count)]
+    requests = []
+    for start, length, fields in wishes:
+        requests.append(one.submit(prompt(case, start, length), **dict(fields)))
+        if dice.random() < 0.3:
+            time.sleep(dice.random() * 0.1)
+        if dice.random() < 0.2:
+            dice.choice(requests).cancel()
+    for wish, request in zip(wishes, requests, strict=True):
+        result = request.result(600)
+        assert result.finish_reason != "cancelled" or request.cancelled
+        assert_same(result, alone(case, *wish))
+    assert one.running == one.waiting == 0
+    results = [request.result() for request in requests]
+    assert any(result.reused for result in results), "hits of the prefix cache"
+    if case == "tiny":
+        assert any(share > 0.3 for result in results for share in result.acceptance), "drafts that stand"
+
+
+def test_requests_have_the_bits_that_they_have_alone(shared: Engine) -> None:
+    mixed(shared, None, 10, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [None, "tiny", *CASES])
+def test_forty_requests_have_the_bits_that_they_have_alone(case: Case) -> None:
+    with engine(case) as one:
+        mixed(one, case, 40, seed=2)
+
+
+@pytest.mark.gpu
+def test_requests_have_the_bits_that_they_have_alone_by_kernels() -> None:
+    with engine("q2") as one:
+        mixed(one, "q2", 20, seed=3)
+
+
+def test_a_free_slot_has_the_state_of_a_new_one(shared: Engine) -> None:
+    shared.submit(text(0, 70), max_new_tokens=20, ignore_eos=True).result()
+    slots = shared._scheduler._slots
+    for used, new in zip(jax.tree.leaves(slots.state), jax.tree.leaves(fresh(shallow_model(), slots.shape)), strict=True):
+        assert_bits_equal(used, new)
+
+
+def test_pieces_are_the_result(shared: Engine) -> None:
+    request = shared.submit(text(0, 40), max_new_tokens=60, ignore_eos=True)
+    pieces = list(request)
+    result = request.result()
+    assert len(pieces) > 1
+    assert sum((piece.ids for piece in pieces), ()) == result.ids
+    assert len(result.ids) == len(result.fingerprints) == 60
+    assert list(request) == [], "a second reading ends at once"
+    assert len(result.fingerprint) == 32
+
+
+def test_a_cancelled_request_keeps_what_it_said(shared: Engine) -> None:
+    request, other = (shared.submit(text(0, 40), max_new_tokens=200, ignore_eos=True) for _ in range(2))
+    next(iter(request))
+    request.cancel()
+    result = request.result()
+    assert result.finish_reason == "cancelled"
+    assert 0 < len(result.ids) < 200
+    assert other.result().ids[: len(result.ids)] == result.ids
+    assert len(other.result().ids) == 200
+
+
+def test_a_failing_request_takes_no_other_along(shared: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reading that fails ends its own request; a call that fails loses the state, and the others are made again."""
+    fields = {"max_new_tokens": 100, "ignore_eos": True}
+    good = shared.submit(text(60, 40), **fields)
+    bad = shared.submit(text(0, 40), **fields)
+    monkeypatch.setattr(bad, "_read", lambda news: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bad.result()
+    slots, step, failures = shared._scheduler._slots, shared._scheduler._slots.step, iter([True])
+    first = next(iter(good))
+
+    def failing(steps: int) -> Any:
+        if next(failures, False):
+            jax.tree.map(lambda leaf: leaf.delete(), slots.state)
+            raise RuntimeError("a fault of the device")
+        return step(steps)
+
+    monkeypatch.setattr(slots, "step", failing)
+    pieces = [first, *good]
+    assert next(failures, None) is None, "the call failed"
+    result = good.result()
+    assert sum((piece.ids for piece in pieces), ()) == result.ids
+    assert_same(result, alone(None, 60, 40, tuple(fields.items())))
+
+
+def test_a_warm_state_is_the_cold_one(shared: Engine) -> None:
+    """All that a hit writes into a slot are the bits that computing the prompt gives."""
+    slots = Slots(shallow_model(), shared.shape)
+    prefix = PrefixCache(chunk=CHUNK, ahead=1, maximum=10**9)
+    states = []
+    for slot, (length, reused) in enumerate([(3 * CHUNK + 7, 0), (3 * CHUNK + 7, 3 * CHUNK), (2 * CHUNK + 1, 2 * CHUNK)]):
+        ids = text(0, length)
+        wish = Wish.of(shallow_model(), CONTEXT - length, max_new_tokens=1)
+        request = Request(shallow_model(), ids, wish, drafter="mtp", strict=False, wake=lambda: None)
+        intake = Intake(slots, prefix, slot, request)
+        turns = 1
+        while not intake.turn():
+            turns += 1
+        assert (request.reused, turns) == (reused, 4 if not reused else turns)
+        states.append([np.asarray(leaf)[slot : slot + 1] for leaf in jax.tree.leaves(slots.state)])
+    for cold, warm in zip(*states[:2], strict=True):
+        assert_bits_equal(warm, cold)
+    keys = prefix.keys(text(0, 3 * CHUNK + 7))
+    assert prefix.keys(text(0, 2 * CHUNK + 1)) == keys[:2]
+    other = text(0, 3 * CHUNK + 7)
+    other[2 * CHUNK] += 1
+    assert prefix.keys(other)[0] == keys[0]
+    assert not {*prefix.keys(other)[1:]} & {*keys[1:]}, "a drafter reads the token after each row"
+
+
+def test_the_queue_has_an_end_and_so_has_an_engine() -> None:
+    one = engine(waiting=SLOTS)
+    requests = [one.submit(text(0, 100), max_new_tokens=100, ignore_eos=True) for _ in range(SLOTS)]
+    while one.waiting:
+        time.sleep(0.01)
+    requests += [one.submit(text(0, 100), max_new_tokens=100, ignore_eos=True) for _ in range(SLOTS)]
+    with pytest.raises(QueueFull, match=f"the queue is full: {SLOTS} requests wait"):
+        one.submit(text(0, 100))
+    one.close(cancel=True)
+    assert all(request.result(1).finish_reason == "cancelled" for request in requests)
+    assert not one.alive
+    assert one._scheduler._slots._state is None, "its memory is free"
+    with pytest.raises(Closed):
+        one.submit([1])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "said"),
+    [
+        ([], {}, "prompt is empty"),
+        ([0] * CONTEXT, {}, "prompt has 256 tokens; the engine's context of 256"),
+        ([1], {"draft": 3}, "draft is 3"),
+        ([1], {"max_new_tokens": 0}, "max-new-tokens is 0"),
+        ([1], {"stop": "x"}, "tokenizer: none"),
+        ([1], {"stop": list(range(9))}, "stop has 9 token ids"),
+        ([1], {"sampling": 1}, "sampling is 1"),
+        ([1], {"temperature": 1}, "temperature: no such option"),
+    ],
+)
+def test_a_bad_request_is_refused_in_one_line(shared: Engine, prompt: list[int], fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said) as refused:
+        shared.submit(prompt, **fields)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"slots": 0}, "slots is 0"),
+        ({"context": 1}, "context is 1"),
+        ({"context": 2048}, "context is 2048; the model's context is 1024"),
+        ({"chunk": 8}, "chunk is 8; an engine's chunk is at least 32"),
+    ],
+)
+def test_a_bad_engine_is_refused_in_one_line(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Engine(shallow_model(), **options)
+
+
+def test_an_engine_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = state_bytes(shallow_model(), Shape(8, 1024, CHUNK, False, None))
+    monkeypatch.setattr(shallow_model(), "drafter", lambda chosen: None)
+    calls = call_bytes(shallow_model().config, CHUNK, 1024, kernels=False)
+    monkeypatch.setattr("ds4jax.engine.engine.free_bytes", lambda: calls + state // 8 * 3 + 100)
+    with pytest.raises(
+        InputError, match=r"slots: 8 with a context of 1,000 need .* GB beside the weights, .* are free; 3 would fit"
+    ):
+        Engine(shallow_model(), slots=8, context=1000, chunk=CHUNK)
+
+
+def test_a_seed_is_drawn_where_none_was_given(shared: Engine) -> None:
+    fields = {"max_new_tokens": 12, "ignore_eos": True}
+    one, two = (shared.submit([5], sampling=Sampling(1.0, seed=None), **fields).result() for _ in range(2))
+    assert one.seed != two.seed
+    again = shared.submit([5], sampling=Sampling(1.0, seed=one.seed), **fields).result()
+    assert_same(again, one)
+    assert shared.submit([5], **fields).result().seed is None
+
+
+def test_a_reader_waits_for_no_more_than_a_piece(shared: Engine) -> None:
+    """Many steps a call where they are short, and few where they are long."""
+    pace = shared._scheduler._pace
+    pace = type(pace)(own=0.001)
+    assert pace.steps() == 1
+    pace.called(0.006, 1)
+    assert pace.step == pytest.approx(0.005)
+    assert pace.steps() == 6, "1 ms of 30 ms"
+    pace.called(0.051, 5)
+    assert pace.steps() == 3, "33 ms at 10 ms a step"
+    slow = type(pace)(own=0.01)
+    slow.called(0.03, 1)
+    assert slow.steps() == 1
+    slow.called(0.021, 2)
+    assert slow.steps() == int(0.035 / slow.step) < 0.01 / 0.03 / slow.step, "45 ms at most"
+    assert np.isclose(slow.own, 0.01)
+
+
+def bits(tokens: Sequence[int]) -> np.ndarray:
+    """A mask that allows these tokens."""
+    words = np.zeros(512 // 32, np.uint32)
+    for token in tokens:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return words
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3, seed=4)])
+def test_a_constraint_holds_and_changes_no_neighbour(shared: Engine, sampling: Sampling) -> None:
+    """Tokens of the wanted class alone, one after the other, and after ten of them any."""
+    asked = []
+
+    def constraint(ids: Sequence[int]) -> np.ndarray | None:
+        asked.append(len(ids))
+        return bits(range(len(ids) % 7, 512, 7)) if len(ids) < 10 else None
+
+    fields = (("max_new_tokens", 30), ("ignore_eos", True), ("sampling", sampling))
+    free = shared.submit(text(60, 40), **dict(fields))
+    held = shared.submit(text(60, 40), **dict(fields), constraint=constraint)
+    result = held.result()
+    assert [token % 7 for token in result.ids[:10]] == [i % 7 for i in range(10)]
+    assert asked[:11] == list(range(11)), "a step each"
+    assert len({token % 7 for token in result.ids[10:]}) > 1
+    assert_same(free.result(), alone(None, 60, 40, fields))
+    assert_bits_equal(result.fingerprints[:1], free.result().fingerprints[:1])
+
+
+@pytest.mark.parametrize(("words", "said"), [(bits([]), "allows no token"), (bits([1])[:-1], "uint32 "), ("x", "uint32 ")])
+def test_a_constraint_that_allows_nothing_ends_its_request(shared: Engine, words: Any, said: str) -> None:
+    other = shared.submit([3], max_new_tokens=20, ignore_eos=True)
+    with pytest.raises(InputError, match=said):
+        shared.submit([3], constraint=lambda ids: words).result()
+    assert len(other.result().ids) == 20
+
+
+def test_log_probabilities_change_no_bit(shared: Engine) -> None:
+    fields = (("max_new_tokens", 20), ("ignore_eos", True), ("sampling", Sampling(1.2, seed=9)))
+    request = shared.submit(text(60, 40), **dict(fields), logprobs=3)
+    passed_on = [score for piece in request for score in piece.logprobs]
+    result = request.result()
+    assert_same(result, alone(None, 60, 40, fields))
+    assert result.logprobs is not None
+    assert list(result.logprobs) == passed_on
+    assert [score.id for score in result.logprobs] == list(result.ids)
+    assert all(score.logprob <= score.top[0][1] and len(score.top) == 3 for score in result.logprobs)
+    assert shared.submit([3], max_new_tokens=1).result().logprobs is None
+
+
+@pytest.mark.long
+def test_log_probabilities_are_those_of_scoring(shared: Engine) -> None:
+    result = shared.submit(text(60, 40), max_new_tokens=20, ignore_eos=True, logprobs=3).result()
+    assert result.logprobs is not None
+    expected = evaluation.score(shallow_model(), result.prompt_ids, result.ids, 3)
+    for actual, wanted in zip(result.logprobs, expected, strict=True):
+        assert actual.logprob == pytest.approx(wanted.logprob, abs=1e-3)
+        assert [token for token, _ in actual.top] == [token for token, _ in wanted.top]
+        assert [score for _, score in actual.top] == pytest.approx([score for _, score in wanted.top], abs=1e-3)
+
+
+def prefix_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.prefix"))
+
+
+def test_a_folder_keeps_beginnings_for_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if files are damaged in any way: such a file is put aside, and its chunk is computed."""
+    monkeypatch.setattr(shallow_model(), "fingerprint", "weights", raising=False)
+    fields = (("max_new_tokens", 8), ("ignore_eos", True))
+    wanted = alone(None, 0, 3 * CHUNK + 7, fields)
+
+    def said(reused: int) -> None:
+        with engine(prefix_folder=tmp_path, prefix_bytes=0) as one:
+            result = one.submit(text(0, 3 * CHUNK + 7), **dict(fields)).result()
+        assert_same(result, wanted)
+        assert result.reused == reused
+
+    said(0)
+    files = prefix_files(tmp_path)
+    assert len(files) == 3
+    said(3 * CHUNK)
+    lengths = []
+    for i, path in enumerate(files):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-3] if i == 0 else whole[:-1] + bytes([whole[-1] ^ 1]) if i == 1 else b"")
+        with engine(prefix_folder=tmp_path, prefix_bytes=0) as one:
+            result = one.submit(text(0, 3 * CHUNK + 7), **dict(fields)).result()
+        assert_same(result, wanted)
+        lengths.append(result.reused)
+        assert prefix_files(tmp_path) == files, "it was computed and written again"
+        assert path.read_bytes() == whole
+    assert sorted(lengths) == [0, CHUNK, 2 * CHUNK]
+    assert len(list((tmp_path / "bad").iterdir())) == 3
+    shutil.copy(files[0], files[1])
+    said(lengths[1])
+
+
+def test_the_least_recently_used_beginnings_go_first(tmp_path: Path) -> None:
+    state = ChunkState((), np.zeros(1000, np.int32))
+    prefix = PrefixCache(chunk=4, ahead=0, maximum=3 * state.nbytes)
+    one, two = prefix.keys(np.arange(9)), prefix.keys(np.arange(20, 29))
+    for key in (*one, *two):
+        prefix.put(key, state)
+    assert [prefix.get(key) is not None for key in (*one, *two)] == [False, True, True, True]
+    assert prefix.nbytes == 3 * state.nbytes
+    prefix.used(two)
+    prefix.put("new", state)
+    prefix.put("newer", state)
+    assert [prefix.get(key) is not None for key in (*one, *two)] == [False, False, True, False], "the end before the beginning"
+    assert not PrefixCache(chunk=4, ahead=0, maximum=0).wants("any")
+
+    folder = PrefixFolder(tmp_path, identity="x", like=state, maximum=2 * state.nbytes + 2000)
+    for key in ("a", "b", "c"):
+        folder.put(key, state)
+        while not folder.get(key):
+            time.sleep(0.01)
+    folder.close()
+    assert len(prefix_files(tmp_path)) == 2
+    (tmp_path / ".a.prefix.1-1-00000000.unfinished").touch()
+    again = PrefixFolder(tmp_path, identity="x", like=state, maximum=10**6)
+    assert [again.get(key) is not None for key in ("a", "b", "c")] == [False, True, True]
+    assert prefix_files(tmp_path) == sorted(tmp_path.iterdir()), "what a killed process left is gone"
+    other = PrefixFolder(tmp_path, identity="y", like=state, maximum=10**6)
+    assert other.get("c") is None
+    again.close()
+    other.close()
+    with pytest.raises(InputError, match="/dev/null: cannot be made"):
+        PrefixFolder(Path("/dev/null"), identity="x", like=state, maximum=1)
+
+
+@pytest.mark.slow
+def test_short_requests_for_long_lose_no_slot_and_no_memory() -> None:
+    """Four times 100 requests with random cancellations, after which the process is not larger than after the first 100."""
+    dice, sizes = random.Random(5), []
+    with engine(prefix_bytes=10**6) as one:
+        for _ in range(4):
+            requests = []
+            for _ in range(100):
+                requests.append(
+                    one.submit(text(dice.randrange(200), dice.randrange(1, 60)), max_new_tokens=dice.randrange(1, 12))
+                )
+                if dice.random() < 0.3:
+                    dice.choice(requests).cancel()
+            for request in requests:
+                request.result(600)
+            del requests
+            gc.collect()
+            assert one.running == one.waiting == 0
+            sizes.append((len(jax.live_arrays()), resident_bytes()))
+        arrays, memory = zip(*sizes, strict=True)
+        assert arrays[-1] < arrays[0] + 100, "less than one for each request of a round"
+        assert memory[-1] < memory[0] + 30_000_000, memory
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
