@@ -43,6 +43,7 @@ class Options:
         strict: also measure strict plain decode.
         steps: tokens of each run.
         acceptance: assumed acceptance of the first, second, .. draft, for the figures labelled simulated.
+        per_step: assumed tokens per step at the maximum draft, likewise.
 
     Raises:
         InputError: the options cannot be measured; the message names the option.
@@ -55,6 +56,7 @@ class Options:
     strict: bool = False
     steps: int = 64
     acceptance: tuple[float, ...] = ()
+    per_step: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         config = synthetic.config_of(self.layout, self.layers)
@@ -65,6 +67,8 @@ class Options:
             raise InputError(f"draft is {self.max_draft}; the {name} drafter makes at most {drafts_of(name, config)[1]}")
         if self.acceptance and len(self.acceptance) < self.max_draft:
             raise InputError(f"acceptance has {len(self.acceptance)} shares; draft {self.max_draft} needs {self.max_draft}")
+        if any(not 1 <= tokens <= 1 + self.max_draft for tokens in self.per_step):
+            raise InputError(f"per-step is 1 to {1 + self.max_draft} tokens with at most {self.max_draft} drafts")
 
     @property
     def max_draft(self) -> int:
@@ -112,6 +116,7 @@ def bench(options: Options, note: Note) -> Row:
         "rows": rows,
         "calls": by_call,
         "simulated": _simulated(rows, options.acceptance),
+        "simulated_per_step": _per_step(max(rows, key=lambda row: row["draft"]), options.per_step),
         "lossless": lossless,
         "profiles": profiles,
         "kernels": kernels,
@@ -202,6 +207,19 @@ def _simulated(rows: Sequence[Row], acceptance: Sequence[float]) -> list[Row]:
                 }
             )
     return made
+
+
+def _per_step(row: Row, tokens: Sequence[float]) -> list[Row]:
+    """Tokens/s of the row's step under assumed numbers of tokens per step."""
+    return [
+        {
+            "name": row["name"],
+            "simulated": True,
+            "tokens_per_step": one,
+            "tokens_per_second": round(1e3 * one / row["ms_per_step"], 2),
+        }
+        for one in tokens
+    ]
 
 
 def _lossless(loop: Loop, options: Options, note: Note) -> Row:

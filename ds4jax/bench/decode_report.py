@@ -112,6 +112,10 @@ def verdict(content: Mapping[str, Any]) -> list[str]:
         )
     if content["simulated"]:
         lines.append("simulated: measured milliseconds under an assumed acceptance; random weights accept hardly any drafts")
+    # Results of earlier versions do not have these.
+    for row in content.get("simulated_per_step", ()):
+        rate, count = row["tokens_per_second"], row["tokens_per_step"]
+        lines.append(f"simulated: {row['name']}, {rate:.1f} tokens/s if a step commits {count:g} tokens")
     compiled = ", ".join(f"{row['program']} {row['compile_seconds']:.0f} s" for row in content["compiled"])
     memory = f"; peak {content['peak_bytes'] / 1e9:.1f} GB" if content["peak_bytes"] else ""
     lines.append(f"{content['weight_bytes'] / 1e9:.1f} GB made in {content['build_seconds']:.1f} s; compiled: {compiled}{memory}")

@@ -217,6 +217,12 @@ def shares(word: str) -> tuple[float, ...]:
     return tuple(read(part) for part in word.split(","))
 
 
+def counts_per_step(word: str) -> tuple[float, ...]:
+    """A comma-separated list of tokens per step."""
+    read = number(Numbers(1, 8, "a step commits 1 to 8 tokens"))
+    return tuple(read(part) for part in word.split(","))
+
+
 def new_folder(word: str) -> Path:
     """A folder; it is made if it does not exist."""
     path = Path(word)

@@ -200,16 +200,20 @@ def step(
     max_draft: int,
     strict: bool,
     mask: Mask | None = None,
+    *,
+    alone: bool = False,
 ) -> tuple[DecodeState, Looked]:
     """Draft, run the model over the last tokens and the drafts, and commit the accepted drafts and the token after them.
 
     Rows of an inactive sequence are clones of another sequence's rows and are not live, so its state does not change. A masked
     sequence does not draft. Fingerprints are those of the logits before the mask.
+
+    Args:
+        alone: static; whether there is one sequence, and it is active.
     """
     sequences, vocabulary = state.last.shape[0], model.config.vocab_size
     position_S, width, verified = state.cache.length, rows_needed(model, state.cache, max_draft, strict), 1 + max_draft
-    # The loop runs while any sequence is active, so a single sequence is active.
-    active_S = active(state, goal_S) if sequences > 1 else jnp.ones(1, bool)
+    active_S = jnp.ones(1, bool) if alone else active(state, goal_S)
     depth_S = _depths(model, state, policy, active_S, mask)
     drafting, drafts = state.drafting, Drafts.none(sequences, max_draft, vocabulary)
     if drafter and max_draft:
@@ -252,7 +256,7 @@ def step(
 
 
 @precise
-@functools.partial(jax.jit, static_argnames=("graph", "drafter", "max_draft", "strict"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("graph", "drafter", "max_draft", "strict", "steps"), donate_argnames="state")
 def run(
     graph: nnx.GraphDef,
     weights: Weights,
@@ -264,6 +268,7 @@ def run(
     drafter: Drafter | None,
     max_draft: int,
     strict: bool,
+    steps: int | None = None,
 ) -> tuple[DecodeState, jax.Array]:
     """Generate until every one of S sequences has used its budget, or reached its maximum, a stop token or its capacity.
 
@@ -279,6 +284,8 @@ def run(
         drafter: static; who drafts, None at max_draft 0.
         max_draft: static; K, the deepest draft that this program can make. `policy.depth` may not be greater.
         strict: static; float32 products without Pallas kernels.
+        steps: static; make exactly so many steps, in which ended sequences change nothing. The host then does not wait for the
+            call's end. None ends the call as soon as every sequence has ended.
 
     Returns:
         The state with the new tokens and their fingerprints appended, and its `report`, which the host reads in one transfer.
@@ -289,11 +296,17 @@ def run(
     def unfinished(state: DecodeState) -> jax.Array:
         return jnp.any(active(state, goal_S))
 
-    def one(state: DecodeState) -> DecodeState:
-        return step(model, state, goal_S, limits, filters, policy, drafter, max_draft, strict)[0]
+    # The loop runs while any sequence is active, so a single sequence is active.
+    alone = steps is None and state.count.shape[0] == 1
 
-    state = jax.lax.while_loop(unfinished, one, state)
-    return state, report(state)
+    def one(state: DecodeState) -> DecodeState:
+        return step(model, state, goal_S, limits, filters, policy, drafter, max_draft, strict, alone=alone)[0]
+
+    if steps is None:
+        state = jax.lax.while_loop(unfinished, one, state)
+        return state, report(state)
+    state = jax.lax.fori_loop(0, steps, lambda _, state: one(state), state)
+    return state, report(state, max(REPORTED, steps * (1 + max_draft)))
 
 
 def report(state: DecodeState, size: int = REPORTED) -> jax.Array:
@@ -350,9 +363,10 @@ def lower_run(
     drafter: Drafter | None,
     max_draft: int,
     strict: bool,
+    steps: int | None = None,
 ) -> jax.stages.Lowered:
     """Lower `run` for arguments of these shapes. Once it is compiled, the next call finds it."""
-    options = {"drafter": drafter, "max_draft": max_draft, "strict": strict}
+    options = {"drafter": drafter, "max_draft": max_draft, "strict": strict, "steps": steps}
     with LOWERING:
         lowered: jax.stages.Lowered = run.__wrapped__.lower(  # type: ignore[attr-defined]
             graph, weights, state, limits, filters, policy, **options

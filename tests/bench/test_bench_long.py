@@ -55,4 +55,4 @@ def test_what_does_not_fit_is_named(make, field) -> None:
 def test_several_contexts_are_plain_steps_alone(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["bench", "decode", "--synthetic", "small-q2", "--context", "64,128", "--strict"])
-    assert "leave --plot, --strict and --acceptance out" in capsys.readouterr().err
+    assert "leave --plot, --strict, --acceptance and --per-step out" in capsys.readouterr().err

@@ -197,6 +197,13 @@ def _add_decode(targets: Any) -> None:
         metavar="P,...",
         help="add tokens/s under this assumed acceptance of the first, second, .. draft; labelled simulated",
     )
+    parser.add_argument(
+        "--per-step",
+        type=cli_options.counts_per_step,
+        default=(),
+        metavar="N,...",
+        help="add tokens/s of the maximum draft if a step commits N tokens; labelled simulated",
+    )
     parser.add_argument("--json", type=cli_options.output_file, metavar="FILE", help="write the result to this file")
     parser.add_argument("--plot", type=cli_options.plot_file, metavar="FILE.png", help="draw the kernels; needs matplotlib")
     parser.set_defaults(run=run_decode)
@@ -270,6 +277,7 @@ def run_decode(options: argparse.Namespace) -> int:
         strict=options.strict,
         steps=options.steps,
         acceptance=options.acceptance,
+        per_step=options.per_step,
     )
     content = decode.bench(chosen, notes())
     if options.plot:
@@ -279,8 +287,10 @@ def run_decode(options: argparse.Namespace) -> int:
 
 def _run_long(options: argparse.Namespace) -> int:
     """Run `bench decode` for several contexts or a narrow cache."""
-    if options.plot or options.strict or options.acceptance:
-        raise InputError("several contexts or a narrow cache: plain steps only; leave --plot, --strict and --acceptance out")
+    if options.plot or options.strict or options.acceptance or options.per_step:
+        raise InputError(
+            "several contexts or a narrow cache: plain steps only; leave --plot, --strict, --acceptance and --per-step out"
+        )
     from ds4jax.bench import long
 
     chosen = long.Options(options.synthetic, options.layers, (options.cache,), options.context, options.steps)
