@@ -272,15 +272,13 @@ def run(
 ) -> tuple[DecodeState, jax.Array]:
     """Generate until every one of S sequences has used its budget, or reached its maximum, a stop token or its capacity.
 
-    Each goes at its own depth, with its own filters, seed, stop list and end. One that has ended, or has nothing to do from the
-    beginning, keeps every field of its state to the last bit while the others go on, and its rows read no experts of their own.
+    Each goes at its own depth, with its own filters, seed, stop list and end. One that has ended keeps every field of its state to
+    the last bit while the others go on, and its rows read no experts of their own.
 
     Args:
-        graph: static; the model's, see `ds4jax.decode.module`.
-        weights: its arrays.
+        graph, weights: static; the model's, see `ds4jax.decode.module`, and its arrays.
         state: after prefill; donated, so that the caller's buffers are gone.
-        limits: where each sequence ends; filters: how its tokens are chosen; policy: how deep it drafts. All of them are traced:
-            other values compile nothing.
+        limits, filters, policy: where each sequence ends, how its tokens are chosen, how deep it drafts; traced.
         drafter: static; who drafts, None at max_draft 0.
         max_draft: static; K, the deepest draft that this program can make. `policy.depth` may not be greater.
         strict: static; float32 products without Pallas kernels.
