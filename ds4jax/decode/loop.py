@@ -189,6 +189,13 @@ class Looked(NamedTuple):
     count_S: jax.Array
 
 
+def _ends(new_SW: jax.Array, stand_S: jax.Array, limits: Limits) -> tuple[jax.Array, jax.Array]:
+    """Which of the tokens int32 [S, W] are stop tokens, bool [S, W], and the number of tokens to the first or to all, int32 [S]."""
+    stands_SW = jnp.arange(new_SW.shape[1], dtype=jnp.int32) <= stand_S[:, None]
+    stops_SW = jnp.any(new_SW[:, :, None] == limits.stop_ids[:, None, :], axis=2) & stands_SW
+    return stops_SW, jnp.where(jnp.any(stops_SW, axis=1), jnp.argmax(stops_SW, axis=1).astype(jnp.int32), stand_S) + 1
+
+
 def step(
     model: Transformer,
     state: DecodeState,
@@ -200,7 +207,6 @@ def step(
     max_draft: int,
     strict: bool,
     mask: Mask | None = None,
-    *,
     alone: bool = False,
 ) -> tuple[DecodeState, Looked]:
     """Draft, run the model over the last tokens and the drafts, and commit the accepted drafts and the token after them.
@@ -208,8 +214,7 @@ def step(
     Rows of an inactive sequence are clones of another sequence's rows and are not live, so its state does not change. A masked
     sequence does not draft. Fingerprints are those of the logits before the mask.
 
-    Args:
-        alone: static; whether there is one sequence, and it is active.
+    `alone`: static; whether there is one sequence, and it is active.
     """
     sequences, vocabulary = state.last.shape[0], model.config.vocab_size
     position_S, width, verified = state.cache.length, rows_needed(model, state.cache, max_draft, strict), 1 + max_draft
@@ -231,8 +236,7 @@ def step(
     stand_S, follower_S = accept(mask.applied(logits_SWV) if mask else logits_SWV, drafts, depth_S, filters, position_S)
     offset = jnp.arange(verified, dtype=jnp.int32)
     new_SW = jnp.where(offset < stand_S[:, None], jnp.pad(usable_SK, ((0, 0), (0, 1))), follower_S[:, None])
-    stops_SW = jnp.any(new_SW[:, :, None] == limits.stop_ids[:, None, :], axis=2) & (offset <= stand_S[:, None])
-    count_S = jnp.where(jnp.any(stops_SW, axis=1), jnp.argmax(stops_SW, axis=1).astype(jnp.int32), stand_S) + 1
+    stops_SW, count_S = _ends(new_SW, stand_S, limits)
     count_S = jnp.where(active_S, jnp.minimum(count_S, limits.maximum - state.count), 0)
 
     kept = Rows.step(position_S, width, count_S, strict=strict)
@@ -272,8 +276,8 @@ def run(
 ) -> tuple[DecodeState, jax.Array]:
     """Generate until every one of S sequences has used its budget, or reached its maximum, a stop token or its capacity.
 
-    Each goes at its own depth, with its own filters, seed, stop list and end. One that has ended keeps every field of its state to
-    the last bit while the others go on, and its rows read no experts of their own.
+    Each has its own depth, filters, seed, stop list and end. One that has ended keeps every field of its state to the last bit
+    while the others go on, and its rows read no experts of their own.
 
     Args:
         graph, weights: static; the model's, see `ds4jax.decode.module`, and its arrays.
@@ -282,8 +286,7 @@ def run(
         drafter: static; who drafts, None at max_draft 0.
         max_draft: static; K, the deepest draft that this program can make. `policy.depth` may not be greater.
         strict: static; float32 products without Pallas kernels.
-        steps: static; make exactly so many steps, in which ended sequences change nothing. The host then does not wait for the
-            call's end. None ends the call as soon as every sequence has ended.
+        steps: static; make exactly so many steps, and the host does not wait. None ends the call when every sequence has ended.
 
     Returns:
         The state with the new tokens and their fingerprints appended, and its `report`, which the host reads in one transfer.
