@@ -190,7 +190,7 @@ class Looked(NamedTuple):
 
 
 def _ends(new_SW: jax.Array, stand_S: jax.Array, limits: Limits) -> tuple[jax.Array, jax.Array]:
-    """Which of the tokens int32 [S, W] are stop tokens, bool [S, W], and the number of tokens to the first or to all, int32 [S]."""
+    """Which of the tokens [S, W] are stop tokens, bool [S, W], and the number of tokens to the first one or to all, int32 [S]."""
     stands_SW = jnp.arange(new_SW.shape[1], dtype=jnp.int32) <= stand_S[:, None]
     stops_SW = jnp.any(new_SW[:, :, None] == limits.stop_ids[:, None, :], axis=2) & stands_SW
     return stops_SW, jnp.where(jnp.any(stops_SW, axis=1), jnp.argmax(stops_SW, axis=1).astype(jnp.int32), stand_S) + 1
@@ -212,9 +212,7 @@ def step(
     """Draft, run the model over the last tokens and the drafts, and commit the accepted drafts and the token after them.
 
     Rows of an inactive sequence are clones of another sequence's rows and are not live, so its state does not change. A masked
-    sequence does not draft. Fingerprints are those of the logits before the mask.
-
-    `alone`: static; whether there is one sequence, and it is active.
+    sequence does not draft. Fingerprints are those of the logits before the mask. `alone` (static): one sequence, active.
     """
     sequences, vocabulary = state.last.shape[0], model.config.vocab_size
     position_S, width, verified = state.cache.length, rows_needed(model, state.cache, max_draft, strict), 1 + max_draft
