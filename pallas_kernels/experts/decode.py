@@ -43,7 +43,7 @@ class ExpertTile:
         ahead: parts of these rows, 32 lanes each, that a program loads before it needs them.
     """
 
-    gate_up: int = 4
+    gate_up: int = 2
     down: int = 2
     ahead: int = 1
 

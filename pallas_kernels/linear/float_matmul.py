@@ -25,7 +25,8 @@ NAME = "float_matmul"
 LOAD_BYTES = 16
 # Maximum 16-byte loads of a lane in flight, and maximum accumulators of a lane. More of them do not fit into registers.
 MAX_LOADS = 8
-MAX_SUMS = 8
+MAX_SUMS = 16
+# With fewer programs a GPU waits for loads: a program then has fewer weight rows, and fewer rows of activations.
 PROGRAMS = 1024
 
 
@@ -47,10 +48,14 @@ def lane_values(dtype: Any) -> int:
 
 def _body(
     program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
-    *, sizes: tuple[int, ...], rows: int, unroll: int, interpret: bool,
+    *, sizes: tuple[int, ...], rows: int, unroll: int, tokens: int, interpret: bool,
 ) -> None:  # fmt: skip
     x_ref, *weight_refs = inputs
-    count, (tokens, columns, width) = len(sizes), x_ref.shape
+    count, (m_rows, columns, width) = len(sizes), x_ref.shape
+    token: jax.Array | None = None
+    if tokens < m_rows:
+        heights = sum(pl.cdiv(n, rows) for n in sizes)
+        token, program = program // heights * tokens, program % heights
     first, matrices = 0, []
     for weight, out, n in zip(weight_refs, outputs, sizes, strict=True):
         tiles = pl.cdiv(n, rows)
@@ -75,7 +80,8 @@ def _body(
         out = list(sums)
         for place, real, weights in zip(places, inside, loaded, strict=True):
             for m in range(tokens):
-                x = loads.load(x_ref, m, pl.ds(place, LANES), slice(None), real=real, width=width)
+                row = m if token is None else jnp.minimum(token + m, m_rows - 1)
+                x = loads.load(x_ref, row, pl.ds(place, LANES), slice(None), real=real, width=width)
                 for r, weight in enumerate(weights):
                     i = m * rows + r
                     out[i] = arithmetic.fma(weight.astype(jnp.float32), x, out[i], interpret=interpret)
@@ -89,7 +95,7 @@ def _body(
         sums = one_pass(loads.value(0), unroll, sums)
     if rest:
         sums = one_pass(loads.value(passes * unroll * LANES), rest, sums)
-    _store(matrices, [jnp.sum(total, axis=-1) for total in sums], rows, interpret)
+    _store(matrices, [jnp.sum(total, axis=-1) for total in sums], rows, token, interpret)
 
 
 def _load(matrix: _Matrix, r: int, rows: int, place: jax.Array, inside: jax.Array | None, width: int) -> jax.Array:
@@ -99,21 +105,23 @@ def _load(matrix: _Matrix, r: int, rows: int, place: jax.Array, inside: jax.Arra
     return loads.load(matrix.weight, row, span, slice(None), real=real, width=width, eviction_policy="evict_first")
 
 
-def _store(matrices: Sequence[_Matrix], sums: Sequence[jax.Array], rows: int, interpret: bool) -> None:
-    """Sum over the lanes and store, up to 32 sums at once."""
+def _store(matrices: Sequence[_Matrix], sums: Sequence[jax.Array], rows: int, token: jax.Array | None, interpret: bool) -> None:
+    """Sum over the lanes and store, up to 32 sums at once. `token`: the first row of activations, if there are others."""
     lane = loads.numbers()
     for first in range(0, len(sums), LANES):
         total, place, owner = arithmetic.sum_lanes(sums[first : first + LANES], lane, interpret=interpret)
         m, r = (first + place) // rows, (first + place) % rows
+        m = m if token is None else token + m
         for matrix in matrices:
-            real = loads.all_of(owner, matrix.selected, matrix.row + r < matrix.n if matrix.n % rows else None)
+            inside = matrix.row + r < matrix.n if matrix.n % rows else None
+            real = loads.all_of(owner, matrix.selected, inside, None if token is None else m < matrix.out.shape[0])
             assert real is not None
             # The index of a lane without a value is past the end; interpret mode drops it.
             column = jnp.where(real, matrix.row + r, matrix.out.shape[1])
             plt.store(matrix.out.at[m, column], total, mask=real)
 
 
-def cut(rows: int, heights: int, chunks: int) -> tuple[int, int]:
+def cut(rows: int, heights: int, chunks: int) -> tuple[int, int, int]:
     """How the work is cut. It changes only the time of a launch.
 
     Args:
@@ -122,14 +130,16 @@ def cut(rows: int, heights: int, chunks: int) -> tuple[int, int]:
         chunks: chunks of 32 lane loads in a weight row.
 
     Returns:
-        Weight rows of a program, and chunks that it loads at a time.
+        Weight rows of a program, chunks that it loads at a time, and its rows of activations.
     """
-    owned = 4
+    owned, tokens = 4, rows
     while owned > 1 and (owned * rows > MAX_SUMS or heights < owned * PROGRAMS):
         owned //= 2
+    while tokens > 1 and heights * pl.cdiv(rows, tokens) < owned * PROGRAMS:
+        tokens = pl.cdiv(tokens, 2)
     # With one weight row and one activation row there are registers for twice the loads, and few programs, which need them.
-    in_flight = 2 * MAX_LOADS if owned == rows == 1 else MAX_LOADS
-    return owned, min(chunks, max(in_flight // owned, 1))
+    in_flight = 2 * MAX_LOADS if owned == tokens == 1 else MAX_LOADS
+    return owned, min(chunks, max(in_flight // owned, 1)), tokens
 
 
 def float_part(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool = False) -> Part:
@@ -137,11 +147,11 @@ def float_part(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool = 
     m, k = x.shape
     width = lane_values(weights[0].dtype)
     sizes = tuple(weight.shape[0] for weight in weights)
-    rows, unroll = cut(m, sum(sizes), pl.cdiv(k // width, LANES))
+    rows, unroll, tokens = cut(m, sum(sizes), pl.cdiv(k // width, LANES))
     return Part(
         name="_".join(map(str, (NAME, *sizes, k))) + f"_m{m}",
-        programs=sum(pl.cdiv(n, rows) for n in sizes),
-        body=functools.partial(_body, sizes=sizes, rows=rows, unroll=unroll, interpret=interpret),
+        programs=sum(pl.cdiv(n, rows) for n in sizes) * pl.cdiv(m, tokens),
+        body=functools.partial(_body, sizes=sizes, rows=rows, unroll=unroll, tokens=tokens, interpret=interpret),
         inputs=(x.reshape(m, -1, width), *(weight.reshape(weight.shape[0], -1, width) for weight in weights)),
         outputs=tuple(jax.ShapeDtypeStruct((m, n), jnp.float32) for n in sizes),
         traffic=sum(sizes) * k * weights[0].dtype.itemsize,

@@ -60,11 +60,20 @@ def check(sizes: tuple[int, ...], k: int, dtype: str, *, interpret: bool) -> Non
         for dtype in DTYPES
     ],
 )
-def test_products_and_rows(sizes, k, dtype, monkeypatch):
+@pytest.mark.parametrize("together", [8, pytest.param(1, marks=pytest.mark.long)])
+def test_products_and_rows(sizes, k, dtype, together, monkeypatch):
     # A CPU's compiler contracts products and sums in a loop otherwise than in straight code, so that here the cut has to be the
     # same for every number of rows. A GPU has pinned instructions, and its test takes the cuts as they are.
-    monkeypatch.setattr(float_matmul_module, "cut", lambda rows, heights, chunks: (2, min(chunks, 4)))
+    monkeypatch.setattr(float_matmul_module, "cut", lambda rows, heights, chunks: (2, min(chunks, 4), min(rows, together)))
     check(sizes, k, dtype, interpret=True)
+
+
+def test_groups_of_rows_with_a_rest(monkeypatch):
+    monkeypatch.setattr(float_matmul_module, "cut", lambda rows, heights, chunks: (2, 1, 2))
+    x, weights = data(3, (10, 7), 64, "float16")
+    for made, weight in zip(float_matmul(x, weights, interpret=True), weights, strict=True):
+        exact = np.asarray(x, np.float64) @ np.asarray(weight.astype(jnp.float32), np.float64).T
+        np.testing.assert_allclose(made, exact, atol=1e-5)
 
 
 @pytest.mark.gpu
