@@ -60,11 +60,10 @@ def check(sizes: tuple[int, ...], k: int, dtype: str, *, interpret: bool) -> Non
         for dtype in DTYPES
     ],
 )
-@pytest.mark.parametrize("together", [8, pytest.param(1, marks=pytest.mark.long)])
-def test_products_and_rows(sizes, k, dtype, together, monkeypatch):
+def test_products_and_rows(sizes, k, dtype, monkeypatch):
     # A CPU's compiler contracts products and sums in a loop otherwise than in straight code, so that here the cut has to be the
     # same for every number of rows. A GPU has pinned instructions, and its test takes the cuts as they are.
-    monkeypatch.setattr(float_matmul_module, "cut", lambda rows, heights, chunks: (2, min(chunks, 4), min(rows, together)))
+    monkeypatch.setattr(float_matmul_module, "cut", lambda rows, heights, chunks: (2, min(chunks, 4), rows))
     check(sizes, k, dtype, interpret=True)
 
 
