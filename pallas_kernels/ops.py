@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core import batches
 from pallas_kernels.core.dispatch import DECODE_ROWS, choose
 from pallas_kernels.core.launch import Part, launch
 from pallas_kernels.core.limits import MAX_ROWS
@@ -139,14 +140,16 @@ def product_parts(
 ) -> list[Part]:
     """Products with weights of one format as launch parts: their outputs together are one for each weight, in order.
 
-    Q8_0 weights share a part, with the tile measured for this device. Arguments as for `q8_matmul` and `lane_matmul`.
+    Q8_0 weights share a part, with the tile measured for this device. More than eight rows go in batches, see `core.batches`.
+    Arguments as for `q8_matmul` and `lane_matmul`.
     """
     q8 = [weight for weight in weights if isinstance(weight, Q8_0)]
     if not q8 or not isinstance(x, Activation):
         return [lane_part(x, weight, groups=groups, interpret=interpret) for weight in weights]
     m, _, blocks = x.scales.shape
     device_kind = "" if interpret else jax.devices()[0].device_kind
-    tile = tile_for(tuple(weight.shape[0] // groups for weight in q8), blocks * BLOCK, groups, m, device_kind)
+    sizes = tuple(weight.shape[0] // groups for weight in q8)
+    tile = tile_for(sizes, blocks * BLOCK, groups, batches.rows_of(m), device_kind)
     return [q8_part(x, q8, tile=tile, groups=groups, interpret=interpret)]
 
 

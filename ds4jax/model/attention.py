@@ -24,7 +24,6 @@ from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.row_slices import in_slices, slice_rows
 from ds4jax.model.tape import Record, ignore, under
 from pallas_kernels.attention.meaning import Segment, attend, in_window, ring_positions, round_rows
-from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.core.norm import rms_scale
 
 
@@ -65,7 +64,7 @@ class Attention(nnx.Module):
         def modules(q_THQ: jax.Array) -> jax.Array:
             window, visible_TS = self._window(kv_TQ, rows, before, cache.window)
             sink_H = self.attn_sink.get_value().astype(jnp.float32)
-            gather = len(q_THQ) <= MAX_ROWS or not rows.single
+            gather = rows.decoding or not rows.single
 
             def some(queries: tuple[jax.Array, jax.Array, Queries | None, jax.Array]) -> jax.Array:
                 q, visible, index, position = queries

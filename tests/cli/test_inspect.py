@@ -336,7 +336,7 @@ def test_decode_step_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch
     assert [row["part"] for row in rows] == ["layers", "mtp", "head"]
     for row in rows:
         part = f"layers {row['layers']}" if row["part"] == "layers" else row["part"]
-        line = f"{part} +8 rows +{row['count']}  {said[row['cuda']]} \\({re.escape(row['reason'])}\\)\n"
+        line = f"{part} +64 rows +{row['count']}  {said[row['cuda']]} \\({re.escape(row['reason'])}\\)\n"
         assert re.search(line, text), line
     assert "dispatch" not in json.loads(output(capsys, "--json"))
     monkeypatch.setenv(OPT_OUT, "1")
