@@ -181,7 +181,7 @@ def _compared(results: dict[int, Result], problems: list[str], note: Note) -> li
     """Compare each program's sequences with the same ones of the program of the most sequences."""
     most, found = max(results), []
     for count, (tokens, marks) in results.items():
-        if count == most and len(results) > 1:
+        if count == most:
             continue
         wanted, wanted_marks = (array[:count] for array in results[most])
         bits = np.any(marks != wanted_marks, axis=2)

@@ -117,9 +117,9 @@ class SharedExpert(nnx.Module):
         self.w3 = Linear(config.moe_dim, config.dim, rngs=rngs)
         self.limit = config.swiglu_limit
 
-    def __call__(self, x_TD: jax.Array, *, strict: bool) -> jax.Array:
-        gate, up = together(x_TD, self.w1, self.w3, strict=strict)
-        return self.w2(meaning.swiglu(gate, up, self.limit), strict=strict)
+    def __call__(self, x_TD: jax.Array, *, strict: bool, decoding: bool = False) -> jax.Array:
+        gate, up = together(x_TD, self.w1, self.w3, strict=strict, decoding=decoding)
+        return self.w2(meaning.swiglu(gate, up, self.limit), strict=strict, decoding=decoding)
 
 
 class MoE(nnx.Module):
@@ -134,6 +134,5 @@ class MoE(nnx.Module):
         self, x_TD: jax.Array, ids_T: jax.Array, *, strict: bool = False, decoding: bool = False, record: Record = ignore
     ) -> jax.Array:
         chosen_TK, weights_TK = self.gate(x_TD, ids_T, record)
-        return self.experts(x_TD, chosen_TK, weights_TK, strict=strict, decoding=decoding) + self.shared_experts(
-            x_TD, strict=strict
-        )
+        how = {"strict": strict, "decoding": decoding}
+        return self.experts(x_TD, chosen_TK, weights_TK, **how) + self.shared_experts(x_TD, **how)

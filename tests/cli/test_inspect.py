@@ -188,8 +188,9 @@ def test_a_model_with_a_dspark_drafter(capsys: pytest.CaptureFixture[str], tmp_p
     assert f"\ndrafter      {said}\n" in text
     assert "\n  a block of DSpark drafts reads " in text
     stages = [(row["layers"], row["count"], row["rows"]) for row in told["decode_step"] if row["part"] == "dspark"]
-    assert stages == [("dspark", 3, 5)]
-    assert re.search(r"\n  dspark +5 rows +3  ", text)
+    # Twelve blocks of five rows.
+    assert stages == [("dspark", 3, 60)]
+    assert re.search(r"\n  dspark +60 rows +3  ", text)
     assert re.search(r"\n  experts down +F4_E2M1 0-3, dspark\n", text)
     assert "\n  DSpark tables      BF16\n" in text
     for wanted in ("none", "ngram"):
