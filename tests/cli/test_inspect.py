@@ -262,7 +262,7 @@ def test_commands_load_the_mtp_file(parts: tuple[Path, Path]) -> None:
 def test_decode_step_of_the_published_types() -> None:
     checkpoint = synthetic.checkpoint(synthetic.config_of("flash-q2", 5), "flash-q2")
     (layers, mtp, head) = inspect_paths.decode_step(checkpoint)
-    kernels = {"rows": 8, "cuda": "kernels", "default": "modules", "reason": "widths and types fit"}
+    kernels = {"rows": 64, "cuda": "kernels", "default": "modules", "reason": "widths and types fit"}
     assert layers == {"part": "layers", "layers": "0-4", "count": 5, **kernels}
     assert mtp == {"part": "mtp", "layers": "mtp", "count": 1, **kernels}
     assert head == {"part": "head", "layers": "", "count": 1, **kernels}
