@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core import batches
 from pallas_kernels.core.dispatch import DECODE_ROWS, choose
 from pallas_kernels.core.launch import Part, launch
 from pallas_kernels.core.limits import MAX_ROWS
@@ -26,17 +27,18 @@ from pallas_kernels.linear.q8_matmul import q8_part
 MAX_TILE_VALUES = 1 << 25
 
 
-def matmul(x: jax.Array, weight: Weight, *, strict: bool, implementation: str | None = None) -> jax.Array:
+def matmul(x: jax.Array, weight: Weight, *, strict: bool, decoding: bool = False, implementation: str | None = None) -> jax.Array:
     """Multiply activations by a weight matrix in its stored format.
 
     Args:
         x: float32 [M, K] activations, M at least 1.
         weight: [N, K], float32, bfloat16, float16 or of any quantised format.
         strict: static. True uses `jnp.dot` on float32 values, at highest precision and one fixed row count, and no Pallas
-            kernel. False depends on the number of rows. Up to 32 rows, quantised weights are read as integers and multiplied by
-            activations in int8 blocks of 32 or 256, as the format asks: on CUDA by a kernel if the format has one, otherwise by
-            the same arithmetic in jnp. With more rows the weights are dequantised: on CUDA to bfloat16, like the activations,
-            elsewhere to float32.
+            kernel. False depends on the number of rows. Up to 32 rows, and for any number of rows with `decoding`, quantised
+            weights are read as integers and multiplied by activations in int8 blocks of 32 or 256, as the format asks: on CUDA by
+            a kernel if the format has one, otherwise by the same arithmetic in jnp. With more rows the weights are dequantised:
+            on CUDA to bfloat16, like the activations, elsewhere to float32.
+        decoding: static; the rows are a decode step's, so that their arithmetic may not depend on their number.
         implementation: static; "pallas", "xla" or "interpret" takes that path or fails.
 
     Returns:
@@ -46,10 +48,12 @@ def matmul(x: jax.Array, weight: Weight, *, strict: bool, implementation: str | 
         ValueError: x is not a float32 matrix, x has no rows, its K differs from the weight's, or the implementation is unknown
             or does not support this product.
     """
-    return matmul_many(x, [weight], strict=strict, implementation=implementation)[0]
+    return matmul_many(x, [weight], strict=strict, decoding=decoding, implementation=implementation)[0]
 
 
-def matmul_many(x: jax.Array, weights: Sequence[Weight], *, strict: bool, implementation: str | None = None) -> list[jax.Array]:
+def matmul_many(
+    x: jax.Array, weights: Sequence[Weight], *, strict: bool, decoding: bool = False, implementation: str | None = None
+) -> list[jax.Array]:
     """`matmul` of the same activations with several weights. A kernel computes all of them in one launch if their formats agree.
 
     Args:
@@ -70,18 +74,20 @@ def matmul_many(x: jax.Array, weights: Sequence[Weight], *, strict: bool, implem
         if len(weight.shape) != 2 or weight.shape[1] != x.shape[1]:
             raise ValueError(f"weight is {list(weight.shape)} and x is {list(x.shape)}; K must agree in [N, K] and [M, K]")
     if len(set(map(_format, weights))) > 1:
-        return [matmul(x, weight, strict=strict, implementation=implementation) for weight in weights]
-    outputs = _products(x[:, None, :], tuple(weights), strict, implementation)
+        return [matmul(x, weight, strict=strict, decoding=decoding, implementation=implementation) for weight in weights]
+    outputs = _products(x[:, None, :], tuple(weights), strict, decoding, implementation)
     return [y[:, 0] for y in outputs]
 
 
-def grouped_matmul(x: jax.Array, weight: Weight, *, strict: bool, implementation: str | None = None) -> jax.Array:
+def grouped_matmul(
+    x: jax.Array, weight: Weight, *, strict: bool, decoding: bool = False, implementation: str | None = None
+) -> jax.Array:
     """Multiply each group of the activations by its own rows of one weight matrix.
 
     Args:
         x: float32 [M, C, K] with C groups.
         weight: [C·N, K], group after group.
-        strict, implementation: as for `matmul`.
+        strict, decoding, implementation: as for `matmul`.
 
     Returns:
         float32 [M, C, N].
@@ -93,7 +99,7 @@ def grouped_matmul(x: jax.Array, weight: Weight, *, strict: bool, implementation
         raise ValueError(f"x is {x.dtype}{list(x.shape)}; it must be float32 [M, C, K] with M at least 1")
     if len(weight.shape) != 2 or weight.shape[1] != x.shape[2] or weight.shape[0] % x.shape[1]:
         raise ValueError(f"weight is {list(weight.shape)}; {x.shape[1]} groups of [N, {x.shape[2]}] rows are needed")
-    return _products(x, (weight,), strict, implementation)[0]
+    return _products(x, (weight,), strict, decoding, implementation)[0]
 
 
 def _format(weight: Weight) -> type[Quantized] | None:
@@ -101,10 +107,13 @@ def _format(weight: Weight) -> type[Quantized] | None:
     return type(weight) if isinstance(weight, Quantized) else None
 
 
-def _products(x: jax.Array, weights: tuple[Weight, ...], strict: bool, implementation: str | None) -> tuple[jax.Array, ...]:
+def _products(
+    x: jax.Array, weights: tuple[Weight, ...], strict: bool, decoding: bool, implementation: str | None
+) -> tuple[jax.Array, ...]:
     """Products [M, C, N] of x [M, C, K] and each weight [C·N, K], by the path that the gate chooses."""
     half = all(not isinstance(weight, Quantized) and weight.dtype.itemsize == 2 for weight in weights)
-    choice = choose(x.shape[0], _format(weights[0]), half=half, strict=strict, implementation=implementation)
+    format = _format(weights[0])
+    choice = choose(x.shape[0], format, half=half, strict=strict, decoding=decoding, implementation=implementation)
     paths: dict[str, Callable[..., tuple[jax.Array, ...]]] = {
         "pallas": functools.partial(_kernels, interpret=False),
         "interpret": functools.partial(_kernels, interpret=True),
@@ -139,14 +148,16 @@ def product_parts(
 ) -> list[Part]:
     """Products with weights of one format as launch parts: their outputs together are one for each weight, in order.
 
-    Q8_0 weights share a part, with the tile measured for this device. Arguments as for `q8_matmul` and `lane_matmul`.
+    Q8_0 weights share a part, with the tile measured for this device. More than eight rows go in batches, see `core.batches`.
+    Arguments as for `q8_matmul` and `lane_matmul`.
     """
     q8 = [weight for weight in weights if isinstance(weight, Q8_0)]
     if not q8 or not isinstance(x, Activation):
         return [lane_part(x, weight, groups=groups, interpret=interpret) for weight in weights]
     m, _, blocks = x.scales.shape
     device_kind = "" if interpret else jax.devices()[0].device_kind
-    tile = tile_for(tuple(weight.shape[0] // groups for weight in q8), blocks * BLOCK, groups, m, device_kind)
+    sizes = tuple(weight.shape[0] // groups for weight in q8)
+    tile = tile_for(sizes, blocks * BLOCK, groups, batches.rows_of(m), device_kind)
     return [q8_part(x, q8, tile=tile, groups=groups, interpret=interpret)]
 
 

@@ -29,6 +29,7 @@ from pallas_kernels.core import rounding
 
 FIRST_TOKEN = 1
 RUNS = 3
+GREEDY = Sampling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +38,19 @@ class Program:
 
     Attributes:
         inner: the name of the drafter whose drafts may be replaced.
+        sequences: S, number of sequences.
     """
 
     max_draft: int
     strict: bool = False
     inner: str = "mtp"
+    sequences: int = 1
 
     @property
     def name(self) -> str:
         """Name in the results."""
-        return f"max_draft {self.max_draft}{' strict' if self.strict else ''}"
+        many = f", {self.sequences} sequences" if self.sequences > 1 else ""
+        return f"max_draft {self.max_draft}{' strict' if self.strict else ''}{many}"
 
     @property
     def drafter(self) -> OracleDrafter | None:
@@ -84,11 +88,23 @@ def _random_keys(shape: tuple[int, ...], seed: jax.Array) -> NarrowKeys:
 
 
 def filled(config: Config, program: Program, context: int, capacity: int) -> DecodeState:
-    """A state whose caches, including the MTP block's, hold `context` rows of random values."""
-    last = FIRST_TOKEN % config.vocab_size
+    """A state whose caches, including the MTP block's, hold `context` rows of random values.
+
+    Sequence s starts with the same token and the same rows in programs of any number of sequences.
+    """
+    alone = [_alone(config, program, context, capacity, s) for s in range(program.sequences)]
+    if len(alone) == 1:
+        return alone[0]
+    together: DecodeState = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *alone)
+    return together
+
+
+def _alone(config: Config, program: Program, context: int, capacity: int, number: int) -> DecodeState:
+    """The state of sequence `number`, with S = 1."""
+    last, own = (FIRST_TOKEN + number) % config.vocab_size, f" {number}" if number else ""
     state = decode.start(config, capacity, [last], drafter=program.drafter, max_draft=program.max_draft)
-    cache = dataclasses.replace(randomised(state.cache, "cache"), length=jnp.full(1, context, jnp.int32))
-    return dataclasses.replace(state, cache=cache, drafting=randomised(state.drafting, "drafting"))
+    cache = dataclasses.replace(randomised(state.cache, f"cache{own}"), length=jnp.full(1, context, jnp.int32))
+    return dataclasses.replace(state, cache=cache, drafting=randomised(state.drafting, f"drafting{own}"))
 
 
 def with_truth(state: DecodeState, tokens: np.ndarray) -> DecodeState:
@@ -122,7 +138,7 @@ class Loop:
         return jax.block_until_ready(jax.tree.map(jnp.copy, self.start if state is None else state))
 
     def run(self, state: DecodeState, tokens: int, depth: int) -> DecodeState:
-        """Generate a number of tokens at a depth, without a stop token. The host does not wait."""
+        """Generate a number of tokens of each sequence at a depth, without a stop token. The host does not wait."""
         return self._called(state, arguments(self.program, tokens, depth))
 
     def _called(self, state: DecodeState, chosen: tuple[Any, ...]) -> DecodeState:
@@ -130,10 +146,10 @@ class Loop:
         made, _ = self.executable(self.weights, state, *chosen)
         return made
 
-    def timed(self, tokens: int, depth: int) -> tuple[list[float], DecodeState]:
+    def timed(self, tokens: int, depth: int, sampling: Sampling = GREEDY) -> tuple[list[float], DecodeState]:
         """Milliseconds per step of several runs after a warm-up run, and the last run's state."""
         # Made once, as the engine keeps them: a random key alone takes several small programs.
-        chosen = jax.block_until_ready(arguments(self.program, tokens, depth))
+        chosen = jax.block_until_ready(arguments(self.program, tokens, depth, sampling))
         samples, state = [], jax.block_until_ready(self._called(self.fresh(), chosen))
         for _ in range(RUNS):
             state = self.fresh()
@@ -143,10 +159,17 @@ class Loop:
         return samples, state
 
 
-def arguments(program: Program, tokens: int, depth: int) -> tuple[Any, ...]:
-    """Limits, filters and policy of a run of a number of tokens at a depth, without a stop token."""
-    policy = Policy(jnp.full(1, depth, jnp.int32), jnp.ones(1 + program.max_draft, jnp.float32))
-    return Limits.of([tokens], [tokens], [[NO_STOP]]), Filters.of([Sampling()]), policy
+def arguments(program: Program, tokens: int, depth: int, sampling: Sampling = GREEDY) -> tuple[Any, ...]:
+    """Limits, filters and policy of a run of a number of tokens at a depth, without a stop token.
+
+    Args:
+        tokens: of each sequence.
+        sampling: of each sequence; sequence s adds s to the seed.
+    """
+    count = program.sequences
+    policy = Policy(jnp.full(count, depth, jnp.int32), jnp.ones(1 + program.max_draft, jnp.float32))
+    samplings = [dataclasses.replace(sampling, seed=int(sampling.seed or 0) + s) for s in range(count)]
+    return Limits.of([tokens] * count, [tokens] * count, [[NO_STOP]] * count), Filters.of(samplings), policy
 
 
 def lower(program: Program, graph: Graph, weights: tuple[jax.Array, ...], start: DecodeState) -> jax.stages.Lowered:

@@ -107,6 +107,21 @@ def decode_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     return decode.good(content)
 
 
+def batch_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
+    """Measure decode steps of 1 to 32 sequences of V4-Flash. Writes `<slug>-batch.json` and `.png`, prints tables."""
+    _start_gpu()
+    from ds4jax.bench import batch, report
+
+    content = batch.bench(batch.Options(), note)
+    report.write(out / f"{slug}-batch.json", content)
+    if importlib.util.find_spec("matplotlib") is None:
+        note("no figure: matplotlib is not installed")
+    else:
+        batch.plot(out / f"{slug}-batch.png", content)
+    batch.show(content)
+    return batch.good(content)
+
+
 def load_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     """Measure the load rate of a 4 GB file against `cat` and a page-locked copy. Writes `<slug>-load.json` and prints it."""
     _start_gpu()
@@ -158,6 +173,7 @@ PREFILL = (
     "tests/kernels/test_dispatch.py",
     "tests/model/test_prefill_kernels.py",
 )
+BATCH = ("tests/model/test_many_rows.py", "tests/decode/test_sequences_gpu.py")
 LONG = ("tests/kernels/test_indexer.py", "tests/kernels/test_stored_rows.py")
 # Tests of kernels that other parts run.
 ELSEWHERE = ("tests/kernels/test_gpu.py", *PREFILL, *LONG)
@@ -179,6 +195,7 @@ class Part:
 PARTS = {
     "kernels": Part(kernels_part, ("-n", "4", "tests/kernels/test_gpu.py")),
     "decode": Part(decode_part, ("-n", "4", "tests/kernels", *(f"--deselect={file}" for file in ELSEWHERE))),
+    "batch": Part(batch_part, ("-n", "2", *BATCH)),
     "load": Part(load_part, ("-n", "0", "tests/loading/test_memory.py")),
     "prefill": Part(prefill_part, ("-n", "4", *PREFILL)),
     "long": Part(long_part, ("-n", "4", *LONG)),

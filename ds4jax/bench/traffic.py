@@ -17,14 +17,15 @@ def distinct_experts(config: Config, rows: int) -> float:
     return config.n_experts * (1 - (1 - config.n_active / config.n_experts) ** rows)
 
 
-def step_bytes(plan: Plan, config: Config, depth: int) -> int:
-    """Minimum bytes that a step with `depth` drafts reads: dense weights once, each chosen expert once, the drafter's weights.
+def step_bytes(plan: Plan, config: Config, depth: int, sequences: int = 1) -> int:
+    """Minimum bytes of weights that a step with `depth` drafts of each sequence reads: dense weights once, each chosen expert
+    once, the drafter's weights.
 
     A step with depth 0 is counted without the MTP block. With drafts, the block runs once for the committed tokens and once for
     each draft after the first. Each draft reads the head.
     """
     experts = plan.parts["routed experts"].token
-    chosen = round(experts * distinct_experts(config, 1 + depth) / config.n_active)
+    chosen = round(experts * distinct_experts(config, sequences * (1 + depth)) / config.n_active)
     return plan.token - experts + chosen + depth * plan.draft
 
 

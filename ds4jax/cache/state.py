@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from ds4jax.cache.stored_rows import Stored, empty_keys, empty_rows
 from ds4jax.config import Config
 from pallas_kernels.attention.meaning import ring_positions
+from pallas_kernels.core.limits import MAX_ROWS
 
 OVERLAP_RATIO = 4
 
@@ -43,6 +44,8 @@ class Rows:
             sees the window that ends with it.
         sees: bool [T, ring + T], which rows of the ring and of the call each row sees, in place of what its position says; for
             calls with rows of one sequence whose caches are not kept. None in all other calls.
+        decoding: static; a decode or verify step, or a call of as few rows as a single sequence has there. Otherwise the call is
+            a chunk of a prompt, whose products have another arithmetic. It never depends on the number of sequences.
     """
 
     position: jax.Array
@@ -54,6 +57,7 @@ class Rows:
     per_sequence: int = dataclasses.field(metadata={"static": True})
     both_ways: bool = dataclasses.field(default=False, metadata={"static": True})
     sees: jax.Array | None = None
+    decoding: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def single(self) -> bool:
@@ -94,7 +98,8 @@ class Rows:
         live = jnp.arange(width, dtype=jnp.int32) < count
         start_B, slot = jnp.asarray(start, jnp.int32).reshape(-1), jnp.asarray(slot, jnp.int32)
         end_B = start_B.at[slot].add(jnp.asarray(count, jnp.int32))
-        return cls(start_B[slot] + offset, jnp.broadcast_to(slot, (width,)), live, start_B, end_B, strict, width)
+        flat = (start_B[slot] + offset, jnp.broadcast_to(slot, (width,)), live)
+        return cls(*flat, start_B, end_B, strict, width, decoding=width <= MAX_ROWS)
 
     @classmethod
     def step(cls, start_B: jax.Array, width: int, count_B: jax.Array, *, strict: bool = False) -> Rows:
@@ -109,7 +114,7 @@ class Rows:
         """
         size = start_B.shape[0]
         if size == 1:
-            return cls.following(start_B, width, count_B[0], strict=strict)
+            return dataclasses.replace(cls.following(start_B, width, count_B[0], strict=strict), decoding=True)
         place = jnp.arange(width, dtype=jnp.int32)
         some_B = count_B > 0
         sequence_B = jnp.where(some_B, jnp.arange(size, dtype=jnp.int32), jnp.argmax(some_B).astype(jnp.int32))
@@ -118,7 +123,7 @@ class Rows:
         live_BW = place < count_B[:, None]
         sequence_BW = jnp.broadcast_to(sequence_B[:, None], (size, width))
         flat = (position_BW.reshape(-1), sequence_BW.reshape(-1), live_BW.reshape(-1))
-        return cls(*flat, start_B, start_B + count_B, strict, width)
+        return cls(*flat, start_B, start_B + count_B, strict, width, decoding=True)
 
     def some(self, position_n: jax.Array) -> Rows:
         """The rows at `position_n` int32 [n] of a call whose rows are all of one sequence, as queries: all are live."""

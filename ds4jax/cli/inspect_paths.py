@@ -14,7 +14,7 @@ from ds4jax.loading.contents import kind_of, layers, split_name
 from ds4jax.loading.plan import token_bytes
 from ds4jax.model import paths
 from pallas_kernels.core.dispatch import choose
-from pallas_kernels.core.limits import MAX_ROWS
+from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.formats import FORMATS
 from pallas_kernels.linear.lane_formats import LANE_FORMATS
 
@@ -54,12 +54,12 @@ def dispatch(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def decode_step(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Whether the kernels for a complete layer run a decode or verify step of few rows. Layers with one reason share a row.
+    """Whether the kernels for a complete layer run a decode or verify step. Layers with one reason share a row.
 
     Returns:
         Rows with part ("layers", "mtp", "dspark" or "head"), layers (which of them, as text), count of blocks, rows (their
-        maximum in a step), the path on CUDA, the path elsewhere and the reason. A path is "kernels", or "modules", where each
-        product takes its path from `dispatch`.
+        maximum in a step of all sequences), the path on CUDA, the path elsewhere and the reason. A path is "kernels", or
+        "modules", where each product takes its path from `dispatch`.
     """
     weights: dict[tuple[str, str], dict[str, Any]] = {}
     for tensor in checkpoint.tensors:
@@ -74,16 +74,18 @@ def decode_step(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     found = [_row(part, reason, blocks, _rows(part, config)) for (part, reason), blocks in reasons.items()]
     found.sort(key=lambda row: (PARTS.index(row["part"]), int(re.match(r"\d*", row["layers"])[0] or 0)))  # type: ignore[index]
     head = weights["", ""]["head"]
-    return [*found, _row("head", paths.why_not_head(config, head, MAX_ROWS, strict=False), [""], MAX_ROWS)]
+    return [*found, _row("head", paths.why_not_head(config, head, STEP_ROWS, strict=False), [""], STEP_ROWS)]
 
 
 def _rows(part: str, config: Config) -> int:
-    """Maximum rows of one sequence in a step; the stages of a DSpark drafter run all rows of a block at once."""
-    return config.dspark_block if part == DSPARK else MAX_ROWS
+    """Maximum rows in a step of all sequences; the stages of a DSpark drafter run whole blocks."""
+    if part != DSPARK or config.dspark_block > STEP_ROWS:
+        return config.dspark_block if part == DSPARK else STEP_ROWS
+    return STEP_ROWS // config.dspark_block * config.dspark_block
 
 
 def _why_not(part: str, config: Config, own: dict[str, Any]) -> str | None:
-    return f"more than {MAX_ROWS} rows" if _rows(part, config) > MAX_ROWS else paths.why_not_block(config, own)
+    return f"more than {STEP_ROWS} rows" if _rows(part, config) > STEP_ROWS else paths.why_not_block(config, own)
 
 
 def _row(part: str, reason: str | None, blocks: list[str], rows: int) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.model.row_slices import in_slices, slice_rows
 from ds4jax.model.tape import Record, ignore, under
 from pallas_kernels.attention.meaning import Segment, attend, in_window, ring_positions, round_rows
-from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.core.norm import rms_scale
 
 
@@ -51,10 +50,10 @@ class Attention(nnx.Module):
         """Attend from the call's rows, float32 [T, D] → [T, D], and take them into the cache."""
         config = self.config
         frequencies = inverse_frequencies(config, compressed=self.ratio > 0)
-        q_low_TL, kv_TQ = together(x_TD, self.wq_a, self.wkv, strict=rows.strict)
+        q_low_TL, kv_TQ = together(x_TD, self.wq_a, self.wkv, strict=rows.strict, decoding=rows.decoding)
         q_low_TL = self.q_norm(q_low_TL)
         record("q_low", q_low_TL)
-        q_THQ = self.wq_b(q_low_TL, strict=rows.strict).reshape(-1, config.n_heads, config.head_dim)
+        q_THQ = self.wq_b(q_low_TL, strict=rows.strict, decoding=rows.decoding).reshape(-1, config.n_heads, config.head_dim)
         q_THQ = rotate(q_THQ * rms_scale(q_THQ, config.norm_eps), rows.position, frequencies)
         kv_TQ = self._key_rows(kv_TQ, rows)
         record("kv", kv_TQ)
@@ -65,7 +64,7 @@ class Attention(nnx.Module):
         def modules(q_THQ: jax.Array) -> jax.Array:
             window, visible_TS = self._window(kv_TQ, rows, before, cache.window)
             sink_H = self.attn_sink.get_value().astype(jnp.float32)
-            gather = len(q_THQ) <= MAX_ROWS or not rows.single
+            gather = rows.decoding or not rows.single
 
             def some(queries: tuple[jax.Array, jax.Array, Queries | None, jax.Array]) -> jax.Array:
                 q, visible, index, position = queries
@@ -89,12 +88,12 @@ class Attention(nnx.Module):
         else:
             out_THQ = modules(q_THQ)
         out_THQ = rotate(out_THQ, rows.position, frequencies, inverse=True)
-        out = self.wo_a(out_THQ.reshape(x_TD.shape[0], -1), strict=rows.strict)
-        return self.wo_b(out, strict=rows.strict), cache
+        out = self.wo_a(out_THQ.reshape(x_TD.shape[0], -1), strict=rows.strict, decoding=rows.decoding)
+        return self.wo_b(out, strict=rows.strict, decoding=rows.decoding), cache
 
     def keep(self, x_TD: jax.Array, rows: Rows, window: jax.Array) -> jax.Array:
         """The window's ring [B, ring, Q] with rows made of inputs float32 [T, D], without attending."""
-        return write_ring(window, self._key_rows(self.wkv(x_TD, strict=rows.strict), rows), rows)
+        return write_ring(window, self._key_rows(self.wkv(x_TD, strict=rows.strict, decoding=rows.decoding), rows), rows)
 
     def _key_rows(self, kv_TQ: jax.Array, rows: Rows) -> jax.Array:
         """Keys and values of projected rows [T, Q]: normed, rotated at their positions, and rounded as in training."""

@@ -63,7 +63,7 @@ class Block(nnx.Module):
         with jax.named_scope("experts"):
             x_TD, post, comb = self._collapse("ffn", h_TND, record)
             x_TD = self.ffn_norm(x_TD)
-            y_TD = self.ffn(x_TD, ids_T, strict=rows.strict, record=under(record, "ffn"))
+            y_TD = self.ffn(x_TD, ids_T, strict=rows.strict, decoding=rows.decoding, record=under(record, "ffn"))
             record("ffn_in", x_TD)
             record("ffn_out", y_TD)
             h_TND = hc.write_back(y_TD, h_TND, post, comb)

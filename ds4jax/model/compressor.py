@@ -42,7 +42,7 @@ class Compressor(nnx.Module):
             x_TD: float32 [T, D], the layer's normed input.
             finish: what becomes of the rotated rows [n, width]: the simulated rounding of rows or keys.
         """
-        values, gates = together(x_TD, self.wkv, self.wgate, strict=rows.strict)
+        values, gates = together(x_TD, self.wkv, self.wgate, strict=rows.strict, decoding=rows.decoding)
         gates += self.ape.get_value().astype(jnp.float32)[rows.position % self.ratio]
         closing, closed = closing_rows(rows, self.ratio)
         position, sequence = rows.position[closing], rows.sequence[closing]

@@ -125,7 +125,7 @@ def layers(
     config: Config, blocks: list[Block], h_TND: jax.Array, ids_T: jax.Array, rows: Rows, caches: tuple[LayerCache, ...],
     *, taps: tuple[int, ...] = (), interpret: bool = False,
 ) -> tuple[jax.Array, tuple[LayerCache, ...], list[jax.Array]]:  # fmt: skip
-    """Run streams float32 [T, N, D] through blocks and their caches; T at most 8, of any number of sequences.
+    """Run streams float32 [T, N, D] through blocks and their caches; T at most 64, of any number of sequences.
 
     Args:
         taps: static; indices of blocks.
@@ -272,11 +272,12 @@ def _experts(
     else:
         how = {"bias": weights["ffn.gate.bias"]}
     chosen, share = router.route(logits, active=config.n_active, scale=config.route_scale, **how, interpret=interpret)
+    order = expert_kernels.walk(chosen, interpret=interpret)
     w1, w2, w3 = (weights[f"ffn.experts.{name}"] for name in ("w1", "w2", "w3"))
     x, limit, shared_down = entered.quantized_for(type(w1)), config.swiglu_limit, weights[SHARED[1]]
     parts = [
         _mixing(config, weights, "ffn", entered),
-        expert_kernels.gate_up_part(x, chosen, share, w1, w3, limit=limit, interpret=interpret),
+        expert_kernels.gate_up_part(x, chosen, share, w1, w3, limit=limit, order=order, interpret=interpret),
         *_entered_parts(entered, [weights[SHARED[0]], weights[SHARED[2]]], interpret),
     ]
     mixing, [hidden], *made = launch(parts, warps=1, interpret=interpret)

@@ -39,9 +39,9 @@ class DSpark(nnx.Module):
         self.confidence = Linear(1, config.dim + config.dspark_rank, rngs=rngs)
         self.config = config
 
-    def main_rows(self, means: Sequence[jax.Array], *, strict: bool) -> jax.Array:
+    def main_rows(self, means: Sequence[jax.Array], *, strict: bool, decoding: bool = False) -> jax.Array:
         """Inputs of the stages' rings, float32 [T, D], from the means [T, D] after each of the config's `dspark_layers`."""
-        return self.main_norm(self.main_proj(jnp.concatenate(list(means), axis=-1), strict=strict))
+        return self.main_norm(self.main_proj(jnp.concatenate(list(means), axis=-1), strict=strict, decoding=decoding))
 
     def block_ids(self, last_S: jax.Array) -> jax.Array:
         """Tokens of the block's rows, int32 [S, K]: the last committed token, then noise."""
@@ -59,7 +59,7 @@ class DSpark(nnx.Module):
 
     def correction(self, before_SR: jax.Array, *, strict: bool) -> jax.Array:
         """What the token before a slot adds to its logits, float32 [S, V]."""
-        return self.markov_w2(before_SR, strict=strict)
+        return self.markov_w2(before_SR, strict=strict, decoding=True)
 
     def score(self, x_SD: jax.Array, before_SR: jax.Array) -> jax.Array:
         """Probability float32 [S] that a slot's draft stands where the earlier ones do.

@@ -64,7 +64,10 @@ class Indexer(nnx.Module):
             x_TD: float32 [T, D], the layer's normed input.
             q_low_TL: float32 [T, q_lora_rank], the attention's low-rank query.
         """
-        return Queries(self.wq_b(q_low_TL, strict=rows.strict), self.weights_proj(x_TD, strict=rows.strict))
+        return Queries(
+            self.wq_b(q_low_TL, strict=rows.strict, decoding=rows.decoding),
+            self.weights_proj(x_TD, strict=rows.strict, decoding=rows.decoding),
+        )
 
     def __call__(
         self, queries: Queries, rows: Rows, cache: CompressorCache, record: Record = ignore

@@ -42,13 +42,13 @@ class Linear(nnx.Module):
     def __init__(self, n_out: int, n_in: int, *, rngs: Rngs):
         self.weight = parameter(rngs, n_out, n_in, scale=n_in**-0.5)
 
-    def __call__(self, x: jax.Array, *, strict: bool) -> jax.Array:
-        return ops.matmul(x, self.weight.get_value(), strict=strict)
+    def __call__(self, x: jax.Array, *, strict: bool, decoding: bool = False) -> jax.Array:
+        return ops.matmul(x, self.weight.get_value(), strict=strict, decoding=decoding)
 
 
-def together(x: jax.Array, *layers: Linear, strict: bool) -> list[jax.Array]:
+def together(x: jax.Array, *layers: Linear, strict: bool, decoding: bool = False) -> list[jax.Array]:
     """Outputs [T, N] of several linear maps of the same x [T, K]; one launch where a kernel runs and their formats agree."""
-    return ops.matmul_many(x, [layer.weight.get_value() for layer in layers], strict=strict)
+    return ops.matmul_many(x, [layer.weight.get_value() for layer in layers], strict=strict, decoding=decoding)
 
 
 class GroupedLinear(nnx.Module):
@@ -58,9 +58,10 @@ class GroupedLinear(nnx.Module):
         self.weight = parameter(rngs, groups * n_out, n_in, scale=n_in**-0.5)
         self.groups = groups
 
-    def __call__(self, x: jax.Array, *, strict: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, strict: bool, decoding: bool = False) -> jax.Array:
         x_TGK = x.reshape(x.shape[0], self.groups, -1)
-        return ops.grouped_matmul(x_TGK, self.weight.get_value(), strict=strict).reshape(x.shape[0], -1)
+        y_TGN = ops.grouped_matmul(x_TGK, self.weight.get_value(), strict=strict, decoding=decoding)
+        return y_TGN.reshape(x.shape[0], -1)
 
 
 class Embedding(nnx.Module):

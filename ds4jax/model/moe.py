@@ -68,14 +68,20 @@ class Experts(nnx.Module):
         self.w3 = Stack(config, config.moe_dim, config.dim, rngs=rngs)
         self.config = config
 
-    def __call__(self, x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array, *, strict: bool = False) -> jax.Array:
+    def __call__(
+        self, x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array, *, strict: bool = False, decoding: bool = False
+    ) -> jax.Array:
         """Weighted sum of the chosen experts' outputs, [T, D]; the weight is applied before w2.
 
-        Few rows: each row reads its chosen experts. Strict computes one row at a time in float32, so that shapes and bits do not
-        depend on the number of rows. Otherwise weights of fewer than eight bits are multiplied by quantised activations. Formats
-        without a kernel are computed one row at a time, too: the decoded experts of one row take 0.5 GB in V4-Flash.
-        Many rows: on CUDA and not strict, rows are grouped by expert and multiplied in bfloat16. Otherwise every expert is
-        computed for all rows.
+        A decode step: each row reads its chosen experts. Strict computes one row at a time in float32, so that shapes and bits do
+        not depend on the number of rows. Otherwise weights of fewer than eight bits are multiplied by quantised activations. More
+        than eight rows and formats without a kernel are computed one row at a time, too: the decoded experts of one row take
+        0.5 GB in V4-Flash.
+        A chunk of a prompt: on CUDA and not strict, rows are grouped by expert and multiplied in bfloat16. Otherwise every expert
+        is computed for all rows.
+
+        Args:
+            decoding: static; as in `Rows`.
         """
         stacks = tuple(stack.weight.get_value() for stack in (self.w1, self.w3, self.w2))
         limit = self.config.swiglu_limit
@@ -90,12 +96,13 @@ class Experts(nnx.Module):
             how = STRICT if strict else QUICK
             return meaning.gathered(x_TD, chosen_TK, weights_TK, *stacks, limit=limit, **how)
 
-        if x_TD.shape[0] > MAX_ROWS:
-            if paths.why_not_grouped_experts(self.config, stacks, x_TD.shape[0], strict=strict):
+        if not decoding:
+            if paths.why_not_grouped_experts(self.config, stacks, decoding=decoding, strict=strict):
                 return one_by_one(x_TD, chosen_TK, weights_TK)
             y_TD: jax.Array = jax.lax.platform_dependent(x_TD, chosen_TK, weights_TK, cuda=grouped, default=one_by_one)
             return y_TD
-        if not strict and not any(isinstance(stack, Stored) for stack in stacks):
+        few = x_TD.shape[0] <= MAX_ROWS
+        if few and not strict and not any(isinstance(stack, Stored) for stack in stacks):
             return gathered(x_TD, chosen_TK, weights_TK)
         rows = (x_TD[:, None], chosen_TK[:, None], weights_TK[:, None])
         return jax.lax.map(lambda row: gathered(*row), rows)[:, 0]
@@ -110,9 +117,9 @@ class SharedExpert(nnx.Module):
         self.w3 = Linear(config.moe_dim, config.dim, rngs=rngs)
         self.limit = config.swiglu_limit
 
-    def __call__(self, x_TD: jax.Array, *, strict: bool) -> jax.Array:
-        gate, up = together(x_TD, self.w1, self.w3, strict=strict)
-        return self.w2(meaning.swiglu(gate, up, self.limit), strict=strict)
+    def __call__(self, x_TD: jax.Array, *, strict: bool, decoding: bool = False) -> jax.Array:
+        gate, up = together(x_TD, self.w1, self.w3, strict=strict, decoding=decoding)
+        return self.w2(meaning.swiglu(gate, up, self.limit), strict=strict, decoding=decoding)
 
 
 class MoE(nnx.Module):
@@ -123,6 +130,9 @@ class MoE(nnx.Module):
         self.experts = Experts(config, rngs=rngs)
         self.shared_experts = SharedExpert(config, rngs=rngs)
 
-    def __call__(self, x_TD: jax.Array, ids_T: jax.Array, *, strict: bool = False, record: Record = ignore) -> jax.Array:
+    def __call__(
+        self, x_TD: jax.Array, ids_T: jax.Array, *, strict: bool = False, decoding: bool = False, record: Record = ignore
+    ) -> jax.Array:
         chosen_TK, weights_TK = self.gate(x_TD, ids_T, record)
-        return self.experts(x_TD, chosen_TK, weights_TK, strict=strict) + self.shared_experts(x_TD, strict=strict)
+        how = {"strict": strict, "decoding": decoding}
+        return self.experts(x_TD, chosen_TK, weights_TK, **how) + self.shared_experts(x_TD, **how)

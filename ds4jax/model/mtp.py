@@ -40,7 +40,7 @@ class MTP(Block):
             embedded_TD: float32 [T, D], embeddings of the tokens at t+1.
         """
         t, n, d = h_TND.shape
-        projected = self.h_proj(self.hnorm(h_TND).reshape(t * n, d), strict=rows.strict).reshape(t, n, d)
-        mixed_TND = self.e_proj(self.enorm(embedded_TD), strict=rows.strict)[:, None, :] + projected
+        projected = self.h_proj(self.hnorm(h_TND).reshape(t * n, d), strict=rows.strict, decoding=rows.decoding).reshape(t, n, d)
+        mixed_TND = self.e_proj(self.enorm(embedded_TD), strict=rows.strict, decoding=rows.decoding)[:, None, :] + projected
         record("input", mixed_TND)
         return mixed_TND

@@ -12,7 +12,7 @@ from typing import Any
 from ds4jax.cache.state import LayerCache, Rows
 from ds4jax.config import Config
 from pallas_kernels.core.dispatch import opt_out
-from pallas_kernels.core.limits import MAX_ROWS
+from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.experts import prefill as grouped
 from pallas_kernels.formats import Quantized
 from pallas_kernels.hyper_connections.decode import STREAMS
@@ -41,6 +41,8 @@ FLOATS = ("float16", "bfloat16", "float32")
 MIN_WIDTH = {"dim": 256, "moe_dim": 256, "head_dim": 64, "index_dim": 32}
 # A tensor core's operand has at least this many columns.
 MIN_COLUMNS = 16
+# The kinds of calls, where they are the reason.
+PROMPT, STEP = "a chunk of a prompt", "a decode step"
 
 
 def _powers_of_two(**widths: int) -> str | None:
@@ -96,8 +98,10 @@ def why_not_step(config: Config, blocks: Iterable[Weights], rows: Rows, caches: 
         return "strict"
     if rows.sees is not None:
         return "what each row sees is given"
-    if rows.position.shape[0] > MAX_ROWS:
-        return f"more than {MAX_ROWS} rows"
+    if not rows.decoding:
+        return PROMPT
+    if rows.position.shape[0] > STEP_ROWS:
+        return f"more than {STEP_ROWS} rows"
     if rows.per_sequence > min(cache.window.shape[1] for cache in caches) - config.window:
         return "the rings have no room for the rows"
     return next((reason for weights in blocks if (reason := why_not_block(config, weights))), None)
@@ -107,8 +111,8 @@ def why_not_head(config: Config, head: Any, rows: int, *, strict: bool) -> str |
     """Why the decode kernels cannot compute the logits of this many rows; None when they can."""
     if strict:
         return "strict"
-    if rows > MAX_ROWS:
-        return f"more than {MAX_ROWS} rows"
+    if rows > STEP_ROWS:
+        return f"more than {STEP_ROWS} rows"
     reason = opt_out() or _streams(config) or _powers_of_two(dim=config.dim) or _wide_enough(config, "dim")
     return reason or _no_kernel("head", head, LANE_FORMATS)
 
@@ -121,8 +125,8 @@ def why_not_prefill_attention(config: Config, rows: Rows, weight: Weight) -> str
     """
     if rows.strict:
         return "strict"
-    if rows.position.shape[0] <= MAX_ROWS:
-        return f"at most {MAX_ROWS} rows"
+    if rows.decoding:
+        return STEP
     if not rows.single:
         return "rows of several sequences"
     if rows.both_ways or rows.sees is not None:
@@ -137,16 +141,17 @@ def why_not_prefill_attention(config: Config, rows: Rows, weight: Weight) -> str
     return _wide_enough(config, "index_dim")
 
 
-def why_not_grouped_experts(config: Config, stacks: Sequence[Weight], rows: int, *, strict: bool) -> str | None:
-    """Why the prefill kernels cannot run the experts of this many rows; None when they can.
+def why_not_grouped_experts(config: Config, stacks: Sequence[Weight], *, decoding: bool, strict: bool) -> str | None:
+    """Why the prefill kernels cannot run the experts of a call; None when they can.
 
     Args:
         stacks: gate, up and down, of any types.
+        decoding: as in `Rows`.
     """
     if strict:
         return "strict"
-    if rows <= MAX_ROWS:
-        return f"at most {MAX_ROWS} rows"
+    if decoding:
+        return STEP
     if reason := opt_out():
         return reason
     for name, stack in zip(EXPERTS, stacks, strict=True):

@@ -13,7 +13,8 @@ from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.formats import Quantized
 from pallas_kernels.linear.lane_formats import LANE_FORMATS
 
-# Maximum rows of a decode or verify step: the MTP block's h_proj has four rows per token.
+# Maximum rows of a call that is computed like a decode step if nothing says what it is: a verify step of one sequence, whose
+# product h_proj of the MTP block has four rows per token.
 DECODE_ROWS = 4 * MAX_ROWS
 OPT_OUT = "DS4JAX_NO_SHARE_WARP"
 IMPLEMENTATIONS = ("pallas", "xla", "interpret")
@@ -42,15 +43,16 @@ def opt_out() -> str | None:
 
 
 def choose(
-    rows: int, format: type[Quantized] | None, *, half: bool = False, strict: bool, implementation: str | None = None
-) -> Choice:
+    rows: int, format: type[Quantized] | None, *, half: bool = False, strict: bool, decoding: bool = False,
+    implementation: str | None = None,
+) -> Choice:  # fmt: skip
     """Choose the path of a product.
 
     Args:
         rows: rows of the activations.
         format: the weight's; None if it is a float matrix.
         half: whether the float weight has 16 bits.
-        strict, implementation: as for `pallas_kernels.ops.matmul`.
+        strict, decoding, implementation: as for `pallas_kernels.ops.matmul`.
 
     Raises:
         ValueError: the `implementation` does not exist or does not support this product; the message gives the reason.
@@ -59,7 +61,7 @@ def choose(
         return _forced(implementation, rows, format, strict)
     if strict:
         return Choice("dot", "dot", "strict")
-    many = rows > DECODE_ROWS
+    many = rows > DECODE_ROWS and not decoding
     if format is None:
         if half and many and not opt_out():
             return Choice("three bfloat16", "dot", f"16-bit float weights, more than {DECODE_ROWS} rows")
@@ -70,9 +72,10 @@ def choose(
     name = format.__name__
     if many:
         return Choice("bfloat16", "dot", f"{name}, more than {DECODE_ROWS} rows")
+    few = f"at most {DECODE_ROWS} rows" if rows <= DECODE_ROWS else "a decode step"
     if format not in LANE_FORMATS:
-        return Choice("xla", "xla", f"{name} has no kernel, at most {DECODE_ROWS} rows")
-    return Choice("pallas", "xla", f"{name}, at most {DECODE_ROWS} rows")
+        return Choice("xla", "xla", f"{name} has no kernel, {few}")
+    return Choice("pallas", "xla", f"{name}, {few}")
 
 
 def _forced(implementation: str, rows: int, format: type[Quantized] | None, strict: bool) -> Choice:

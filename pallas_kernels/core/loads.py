@@ -31,14 +31,19 @@ def all_of(*conditions: jax.Array | None) -> jax.Array | None:
     return functools.reduce(jnp.logical_and, present) if present else None
 
 
-def load(ref: Any, *index: Any, real: jax.Array | None, width: int = 1, **how: Any) -> jax.Array:
-    """Load one value per lane, or `width` values if the last index is a slice of `width`. Lanes that are not `real` get 0."""
+def load(ref: Any, *index: Any, real: jax.Array | None, width: int = 1, once: bool = False) -> jax.Array:
+    """Load one value per lane, or `width` values if the last index is a slice of `width`. Lanes that are not `real` get 0.
+
+    Args:
+        once: no program loads the value again, so the caches can evict it first.
+    """
+    policy = "evict_first" if once else None
     # Interpret mode does not accept Python integers together with dynamic slices.
     index = tuple(value(i) if isinstance(i, int) else i for i in index)
     if real is None:
-        return plt.load(ref.at[index], **how)
+        return plt.load(ref.at[index], eviction_policy=policy)
     mask = jnp.broadcast_to(real[:, None], (LANES, width)) if width > 1 else real
-    return plt.load(ref.at[index], mask=mask, other=0, **how)
+    return plt.load(ref.at[index], mask=mask, other=0, eviction_policy=policy)
 
 
 def load_selected(matrices: Sequence[Any], load_from: Callable[[Any], Loaded]) -> Loaded:

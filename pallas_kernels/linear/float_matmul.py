@@ -2,7 +2,7 @@
 
 Works like the share-warp kernel. A program is one warp and owns a few weight rows. A lane owns 16 bytes of every 512 and adds
 each product with one fused multiply-add. The lanes are summed once, at the end. Row m of any call has the same bits as the row
-alone.
+alone. More than eight rows are multiplied in batches, see `core.batches`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.core import arithmetic, loads
+from pallas_kernels.core import arithmetic, batches, loads
 from pallas_kernels.core.arithmetic import LANES
+from pallas_kernels.core.batches import Batch
 from pallas_kernels.core.launch import Part, launch
 
 NAME = "float_matmul"
@@ -48,14 +49,11 @@ def lane_values(dtype: Any) -> int:
 
 def _body(
     program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
-    *, sizes: tuple[int, ...], rows: int, unroll: int, tokens: int, interpret: bool,
+    *, sizes: tuple[int, ...], rows: int, unroll: int, together: int, interpret: bool,
 ) -> None:  # fmt: skip
     x_ref, *weight_refs = inputs
-    count, (m_rows, columns, width) = len(sizes), x_ref.shape
-    token: jax.Array | None = None
-    if tokens < m_rows:
-        heights = sum(pl.cdiv(n, rows) for n in sizes)
-        token, program = program // heights * tokens, program % heights
+    count, (tokens, columns, width) = len(sizes), x_ref.shape
+    program, batch = batches.split(program, tokens, together)
     first, matrices = 0, []
     for weight, out, n in zip(weight_refs, outputs, sizes, strict=True):
         tiles = pl.cdiv(n, rows)
@@ -69,7 +67,7 @@ def _body(
 
         def weights_of(matrix: _Matrix) -> list[list[jax.Array]]:
             return [
-                [_load(matrix, r, rows, place, real, width) for r in range(rows)]
+                [_load(matrix, r, rows, place, real, width, batch) for r in range(rows)]
                 for place, real in zip(places, inside, strict=True)
             ]
 
@@ -79,15 +77,14 @@ def _body(
             plt.debug_barrier()
         out = list(sums)
         for place, real, weights in zip(places, inside, loaded, strict=True):
-            for m in range(tokens):
-                row = m if token is None else jnp.minimum(token + m, m_rows - 1)
-                x = loads.load(x_ref, row, pl.ds(place, LANES), slice(None), real=real, width=width)
+            for m in range(batch.size):
+                x = loads.load(x_ref, batch.row(m), pl.ds(place, LANES), slice(None), real=real, width=width)
                 for r, weight in enumerate(weights):
                     i = m * rows + r
                     out[i] = arithmetic.fma(weight.astype(jnp.float32), x, out[i], interpret=interpret)
         return tuple(out)
 
-    sums = tuple(jnp.zeros((LANES, width), jnp.float32) for _ in range(tokens * rows))
+    sums = tuple(jnp.zeros((LANES, width), jnp.float32) for _ in range(batch.size * rows))
     passes, rest = divmod(pl.cdiv(columns, LANES), unroll)
     if passes > 1:
         sums = jax.lax.fori_loop(0, passes, lambda i, sums: one_pass(i * unroll * LANES, unroll, sums), sums)
@@ -95,51 +92,50 @@ def _body(
         sums = one_pass(loads.value(0), unroll, sums)
     if rest:
         sums = one_pass(loads.value(passes * unroll * LANES), rest, sums)
-    _store(matrices, [jnp.sum(total, axis=-1) for total in sums], rows, token, interpret)
+    _store(matrices, [jnp.sum(total, axis=-1) for total in sums], rows, batch, interpret)
 
 
-def _load(matrix: _Matrix, r: int, rows: int, place: jax.Array, inside: jax.Array | None, width: int) -> jax.Array:
+def _load(matrix: _Matrix, r: int, rows: int, place: jax.Array, inside: jax.Array | None, width: int, batch: Batch) -> jax.Array:
     row = matrix.row + r
     real = loads.all_of(row < matrix.n if matrix.n % rows else None, inside)
     span = pl.ds(place, LANES)
-    return loads.load(matrix.weight, row, span, slice(None), real=real, width=width, eviction_policy="evict_first")
+    return loads.load(matrix.weight, row, span, slice(None), real=real, width=width, once=batch.only)
 
 
-def _store(matrices: Sequence[_Matrix], sums: Sequence[jax.Array], rows: int, token: jax.Array | None, interpret: bool) -> None:
-    """Sum over the lanes and store, up to 32 sums at once. `token`: the first row of activations, if there are others."""
+def _store(matrices: Sequence[_Matrix], sums: Sequence[jax.Array], rows: int, batch: Batch, interpret: bool) -> None:
+    """Sum over the lanes and store, up to 32 sums at once."""
     lane = loads.numbers()
     for first in range(0, len(sums), LANES):
         total, place, owner = arithmetic.sum_lanes(sums[first : first + LANES], lane, interpret=interpret)
         m, r = (first + place) // rows, (first + place) % rows
-        m = m if token is None else token + m
         for matrix in matrices:
             inside = matrix.row + r < matrix.n if matrix.n % rows else None
-            real = loads.all_of(owner, matrix.selected, inside, None if token is None else m < matrix.out.shape[0])
+            real = loads.all_of(owner, matrix.selected, inside, batch.real(m))
             assert real is not None
             # The index of a lane without a value is past the end; interpret mode drops it.
             column = jnp.where(real, matrix.row + r, matrix.out.shape[1])
-            plt.store(matrix.out.at[m, column], total, mask=real)
+            plt.store(matrix.out.at[batch.place(m), column], total, mask=real)
 
 
 def cut(rows: int, heights: int, chunks: int) -> tuple[int, int, int]:
     """How the work is cut. It changes only the time of a launch.
 
     Args:
-        rows: M, rows of activations.
+        rows: rows of activations of a program.
         heights: rows of all weights together.
         chunks: chunks of 32 lane loads in a weight row.
 
     Returns:
-        Weight rows of a program, chunks that it loads at a time, and its rows of activations.
+        Weight rows of a program, chunks that it loads at a time, and the maximum rows of activations of a batch.
     """
-    owned, tokens = 4, rows
-    while owned > 1 and (owned * rows > MAX_SUMS or heights < owned * PROGRAMS):
+    owned, together = 4, batches.rows_of(rows)
+    while owned > 1 and (owned * together > MAX_SUMS or heights < owned * PROGRAMS):
         owned //= 2
-    while tokens > 1 and heights * pl.cdiv(rows, tokens) < owned * PROGRAMS:
-        tokens = pl.cdiv(tokens, 2)
+    while together > 1 and heights * batches.count(rows, together) < owned * PROGRAMS:
+        together = pl.cdiv(together, 2)
     # With one weight row and one activation row there are registers for twice the loads, and few programs, which need them.
-    in_flight = 2 * MAX_LOADS if owned == tokens == 1 else MAX_LOADS
-    return owned, min(chunks, max(in_flight // owned, 1)), tokens
+    in_flight = 2 * MAX_LOADS if owned == together == 1 else MAX_LOADS
+    return owned, min(chunks, max(in_flight // owned, 1)), together
 
 
 def float_part(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool = False) -> Part:
@@ -147,11 +143,11 @@ def float_part(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool = 
     m, k = x.shape
     width = lane_values(weights[0].dtype)
     sizes = tuple(weight.shape[0] for weight in weights)
-    rows, unroll, tokens = cut(m, sum(sizes), pl.cdiv(k // width, LANES))
+    rows, unroll, together = cut(m, sum(sizes), pl.cdiv(k // width, LANES))
     return Part(
         name="_".join(map(str, (NAME, *sizes, k))) + f"_m{m}",
-        programs=sum(pl.cdiv(n, rows) for n in sizes) * pl.cdiv(m, tokens),
-        body=functools.partial(_body, sizes=sizes, rows=rows, unroll=unroll, tokens=tokens, interpret=interpret),
+        programs=batches.count(m, together) * sum(pl.cdiv(n, rows) for n in sizes),
+        body=functools.partial(_body, sizes=sizes, rows=rows, unroll=unroll, together=together, interpret=interpret),
         inputs=(x.reshape(m, -1, width), *(weight.reshape(weight.shape[0], -1, width) for weight in weights)),
         outputs=tuple(jax.ShapeDtypeStruct((m, n), jnp.float32) for n in sizes),
         traffic=sum(sizes) * k * weights[0].dtype.itemsize,
@@ -162,7 +158,7 @@ def float_matmul(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool 
     """Multiply the same rows by one or several float weights in one launch.
 
     Args:
-        x: float32 [M, K], M from 1 to 8.
+        x: float32 [M, K].
         weights: [N, K] each, all of one type: float16, bfloat16 or float32. K·(bytes of a value) is a multiple of 16.
 
     Returns:

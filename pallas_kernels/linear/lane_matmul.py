@@ -1,8 +1,8 @@
 """Dense products of a decode step for any lane format. Every weight is read once for all rows of the activations.
 
 A program is one warp and owns a few rows of the matrix. Each accumulator belongs to one row of activations and one weight row, is
-summed in the order of K, and then over the lanes. So row m of any call has the same bits as the row alone. Q8_0 has a kernel of
-its own, `q8_matmul`.
+summed in the order of K, and then over the lanes. So row m of any call has the same bits as the row alone. More than eight rows
+are multiplied in batches, see `core.batches`. Q8_0 has a kernel of its own, `q8_matmul`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.core import arithmetic, loads
+from pallas_kernels.core import arithmetic, batches, loads
 from pallas_kernels.core.launch import Part, launch
 from pallas_kernels.formats import Quantized
 from pallas_kernels.linear.activation import Activation
@@ -39,17 +39,19 @@ def _body(
     table_ref, *refs = inputs
     x_refs, matrix = refs[:-planes], refs[-planes:]
     [out_ref], tiles = outputs, pl.cdiv(n, rows)
+    program, batch = batches.split(program, out_ref.shape[0])
     group, first = program // tiles, program % tiles * rows
     real = [first + r < n if n % rows else None for r in range(rows)]
     weights = [(matrix, (0, group * n + first + r), real[r]) for r in range(rows)]
-    x_rows = [m * groups + group for m in range(out_ref.shape[0])]
-    row = LaneRow(format, x_refs, table_ref, columns, interpret)
+    x_rows = [batch.row(m) * groups + group for m in range(batch.size)]
+    row = LaneRow(format, x_refs, table_ref, columns, interpret, once=batch.only)
     sums = row.add(x_rows, weights, zeros(len(x_rows) * rows))
     total, place, owner = arithmetic.sum_lanes(sums, loads.numbers(), interpret=interpret)
     m, column = place // rows, first + place % rows
     # The index of a lane without a value is past the end; interpret mode drops it.
-    there = owner & (column < n)
-    plt.store(out_ref.at[m, jnp.where(there, group * n + column, out_ref.shape[1])], total, mask=there)
+    there = loads.all_of(owner, column < n, batch.real(m))
+    assert there is not None
+    plt.store(out_ref.at[batch.place(m), jnp.where(there, group * n + column, out_ref.shape[1])], total, mask=there)
 
 
 def lane_part(
@@ -65,7 +67,7 @@ def lane_part(
     numbers: dict[str, Any] = {"columns": k // format.width, "n": n, "groups": groups, "rows": rows, "planes": len(planes)}
     return Part(
         name="_".join(map(str, (NAME, name, *([groups] if groups > 1 else []), n, k))) + f"_m{m}",
-        programs=groups * pl.cdiv(n, rows),
+        programs=batches.count(m) * groups * pl.cdiv(n, rows),
         body=functools.partial(_body, format=format, interpret=interpret, **numbers),
         # The formats index a stack of matrices; this one has a single matrix.
         inputs=(codebook(type(weight)), *jax.tree.leaves(x), *(plane[None] for plane in planes)),
@@ -80,7 +82,7 @@ def lane_matmul(
     """Multiply the same activations by a weight of a lane format, in one launch.
 
     Args:
-        x: M rows, 1 to 8, of `groups` times K values, quantised by `quantize_for` for the weight's format and these groups.
+        x: M rows of `groups` times K values, quantised by `quantize_for` for the weight's format and these groups.
         weight: [groups·N, K].
         groups: static; group c of the activations is multiplied by rows c·N .. (c+1)·N − 1 of the weight.
         tile: static, rows of the matrix per program; the result does not depend on it.

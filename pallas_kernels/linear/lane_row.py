@@ -75,6 +75,7 @@ class LaneRow:
         format: how a lane multiplies.
         x, table: references of the activations and of the format's codebook.
         columns: number of lane parts in a weight row.
+        once: whether no other program loads the same weights.
     """
 
     format: Format
@@ -82,6 +83,7 @@ class LaneRow:
     table: Any
     columns: int
     interpret: bool
+    once: bool = True
 
     def add(self, x_rows: Sequence[Any], weights: Sequence[WeightRow], accs: Sums) -> Sums:
         """Add the products of each row of activations with each weight row, which is loaded once.
@@ -143,7 +145,9 @@ class LaneRow:
     def _weights(self, weights: Sequence[WeightRow], first: jax.Array) -> list[Loaded]:
         """What 32 lanes multiply of each weight row."""
         inside = self._inside(first)
-        return [self.format.weights(refs, Place(index, first, loads.all_of(inside, real))) for refs, index, real in weights]
+        return [
+            self.format.weights(refs, Place(index, first, loads.all_of(inside, real), self.once)) for refs, index, real in weights
+        ]
 
     def _activations(self, x_row: Any, first: jax.Array) -> Loaded:
         """What 32 lanes multiply of a row of activations."""

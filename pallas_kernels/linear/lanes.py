@@ -25,11 +25,19 @@ Loaded = tuple[jax.Array, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The part of a row that 32 lanes read: lane columns from `first`; `real` marks the columns that exist, None if all do."""
+    """The part of a row that 32 lanes read.
+
+    Attributes:
+        index: of the row.
+        first: the first lane column.
+        real: which columns exist, bool [32]; None if all do.
+        once: whether no other program reads the same part.
+    """
 
     index: tuple[Any, ...]
     first: jax.Array
     real: jax.Array | None
+    once: bool = True
 
     @property
     def span(self) -> Any:
@@ -91,14 +99,14 @@ class Format(abc.ABC):
 
 
 def once(ref: Any, place: Place, *index: Any, width: int = 1) -> jax.Array:
-    """Load a weight. Each one is used once, so it can be evicted first."""
-    return loads.load(ref, *place.index, *index, real=place.real, width=width, eviction_policy="evict_first")
+    """Load a weight."""
+    return loads.load(ref, *place.index, *index, real=place.real, width=width, once=place.once)
 
 
 def half_once(ref: Any, place: Place, half: int, *index: Any, width: int = 1) -> jax.Array:
     """As `once`, from one of two planes that each matrix has in front of its rows."""
     matrix, row = place.index
-    return loads.load(ref, matrix, half, row, place.span, *index, real=place.real, width=width, eviction_policy="evict_first")
+    return loads.load(ref, matrix, half, row, place.span, *index, real=place.real, width=width, once=place.once)
 
 
 def columns() -> jax.Array:

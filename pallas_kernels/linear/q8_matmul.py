@@ -3,7 +3,8 @@
 A program is one warp and owns a few weight rows. Lane l owns their blocks l, l+32, l+64, ...: it loads a block's eight words in
 two 16-byte loads, computes the exact integer dot product with each of the M rows, and adds it to that row's accumulator with one
 fused multiply-add. The lanes are summed once, at the end, for all rows together. Neither order depends on M or on the tile. So
-row m of any call has the same bits as the row alone, and each M can have its own tile.
+row m of any call has the same bits as the row alone, and each M can have its own tile. More than eight rows are multiplied in
+batches, see `core.batches`.
 
 Every array in the kernel has one block per lane, [32] or [32, 4]. For arrays of several weight rows Triton would distribute words
 and scales over the lanes differently, and would rearrange them through shared memory.
@@ -24,8 +25,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.core import arithmetic, loads
+from pallas_kernels.core import arithmetic, batches, loads
 from pallas_kernels.core.arithmetic import LANES
+from pallas_kernels.core.batches import Batch
 from pallas_kernels.core.launch import Part, launch
 from pallas_kernels.formats import BLOCK, BLOCK_BYTES, HALF, Q8_0
 from pallas_kernels.linear.activation import Activation
@@ -78,10 +80,11 @@ class _Matrix:
 
 @dataclasses.dataclass(frozen=True)
 class Warp:
-    """One program: multiplies `tile.rows` rows of one matrix by the M rows of one group of activations."""
+    """One program: multiplies `tile.rows` rows of one matrix by a batch of rows of one group of activations."""
 
     x: Any
     xs: Any
+    batch: Batch
     group: jax.Array
     matrices: Sequence[_Matrix]
     tile: Tile
@@ -89,11 +92,11 @@ class Warp:
 
     @property
     def rows(self) -> int:
-        """M, the rows of the activations."""
-        return int(self.x.shape[0])
+        """Rows of the batch."""
+        return self.batch.size
 
     def zeros(self) -> Sums:
-        """Zero accumulators, one for each of the M rows and each row of the tile; the tile's rows are innermost."""
+        """Zero accumulators, one for each row of the batch and each row of the tile; the tile's rows are innermost."""
         return tuple(jnp.zeros(LANES, jnp.float32) for _ in range(self.rows * self.tile.rows))
 
     def chunks(self, first: jax.Array, count: int) -> list[Chunk]:
@@ -114,10 +117,9 @@ class Warp:
         """Load both halves of the words of one row, and its scales."""
         row, span = matrix.base + matrix.row + r, pl.ds(chunk[0], LANES)
         real = loads.all_of(matrix.row + r < matrix.n if matrix.n % self.tile.rows else None, chunk[1])
-        # Each weight is used once, so it can be evicted first.
-        once = functools.partial(loads.load, real=real, eviction_policy="evict_first")
-        words = (once(matrix.words, half, row, span, slice(None), width=HALF) for half in range(2))
-        return (*words, once(matrix.scales, row, span))
+        load = functools.partial(loads.load, real=real, once=self.batch.only)
+        words = (load(matrix.words, half, row, span, slice(None), width=HALF) for half in range(2))
+        return (*words, load(matrix.scales, row, span))
 
     def dot(self, words: Sequence[jax.Array], x: Sequence[jax.Array]) -> jax.Array:
         """Exact dot products of one block per lane, as float32."""
@@ -134,8 +136,9 @@ class Warp:
         for (column, real), rows in zip(chunks, weights, strict=True):
             span = pl.ds(column, LANES)
             for m in range(self.rows):
-                x = [loads.load(self.x, m, self.group, half, span, slice(None), real=real, width=HALF) for half in range(2)]
-                xs = loads.load(self.xs, m, self.group, span, real=real)
+                own = self.batch.row(m)
+                x = [loads.load(self.x, own, self.group, half, span, slice(None), real=real, width=HALF) for half in range(2)]
+                xs = loads.load(self.xs, own, self.group, span, real=real)
                 for r, (*words, scale) in enumerate(rows):
                     both = arithmetic.multiply(scale.astype(jnp.float32), xs, interpret=self.interpret)
                     i = m * self.tile.rows + r
@@ -170,11 +173,12 @@ class Warp:
             total, place, owner = arithmetic.sum_lanes(sums[first : first + LANES], lane, interpret=self.interpret)
             m, r = (first + place) // rows, (first + place) % rows
             for matrix in self.matrices:
-                real = loads.all_of(owner, matrix.selected, matrix.row + r < matrix.n if matrix.n % rows else None)
+                inside = matrix.row + r < matrix.n if matrix.n % rows else None
+                real = loads.all_of(owner, matrix.selected, inside, self.batch.real(m))
                 # The index of a lane without a value is past the end; interpret mode drops it.
                 assert real is not None
                 column = jnp.where(real, matrix.base + matrix.row + r, matrix.out.shape[1])
-                plt.store(matrix.out.at[m, column], total, mask=real)
+                plt.store(matrix.out.at[self.batch.place(m), column], total, mask=real)
 
 
 def _body(
@@ -183,6 +187,7 @@ def _body(
 ) -> None:  # fmt: skip
     count, first = len(sizes), 0
     x_ref, xs_ref, *weights = inputs
+    program, batch = batches.split(program, x_ref.shape[0])
     group, matrices = loads.value(0), []
     for i, n in enumerate(sizes):
         tiles = pl.cdiv(n, tile.rows)
@@ -192,7 +197,7 @@ def _body(
         row = (program - first) * tile.rows
         matrices.append(_Matrix(weights[2 * i], weights[2 * i + 1], outputs[i], n, group * n, row, selected))
         first += tiles
-    Warp(x_ref, xs_ref, group, matrices, tile, interpret).run()
+    Warp(x_ref, xs_ref, batch, group, matrices, tile, interpret).run()
 
 
 def q8_part(x: Activation, weights: Sequence[Q8_0], *, tile: Tile, groups: int = 1, interpret: bool = False) -> Part:
@@ -201,7 +206,7 @@ def q8_part(x: Activation, weights: Sequence[Q8_0], *, tile: Tile, groups: int =
     sizes = tuple(weight.shape[0] // groups for weight in weights)
     return Part(
         name="_".join(map(str, (NAME, *([groups] if groups > 1 else []), *sizes, k))) + f"_m{m}",
-        programs=groups * sum(pl.cdiv(n, tile.rows) for n in sizes),
+        programs=batches.count(m) * groups * sum(pl.cdiv(n, tile.rows) for n in sizes),
         body=functools.partial(_body, sizes=sizes, groups=groups, tile=tile, interpret=interpret),
         inputs=(x.quants, x.scales, *(array for weight in weights for array in (weight.quants, weight.scales))),
         outputs=tuple(jax.ShapeDtypeStruct((m, weight.shape[0]), jnp.float32) for weight in weights),
@@ -213,7 +218,7 @@ def q8_matmul(x: Activation, weights: Sequence[Q8_0], *, tile: Tile, groups: int
     """Multiply the same activations by one or several weights in one launch.
 
     Args:
-        x: M rows, 1 to 8, of `groups` times K values, quantised by `linear.activation.quantize`.
+        x: M rows of `groups` times K values, quantised by `linear.activation.quantize`.
         weights: [N, K] each; with several groups one weight [groups·N, K].
         tile: how the work is cut; the result does not depend on it.
         groups: static; group c of the activations is multiplied by rows c·N .. (c+1)·N − 1 of the weight.

@@ -188,8 +188,9 @@ def test_a_model_with_a_dspark_drafter(capsys: pytest.CaptureFixture[str], tmp_p
     assert f"\ndrafter      {said}\n" in text
     assert "\n  a block of DSpark drafts reads " in text
     stages = [(row["layers"], row["count"], row["rows"]) for row in told["decode_step"] if row["part"] == "dspark"]
-    assert stages == [("dspark", 3, 5)]
-    assert re.search(r"\n  dspark +5 rows +3  ", text)
+    # Twelve blocks of five rows.
+    assert stages == [("dspark", 3, 60)]
+    assert re.search(r"\n  dspark +60 rows +3  ", text)
     assert re.search(r"\n  experts down +F4_E2M1 0-3, dspark\n", text)
     assert "\n  DSpark tables      BF16\n" in text
     for wanted in ("none", "ngram"):
@@ -261,7 +262,7 @@ def test_commands_load_the_mtp_file(parts: tuple[Path, Path]) -> None:
 def test_decode_step_of_the_published_types() -> None:
     checkpoint = synthetic.checkpoint(synthetic.config_of("flash-q2", 5), "flash-q2")
     (layers, mtp, head) = inspect_paths.decode_step(checkpoint)
-    kernels = {"rows": 8, "cuda": "kernels", "default": "modules", "reason": "widths and types fit"}
+    kernels = {"rows": 64, "cuda": "kernels", "default": "modules", "reason": "widths and types fit"}
     assert layers == {"part": "layers", "layers": "0-4", "count": 5, **kernels}
     assert mtp == {"part": "mtp", "layers": "mtp", "count": 1, **kernels}
     assert head == {"part": "head", "layers": "", "count": 1, **kernels}
@@ -336,7 +337,7 @@ def test_decode_step_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch
     assert [row["part"] for row in rows] == ["layers", "mtp", "head"]
     for row in rows:
         part = f"layers {row['layers']}" if row["part"] == "layers" else row["part"]
-        line = f"{part} +8 rows +{row['count']}  {said[row['cuda']]} \\({re.escape(row['reason'])}\\)\n"
+        line = f"{part} +64 rows +{row['count']}  {said[row['cuda']]} \\({re.escape(row['reason'])}\\)\n"
         assert re.search(line, text), line
     assert "dispatch" not in json.loads(output(capsys, "--json"))
     monkeypatch.setenv(OPT_OUT, "1")

@@ -151,6 +151,19 @@ def test_choices(rows, format, strict, implementation, cuda, default, reason):
     assert reason in choice.reason
 
 
+@pytest.mark.parametrize(
+    ("format", "cuda", "default", "reason"),
+    [
+        (Q8_0, "pallas", "xla", "Q8_0, a decode step"),
+        (NO_KERNEL, "xla", "xla", "Plain has no kernel, a decode step"),
+        (None, "dot", "dot", "float weights"),
+    ],
+)
+def test_many_rows_of_a_decode_step_take_the_path_of_one(format, cuda, default, reason):
+    assert choose(DECODE_ROWS + 1, format, strict=False, decoding=True) == Choice(cuda, default, reason)
+    assert choose(DECODE_ROWS + 1, None, half=True, strict=False, decoding=True).cuda == "dot"
+
+
 @pytest.mark.parametrize(("rows", "strict", "cuda"), [(33, False, "three bfloat16"), (32, False, "dot"), (33, True, "dot")])
 def test_choices_of_half_floats(rows, strict, cuda):
     choice = choose(rows, None, half=True, strict=strict)

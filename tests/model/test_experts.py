@@ -61,9 +61,9 @@ def rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return x, chosen, random.uniform(0.2, 1, chosen.shape).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "strict"))
-def run(graph: nnx.GraphDef, weights: nnx.State, *args: np.ndarray, strict: bool) -> jax.Array:
-    return nnx.merge(graph, weights)(*args, strict=strict)
+@functools.partial(jax.jit, static_argnames=("graph", "strict", "decoding"))
+def run(graph: nnx.GraphDef, weights: nnx.State, *args: np.ndarray, strict: bool, decoding: bool = True) -> jax.Array:
+    return nnx.merge(graph, weights)(*args, strict=strict, decoding=decoding)
 
 
 def exact(kind: Kind, x: np.ndarray, chosen: np.ndarray, share: np.ndarray) -> np.ndarray:
@@ -106,15 +106,26 @@ def test_each_row_has_the_bits_of_the_row_alone(kind: Kind, strict: bool) -> Non
         assert_bits_equal(run(*experts(kind), *(a[:count] for a in args), strict=strict), np.concatenate(alone[:count]))
 
 
+def repeated(args: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+    """More rows than a decode step of one sequence has."""
+    return [np.concatenate([a] * (2 * MAX_ROWS // ROWS + 1)) for a in args]
+
+
 @every_kind
-def test_many_rows_read_every_expert_once(kind: Kind) -> None:
+def test_a_chunk_of_a_prompt_reads_every_expert_once(kind: Kind) -> None:
     """Prefill: float products, whether strict or not."""
     args = rows()
-    repeats = 2 * MAX_ROWS // ROWS + 1
-    many = [np.concatenate([a] * repeats) for a in args]
-    y = np.asarray(run(*experts(kind), *many, strict=False))
+    y = np.asarray(run(*experts(kind), *repeated(args), strict=False, decoding=False))
     assert distance(y[:ROWS], exact(kind, *args)) < 1e-6
-    assert_bits_equal(run(*experts(kind), *many, strict=True), y)
+    assert_bits_equal(run(*experts(kind), *repeated(args), strict=True, decoding=False), y)
+
+
+@some_kinds
+def test_many_rows_of_a_decode_step_have_the_bits_of_few(kind: Kind) -> None:
+    args = rows()
+    y = np.asarray(run(*experts(kind), *repeated(args), strict=False))
+    assert_bits_equal(y[:ROWS], run(*experts(kind), *args, strict=False))
+    assert_bits_equal(y[ROWS:], np.concatenate([y[:ROWS]] * (2 * MAX_ROWS // ROWS)))
 
 
 def test_the_router_weight_is_applied_before_the_hidden_values_are_quantised() -> None:

@@ -20,7 +20,7 @@ from ds4jax.model.transformer import Transformer
 from ds4jax.random_models import checkpoint as synthetic
 from ds4jax.random_models import layouts
 from pallas_kernels.core.dispatch import OPT_OUT
-from pallas_kernels.core.limits import MAX_ROWS
+from pallas_kernels.core.limits import MAX_ROWS, STEP_ROWS
 from pallas_kernels.formats import MXFP4, Q4_K, Q8_0, Quantized
 from pallas_kernels.formats.iq3_s import IQ3_S
 
@@ -50,13 +50,16 @@ def step(sequences: int, width: int) -> Rows:
     [
         (chunk(3), 3, True, None),
         (chunk(MAX_ROWS), MAX_ROWS, True, None),
-        (chunk(MAX_ROWS + 1), MAX_ROWS + 1, True, "more than 8 rows"),
+        (chunk(MAX_ROWS + 1), MAX_ROWS + 1, True, "a chunk of a prompt"),
         (chunk(3, strict=True), 3, True, "strict"),
         (chunk(3), 2, True, "the rings have no room for the rows"),
         (chunk(3), 3, False, "the rings have no room for the rows"),
         (step(4, 2), 2, True, None),
         (step(4, 2), 1, True, "the rings have no room for the rows"),
-        (step(3, 3), 3, True, "more than 8 rows"),
+        (step(3, 3), 3, True, None),
+        (step(1, MAX_ROWS + 1), MAX_ROWS + 1, True, None),
+        (step(STEP_ROWS, 1), 1, True, None),
+        (step(STEP_ROWS // 2 + 1, 2), 2, True, "more than 64 rows"),
     ],
 )
 def test_decode_step(rows: Rows, slack: int, ring: bool, reason: str | None) -> None:
@@ -118,10 +121,10 @@ def test_one_block_decides_for_all_blocks_of_a_call() -> None:
 @pytest.mark.parametrize(
     ("fields", "head", "rows", "strict", "reason"),
     [
-        ({}, STORED, 8, False, None),
+        ({}, STORED, 64, False, None),
         ({}, stored(Q4_K, 256, 256), 8, False, None),
         ({}, PLAIN, 1, False, "head is IQ3_S, which has no kernel"),
-        ({}, STORED, 9, False, "more than 8 rows"),
+        ({}, STORED, 65, False, "more than 64 rows"),
         ({}, STORED, 1, True, "strict"),
         ({}, number(256, 256), 1, False, "head is float16, which has no kernel"),
         ({"hc_mult": 2}, STORED, 1, False, "hc_mult is 2, not 4"),
@@ -137,10 +140,12 @@ def test_head(fields: dict, head: Any, rows: int, strict: bool, reason: str | No
     [
         (chunk(9), jnp.bfloat16, {}, None),
         (chunk(9), jnp.float32, {}, "float32 weights"),
-        (chunk(8), jnp.bfloat16, {}, "at most 8 rows"),
+        (chunk(8), jnp.bfloat16, {}, "a decode step"),
+        (step(1, 9), jnp.bfloat16, {}, "a decode step"),
         (chunk(9, strict=True), jnp.bfloat16, {}, "strict"),
         (chunk(9, sequences=2), jnp.bfloat16, {}, None),
-        (step(3, 3), jnp.bfloat16, {}, "rows of several sequences"),
+        (step(3, 3), jnp.bfloat16, {}, "a decode step"),
+        (dataclasses.replace(step(3, 3), decoding=False), jnp.bfloat16, {}, "rows of several sequences"),
         (chunk(9), jnp.bfloat16, {"head_dim": 72}, "head_dim is 72, not a multiple of 16"),
         (chunk(9), jnp.bfloat16, {"index_heads": 6}, "index_heads is 6, not a power of two"),
     ],
@@ -151,19 +156,19 @@ def test_prefill_attention(rows: Rows, dtype: Any, fields: dict, reason: str | N
 
 
 @pytest.mark.parametrize(
-    ("rows", "strict", "stack", "fields", "reason"),
+    ("decoding", "strict", "stack", "fields", "reason"),
     [
-        (9, False, STORED, {}, None),
-        (9, True, STORED, {}, "strict"),
-        (8, False, STORED, {}, "at most 8 rows"),
-        (9, False, PLAIN, {}, "ffn.experts.w1 is IQ3_S, which has no kernel"),
-        (9, False, EXPERTS, {}, "ffn.experts.w1 is float16, which has no kernel"),
-        (9, False, STORED, {"moe_dim": 96}, "dim 256 or moe_dim 96 does not divide into tiles"),
+        (False, False, STORED, {}, None),
+        (False, True, STORED, {}, "strict"),
+        (True, False, STORED, {}, "a decode step"),
+        (False, False, PLAIN, {}, "ffn.experts.w1 is IQ3_S, which has no kernel"),
+        (False, False, EXPERTS, {}, "ffn.experts.w1 is float16, which has no kernel"),
+        (False, False, STORED, {"moe_dim": 96}, "dim 256 or moe_dim 96 does not divide into tiles"),
     ],
 )
-def test_grouped_experts(rows: int, strict: bool, stack: Any, fields: dict, reason: str | None) -> None:
+def test_grouped_experts(decoding: bool, strict: bool, stack: Any, fields: dict, reason: str | None) -> None:
     config = dataclasses.replace(KINDS, **fields)
-    assert paths.why_not_grouped_experts(config, [stack] * 3, rows, strict=strict) == reason
+    assert paths.why_not_grouped_experts(config, [stack] * 3, decoding=decoding, strict=strict) == reason
 
 
 def test_the_opt_out_is_the_reason_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,5 +178,5 @@ def test_the_opt_out_is_the_reason_everywhere(monkeypatch: pytest.MonkeyPatch) -
         paths.why_not_step(KINDS, [weights_of(abstract().layers[0])], chunk(1), caches.empty(KINDS, 64).layers),
         paths.why_not_head(KINDS, STORED, 1, strict=False),
         paths.why_not_prefill_attention(KINDS, chunk(9), number(64, 64)),
-        paths.why_not_grouped_experts(KINDS, [STORED] * 3, 9, strict=False),
+        paths.why_not_grouped_experts(KINDS, [STORED] * 3, decoding=False, strict=False),
     } == {f"{OPT_OUT}=1"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from ds4jax.bounds import LAYOUT_NAMES, Integers, Numbers
 from ds4jax.cli import options as cli_options
-from ds4jax.cli.commands import bench_costs
+from ds4jax.cli.commands import bench_batch, bench_costs
 from ds4jax.cli.commands import model as models
 from ds4jax.cli.commands.bench_result import ended, notes
 from ds4jax.config import CACHES
@@ -105,7 +105,7 @@ examples:
   ds4jax bench start --synthetic small-q2 --prompt 32 --json start.json"""
 
 # Parts of `ds4jax.bench.suite`, which imports JAX.
-PARTS = ("kernels", "decode", "load", "prefill", "long", "start", "lossless")
+PARTS = ("kernels", "decode", "batch", "load", "prefill", "long", "start", "lossless")
 
 SUITE = """\
 Run one part's benchmarks and bit comparisons, then its tests marked gpu, and write the results to the folder. Exit code 1 if a
@@ -139,6 +139,7 @@ def add_parser(commands: Any) -> None:
     kernels.add_argument("--plot", type=cli_options.plot_file, metavar="FILE.png", help="draw a roofline; needs matplotlib")
     kernels.set_defaults(run=run_kernels)
     _add_decode(targets)
+    bench_batch.add_parser(targets)
     bench_costs.add_parser(targets)
     _add_prefill(targets)
     start = targets.add_parser("start", help="the first token of a process", description=START, epilog=START_EXAMPLES)

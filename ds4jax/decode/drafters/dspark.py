@@ -96,7 +96,7 @@ class DSparkDrafter:
         block, window = block_of(model), model.config.window
         if rows.single and len(rows.position) > window:
             rows, means = _latest(rows, means, window)
-        x_TD = block.main_rows(means, strict=rows.strict)
+        x_TD = block.main_rows(means, strict=rows.strict, decoding=rows.decoding)
         rings = [
             LayerCache(stage.attn.keep(x_TD, rows, ring.window)) for stage, ring in zip(block.stages, state.rings, strict=True)
         ]
