@@ -190,8 +190,8 @@ def grouped_gate_up_part(
     """
     (_, n, k), (tokens, active), planes = gate.shape, chosen.shape, jax.tree.leaves(gate)
     tile, format = tile or (GroupedTile(rows=1) if interpret else GroupedTile()), lane_format(type(gate), interpret)
-    groups = groups or by_expert(chosen, interpret=interpret)
     slots, columns = pl.cdiv(tokens * active, tile.walk), k // format.width
+    groups = groups or by_expert(chosen, interpret=interpret)
     sizes: dict[str, Any] = {"columns": columns, "n": n, "active": active, "planes": len(planes), "slots": slots}
     return Part(
         name=f"{NAME}_{type(gate).__name__.lower()}_m{tokens}",
