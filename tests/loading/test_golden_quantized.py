@@ -58,8 +58,8 @@ def step(model: LanguageModel) -> Callable[..., tuple[Cache, np.ndarray]]:
         ids_T = padded(ids, 0, width)
         one = (model.graph, model.weights, cache, None, ids_T, ids_T, jnp.int32(count), jnp.int32(0))
         with jax.default_matmul_precision("highest"):
-            cache, _, logits, _ = jitted(*one, strict=strict, want_logits=True)
-        return cache, np.asarray(logits)[count - 1]
+            scored = jitted(*one, strict=strict, want_logits=True)
+        return scored.cache, np.asarray(scored.logits)[count - 1]
 
     return run
 
