@@ -189,13 +189,6 @@ class Looked(NamedTuple):
     count_S: jax.Array
 
 
-def _ends(new_SW: jax.Array, stand_S: jax.Array, limits: Limits) -> tuple[jax.Array, jax.Array]:
-    """Which of the tokens [S, W] are stop tokens, bool [S, W], and the number of tokens to the first one or to all, int32 [S]."""
-    stands_SW = jnp.arange(new_SW.shape[1], dtype=jnp.int32) <= stand_S[:, None]
-    stops_SW = jnp.any(new_SW[:, :, None] == limits.stop_ids[:, None, :], axis=2) & stands_SW
-    return stops_SW, jnp.where(jnp.any(stops_SW, axis=1), jnp.argmax(stops_SW, axis=1).astype(jnp.int32), stand_S) + 1
-
-
 def step(
     model: Transformer,
     state: DecodeState,
@@ -207,16 +200,16 @@ def step(
     max_draft: int,
     strict: bool,
     mask: Mask | None = None,
-    alone: bool = False,
 ) -> tuple[DecodeState, Looked]:
     """Draft, run the model over the last tokens and the drafts, and commit the accepted drafts and the token after them.
 
     Rows of an inactive sequence are clones of another sequence's rows and are not live, so its state does not change. A masked
-    sequence does not draft. Fingerprints are those of the logits before the mask. `alone` (static): one sequence, active.
+    sequence does not draft. Fingerprints are those of the logits before the mask.
     """
     sequences, vocabulary = state.last.shape[0], model.config.vocab_size
     position_S, width, verified = state.cache.length, rows_needed(model, state.cache, max_draft, strict), 1 + max_draft
-    active_S = jnp.ones(1, bool) if alone else active(state, goal_S)
+    # The loop runs while any sequence is active, so a single sequence is active.
+    active_S = active(state, goal_S) if sequences > 1 else jnp.ones(1, bool)
     depth_S = _depths(model, state, policy, active_S, mask)
     drafting, drafts = state.drafting, Drafts.none(sequences, max_draft, vocabulary)
     if drafter and max_draft:
@@ -234,7 +227,8 @@ def step(
     stand_S, follower_S = accept(mask.applied(logits_SWV) if mask else logits_SWV, drafts, depth_S, filters, position_S)
     offset = jnp.arange(verified, dtype=jnp.int32)
     new_SW = jnp.where(offset < stand_S[:, None], jnp.pad(usable_SK, ((0, 0), (0, 1))), follower_S[:, None])
-    stops_SW, count_S = _ends(new_SW, stand_S, limits)
+    stops_SW = jnp.any(new_SW[:, :, None] == limits.stop_ids[:, None, :], axis=2) & (offset <= stand_S[:, None])
+    count_S = jnp.where(jnp.any(stops_SW, axis=1), jnp.argmax(stops_SW, axis=1).astype(jnp.int32), stand_S) + 1
     count_S = jnp.where(active_S, jnp.minimum(count_S, limits.maximum - state.count), 0)
 
     kept = Rows.step(position_S, width, count_S, strict=strict)
@@ -258,7 +252,7 @@ def step(
 
 
 @precise
-@functools.partial(jax.jit, static_argnames=("graph", "drafter", "max_draft", "strict", "steps"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("graph", "drafter", "max_draft", "strict"), donate_argnames="state")
 def run(
     graph: nnx.GraphDef,
     weights: Weights,
@@ -270,21 +264,21 @@ def run(
     drafter: Drafter | None,
     max_draft: int,
     strict: bool,
-    steps: int | None = None,
 ) -> tuple[DecodeState, jax.Array]:
     """Generate until every one of S sequences has used its budget, or reached its maximum, a stop token or its capacity.
 
-    Each has its own depth, filters, seed, stop list and end. One that has ended keeps every field of its state to the last bit
-    while the others go on, and its rows read no experts of their own.
+    Each goes at its own depth, with its own filters, seed, stop list and end. One that has ended, or has nothing to do from the
+    beginning, keeps every field of its state to the last bit while the others go on, and its rows read no experts of their own.
 
     Args:
-        graph, weights: static; the model's, see `ds4jax.decode.module`, and its arrays.
+        graph: static; the model's, see `ds4jax.decode.module`.
+        weights: its arrays.
         state: after prefill; donated, so that the caller's buffers are gone.
-        limits, filters, policy: where each sequence ends, how its tokens are chosen, how deep it drafts; traced.
+        limits: where each sequence ends; filters: how its tokens are chosen; policy: how deep it drafts. All of them are traced:
+            other values compile nothing.
         drafter: static; who drafts, None at max_draft 0.
         max_draft: static; K, the deepest draft that this program can make. `policy.depth` may not be greater.
         strict: static; float32 products without Pallas kernels.
-        steps: static; make exactly so many steps, and the host does not wait. None ends the call when every sequence has ended.
 
     Returns:
         The state with the new tokens and their fingerprints appended, and its `report`, which the host reads in one transfer.
@@ -295,17 +289,11 @@ def run(
     def unfinished(state: DecodeState) -> jax.Array:
         return jnp.any(active(state, goal_S))
 
-    # The loop runs while any sequence is active, so a single sequence is active.
-    alone = steps is None and state.count.shape[0] == 1
-
     def one(state: DecodeState) -> DecodeState:
-        return step(model, state, goal_S, limits, filters, policy, drafter, max_draft, strict, alone=alone)[0]
+        return step(model, state, goal_S, limits, filters, policy, drafter, max_draft, strict)[0]
 
-    if steps is None:
-        state = jax.lax.while_loop(unfinished, one, state)
-        return state, report(state)
-    state = jax.lax.fori_loop(0, steps, lambda _, state: one(state), state)
-    return state, report(state, max(REPORTED, steps * (1 + max_draft)))
+    state = jax.lax.while_loop(unfinished, one, state)
+    return state, report(state)
 
 
 def report(state: DecodeState, size: int = REPORTED) -> jax.Array:
@@ -362,10 +350,9 @@ def lower_run(
     drafter: Drafter | None,
     max_draft: int,
     strict: bool,
-    steps: int | None = None,
 ) -> jax.stages.Lowered:
     """Lower `run` for arguments of these shapes. Once it is compiled, the next call finds it."""
-    options = {"drafter": drafter, "max_draft": max_draft, "strict": strict, "steps": steps}
+    options = {"drafter": drafter, "max_draft": max_draft, "strict": strict}
     with LOWERING:
         lowered: jax.stages.Lowered = run.__wrapped__.lower(  # type: ignore[attr-defined]
             graph, weights, state, limits, filters, policy, **options

@@ -167,8 +167,7 @@ def call(
         made, state, scores = carry
         before_S = state.count - first_S
         state, looked = loop.step(
-            model, state, goal_S, asked.limits, asked.filters, asked.policy, drafter, max_draft, strict, mask,
-            alone=len(first_S) == 1,
+            model, state, goal_S, asked.limits, asked.filters, asked.policy, drafter, max_draft, strict, mask
         )  # fmt: skip
         scores = scores.after(asked.scored & begun_S, looked.logits_SWV, looked.tokens_SW, before_S, looked.count_S)
         return made + 1, state, scores

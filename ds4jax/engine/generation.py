@@ -20,7 +20,6 @@ from ds4jax.decode.depth import AUTO, Policy
 from ds4jax.decode.drafters.named import name_of
 from ds4jax.decode.loop import DecodeState, Limits
 from ds4jax.decode.sampling import Filters, Sampling
-from ds4jax.engine.ahead import Calls, fixed_steps
 from ds4jax.engine.compile import begin, wait
 from ds4jax.engine.host_copy import HostCopy
 from ds4jax.engine.loaded import Loaded
@@ -96,8 +95,6 @@ class Generation:
         self.ids, self._ready = computed[:given], computed[given:]
         there = int(self._state.cache.length[0]) if self._state else 0
         self._rows = max(len(self.prompt_ids) - 1 - there, 0)
-        self._steps = fixed_steps()
-        self._calls_of_loop = Calls(self._host, self._max_count, self._steps)
         self._plan_calls(there)
 
     def _plan_calls(self, there: int) -> None:
@@ -178,7 +175,7 @@ class Generation:
     def _key(self) -> tuple[Any, ...]:
         """The key of the programs. Models of equal shapes share them."""
         model = self._model
-        return model.graph, model.config, model.max_draft, self._capacity, self._options.strict, self._drafter, self._steps
+        return model.graph, model.config, model.max_draft, self._capacity, self._options.strict, self._drafter
 
     def _compile_all(self) -> None:
         """Compile the prompt's programs, and start compiling the loop at the same time.
@@ -202,7 +199,7 @@ class Generation:
         state = model.state_shapes(self._capacity, drafter)
         return decode.lower_run(
             model.graph, model.arrays, state, self._limits, self._filters, self._policy,
-            drafter=drafter, max_draft=model.max_draft, strict=self._options.strict, steps=self._steps,
+            drafter=drafter, max_draft=model.max_draft, strict=self._options.strict,
         )  # fmt: skip
 
     def _require_cache(self) -> None:
@@ -248,23 +245,15 @@ class Generation:
         if host.count >= self._max_count or host.stopped:
             return
         self.prefill()
-        if not self._calls_of_loop.waiting:
-            jax.block_until_ready(self._prepared().cache.length)
-            self._waited_since = time.perf_counter()
+        jax.block_until_ready(self._prepared().cache.length)
+        began, counted = time.perf_counter(), host.count
         (program,) = wait([self._loop])
-
-        def call(budget: int) -> jax.Array:
-            limits = dataclasses.replace(self._limits, budget=_on_device(budget))
-            # Kept before it is read: a Ctrl-C while the device works must not lose the cache.
-            self._state, report = program(self._model.arrays, self._state, limits, self._filters, self._policy)
-            return report
-
-        counted = host.count
-        self._calls_of_loop.run(call, self._prepared, budget)
+        limits = dataclasses.replace(self._limits, budget=_on_device(min(budget, self._max_count - counted)))
+        # Kept before it is read: a Ctrl-C while the device works must not lose the cache.
+        self._state, report = program(self._model.arrays, self._state, limits, self._filters, self._policy)
+        host.read(self._state, report)
         self._ready += host.tokens[counted : host.count - host.stopped]
-        # The device goes on while the reader works, so that time counts too.
-        now = time.perf_counter()
-        self._seconds, self._waited_since = self._seconds + now - self._waited_since, now
+        self._seconds += time.perf_counter() - began
 
     def __iter__(self) -> Iterator[list[int]]:
         # The first token is returned as soon as possible, the others in groups.

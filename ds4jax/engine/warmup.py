@@ -14,7 +14,6 @@ from ds4jax.decode import loop as decode
 from ds4jax.decode.depth import Policy
 from ds4jax.decode.loop import Limits
 from ds4jax.decode.sampling import Filters, Sampling
-from ds4jax.engine.ahead import fixed_steps
 from ds4jax.engine.compile import compile_all
 from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.prefill import chunk_here, nbytes
@@ -82,7 +81,6 @@ def programs(model: Loaded, context: int, *, strict: bool, chunk: int | None = N
                 lower = functools.partial(decode.lower_prefill, *arguments, width, drafter=drafter, strict=strict)
                 made.append(Program(f"prefill of {width} rows, cache of {capacity}", lower))
         run = functools.partial(decode.lower_run, *arguments, *loop, drafter=drafter, max_draft=depth, strict=strict)
-        run = functools.partial(run, steps=fixed_steps())
         made.append(Program(f"decode, cache of {capacity}", run))
     return made
 

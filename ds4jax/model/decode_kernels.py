@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 # Post [T, N] and comb [T, N, N].
 Mixing = list[jax.Array]
+# Maximum rows with which the shared expert's products are in the launch of gate and up. All programs of a launch have the registers
+# of its largest part, and products of more rows take so many that few programs of gate and up run at once.
+TOGETHER = 4
 # Weights that multiply the input of a sub-layer.
 READERS = {"attn": ("attn.wq_a", "attn.wkv"), "ffn": ("ffn.experts.w1", SHARED[0], SHARED[2])}
 
@@ -278,9 +281,13 @@ def _experts(
     parts = [
         _mixing(config, weights, "ffn", entered),
         expert_kernels.gate_up_part(x, chosen, share, w1, w3, limit=limit, groups=groups, interpret=interpret),
-        *_entered_parts(entered, [weights[SHARED[0]], weights[SHARED[2]]], interpret),
     ]
-    mixing, [hidden], *made = launch(parts, warps=1, interpret=interpret)
+    shared_parts = _entered_parts(entered, [weights[SHARED[0]], weights[SHARED[2]]], interpret)
+    if len(entered.x) <= TOGETHER:
+        mixing, [hidden], *made = launch([*parts, *shared_parts], warps=1, interpret=interpret)
+    else:
+        mixing, [hidden] = launch(parts, warps=1, interpret=interpret)
+        made = launch(shared_parts, warps=1, interpret=interpret)
     gate, up = itertools.chain(*made)
     quantized: Activation | ActivationK
     if w2.BLOCK == BLOCK:
