@@ -5,6 +5,7 @@ Source: `Gate`, `Expert` and `MoE` of the reference inference code; the shared e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,8 +76,8 @@ class Experts(nnx.Module):
 
         A decode step: each row reads its chosen experts. Strict computes one row at a time in float32, so that shapes and bits do
         not depend on the number of rows. Otherwise weights of fewer than eight bits are multiplied by quantised activations. More
-        than eight rows and formats without a kernel are computed one row at a time, too: the decoded experts of one row take
-        0.5 GB in V4-Flash.
+        than eight rows are computed eight at a time, and formats without a kernel one row at a time: the decoded experts of one
+        row take 0.5 GB in V4-Flash.
         A chunk of a prompt: on CUDA and not strict, rows are grouped by expert and multiplied in bfloat16. Otherwise every expert
         is computed for all rows.
 
@@ -101,11 +102,22 @@ class Experts(nnx.Module):
                 return one_by_one(x_TD, chosen_TK, weights_TK)
             y_TD: jax.Array = jax.lax.platform_dependent(x_TD, chosen_TK, weights_TK, cuda=grouped, default=one_by_one)
             return y_TD
-        few = x_TD.shape[0] <= MAX_ROWS
-        if few and not strict and not any(isinstance(stack, Stored) for stack in stacks):
-            return gathered(x_TD, chosen_TK, weights_TK)
-        rows = (x_TD[:, None], chosen_TK[:, None], weights_TK[:, None])
-        return jax.lax.map(lambda row: gathered(*row), rows)[:, 0]
+        stored = any(isinstance(stack, Stored) for stack in stacks)
+        return _in_groups(gathered, (x_TD, chosen_TK, weights_TK), 1 if strict or stored else MAX_ROWS)
+
+
+def _in_groups(function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], size: int) -> jax.Array:
+    """`function` of arrays [T, ..], `size` rows at a time; zeros fill the last group."""
+    count = arrays[0].shape[0]
+    if 1 < size and count <= size:
+        return function(*arrays)
+
+    def grouped(array: jax.Array) -> jax.Array:
+        padded = jnp.pad(array, [(0, -count % size), *[(0, 0)] * (array.ndim - 1)])
+        return padded.reshape(-1, size, *array.shape[1:])
+
+    y: jax.Array = jax.lax.map(lambda group: function(*group), tuple(map(grouped, arrays)))
+    return y.reshape(-1, *y.shape[2:])[:count]
 
 
 class SharedExpert(nnx.Module):
