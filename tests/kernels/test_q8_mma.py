@@ -83,9 +83,9 @@ def test_the_gate_has_a_reason():
 
 @pytest.mark.parametrize("product", FLASH, ids=lambda product: product.key)
 def test_the_default_tile_has_warps_of_a_few_steps(product):
-    tile = MmaTile.of(product.groups * sum(product.sizes), product.k)
+    tile = MmaTile.of(product.groups * sum(product.sizes), product.k, 16)
     assert tile.warps % tile.split == 0
-    assert tile.split in (1, 2, 4, 8)
+    assert tile.split in (2, 4, 8)
     assert product.k // BLOCK // q8_mma.STEP // tile.split <= q8_mma.STEPS
 
 
@@ -131,7 +131,7 @@ def test_each_row_has_the_bits_of_the_share_warp_kernel_on_a_gpu(shape):
     expected = eight_at_a_time(data.rows(q8_mma.MAX_ROWS), weights, run=product, groups=shape.groups)
     for m in (5, 8, 9, 16, 31, 32):
         tile = tile_for(shape.sizes, shape.k, shape.groups, m, kind)
-        for way in {tile, MmaTile.of(shape.groups * sum(shape.sizes), shape.k)}:
+        for way in {tile, MmaTile.of(shape.groups * sum(shape.sizes), shape.k, m)}:
             for y, whole in zip(product(data.rows(m), weights, tile=way, groups=shape.groups), expected, strict=True):
                 assert_bits_equal(y, whole[:m])
 
