@@ -125,15 +125,15 @@ def test_a_product_of_twelve_rows_is_one_launch_where_the_kernel_takes_it(k):
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", FLASH, ids=lambda shape: shape.key)
 def test_each_row_has_the_bits_of_the_share_warp_kernel_on_a_gpu(shape):
-    """Rows at random, and each number of rows with the kernel and the tile that a model has."""
+    """Rows at random, with the tile that a model has."""
     data = tune.Data(shape, sets=1)
     [weights], kind = data.weights, jax.devices()[0].device_kind
     expected = eight_at_a_time(data.rows(q8_mma.MAX_ROWS), weights, run=product, groups=shape.groups)
-    for m in (5, 8, 9, 16, 31, 32):
+    for m in (9, 32):
         tile = tile_for(shape.sizes, shape.k, shape.groups, m, kind)
-        for way in {tile, MmaTile.of(shape.groups * sum(shape.sizes), shape.k, m)}:
-            for y, whole in zip(product(data.rows(m), weights, tile=way, groups=shape.groups), expected, strict=True):
-                assert_bits_equal(y, whole[:m])
+        assert isinstance(tile, MmaTile)
+        for y, whole in zip(product(data.rows(m), weights, tile=tile, groups=shape.groups), expected, strict=True):
+            assert_bits_equal(y, whole[:m])
 
 
 @pytest.mark.gpu
