@@ -32,7 +32,7 @@ ROWS = (1, 3, 8)
 TILES = (ExpertTile(1, 2, 0), ExpertTile())
 # Rows that choose among all experts and share some, and the ways of gate and up: by pairs, and by expert.
 MANY_ROWS = (16, 32)
-MANY_TILES = (ExpertTile(), GroupedTile(), GroupedTile(rows=2), GroupedTile(walk=1))
+MANY_TILES = (ExpertTile(), GroupedTile(), GroupedTile(rows=1), GroupedTile(walk=1))
 MANY_CALLS = 4
 REPEATS = 5
 

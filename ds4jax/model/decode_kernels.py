@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 # Post [T, N] and comb [T, N, N].
 Mixing = list[jax.Array]
-# Maximum rows with which the shared expert's products are in the launch of gate and up. All programs of a launch have the registers
-# of its largest part, and products of more rows take so many that few programs of gate and up run at once.
+# Maximum rows with which the shared expert's products are in the launch of gate and up. All programs of a launch have the
+# registers of its largest part, and products of more rows take so many that few programs of gate and up run at once.
 TOGETHER = 4
 # Weights that multiply the input of a sub-layer.
 READERS = {"attn": ("attn.wq_a", "attn.wkv"), "ffn": ("ffn.experts.w1", SHARED[0], SHARED[2])}

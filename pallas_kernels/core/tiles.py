@@ -116,7 +116,7 @@ def tile_for(sizes: tuple[int, ...], k: int, groups: int, m: int, device_kind: s
     if measured:
         return _tile(entries[str(next((known for known in measured if known >= m), measured[-1]))])
     if many:
-        return MmaTile.of(groups * sum(sizes), k)
+        return MmaTile.of(groups * sum(sizes), k, m)
     rows = MAX_LOADS
     while rows > 1 and groups * sum(sizes) < rows * PROGRAMS:
         rows //= 2

@@ -43,7 +43,7 @@ class GroupedTile:
         walk: places in the order of the pairs per program. Most of them begin another expert, the others take no time.
     """
 
-    rows: int = 4
+    rows: int = 2
     ahead: int = 1
     walk: int = 2
 

@@ -152,9 +152,9 @@ def candidates(product: Product, m: int) -> list[Tile | MmaTile]:
     chunks, heights = -(-product.k // (BLOCK * LANES)), max(product.sizes)
     found: list[Tile | MmaTile] = []
     if m >= MMA_FROM and q8_mma.why_not(m, product.k) is None:
-        split = MmaTile.of(product.groups * sum(product.sizes), product.k).split
-        splits = [split, *(other for other in (split // 2, 2 * split) if other in POWERS)]
-        found = [MmaTile(max(4, split), split, ahead) for split in splits for ahead in (1, 2, 4)]
+        split = MmaTile.of(product.groups * sum(product.sizes), product.k, m).split
+        splits = [split, *(other for other in (split // 2, 2 * split) if other in POWERS[1:])]
+        found = [MmaTile(max(4, split), split, ahead) for split in splits for ahead in (1, 2)]
     if m > MAX_ROWS:
         return found
     return found + [
