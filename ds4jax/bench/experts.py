@@ -16,9 +16,7 @@ from ds4jax.config import Config
 from ds4jax.random_models.checkpoint import random_weight
 from pallas_kernels.core import timing
 from pallas_kernels.core.launch import Part, launch
-from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.experts.decode import DOWN, GATE_UP, ExpertTile, down_part, gate_up_part
-from pallas_kernels.experts.grouped_decode import GroupedTile, grouped_gate_up_part
 from pallas_kernels.formats import FORMATS, Quantized
 from pallas_kernels.linear.activation import Activation
 from pallas_kernels.linear.activation_k import ActivationK
@@ -30,13 +28,7 @@ NAMES = ("IQ2_XXS", "Q2_K", "IQ2_S", "IQ3_XXS", "MXFP4")
 ROWS = (1, 3, 8)
 # Ways to cut the work: one row of gate and of up a program with no load ahead, and the default.
 TILES = (ExpertTile(1, 2, 0), ExpertTile())
-# Rows that choose among all experts and share some, and the ways of gate and up: by pairs, and by expert.
-MANY_ROWS = (16, 32)
-MANY_TILES = (ExpertTile(), GroupedTile(), GroupedTile(rows=1), GroupedTile(walk=1))
-MANY_CALLS = 4
 REPEATS = 5
-
-Tile = ExpertTile | GroupedTile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +65,7 @@ class Product:
         return 2 if self.kernel == GATE_UP else 1
 
     def calls(self, rows: int) -> int:
-        """Launches of a run. No two of them read the same expert, or they read more than any cache holds."""
-        if rows > MAX_ROWS:
-            return MANY_CALLS
+        """Launches of a run. No two of them read the same expert, so that no weight is in the cache."""
         return self.experts // (rows * self.active)
 
     def activations(self, rows: int, interpret: bool) -> Activation | ActivationK:
@@ -86,11 +76,9 @@ class Product:
 
     def part(
         self, x: Activation | ActivationK, chosen: jax.Array, share: jax.Array, stacks: Sequence[Quantized],
-        *, tile: Tile, interpret: bool,
+        *, tile: ExpertTile, interpret: bool,
     ) -> Part:  # fmt: skip
         """The launch part for chosen experts [M, K]."""
-        if isinstance(tile, GroupedTile):
-            return grouped_gate_up_part(x, chosen, share, *stacks, limit=10.0, tile=tile, interpret=interpret)
         if self.kernel == GATE_UP:
             return gate_up_part(x, chosen, share, *stacks, limit=10.0, tile=tile, interpret=interpret)
         return down_part(x, chosen, *stacks, tile=tile, interpret=interpret)
@@ -102,7 +90,7 @@ class Launch:
 
     product: Product
     rows: int
-    tile: Tile
+    tile: ExpertTile
 
 
 def program(key: Launch, *, interpret: bool = False) -> Any:
@@ -120,30 +108,24 @@ def program(key: Launch, *, interpret: bool = False) -> Any:
 def arguments(key: Launch) -> tuple[jax.Array, jax.Array, list[Quantized]]:
     """Random experts, routing weights and stacks, made on the device."""
     product, rows = key.product, key.rows
-    rng, count = np.random.default_rng(0), product.calls(rows) * rows
-    if rows > MAX_ROWS:
-        order = np.stack([rng.permutation(product.experts)[: product.active] for _ in range(count)])
-    else:
-        order = rng.permutation(product.experts)[: count * product.active]
+    order = np.random.default_rng(0).permutation(product.experts)[: product.calls(rows) * rows * product.active]
     chosen = jnp.asarray(order.reshape(-1, rows, product.active), jnp.int32)
     spread = product.shape[-1] ** -0.5
     stacks = [random_weight(product.format, product.shape, spread, jnp.uint32(i)) for i in range(product.stacks)]
     return chosen, jnp.full(chosen.shape[1:], 1 / product.active, jnp.float32), stacks
 
 
-def traffic(product: Product, chosen: jax.Array) -> int:
-    """Bytes of weights that a launch reads, on average over the choices [calls, M, K]; each expert's once."""
+def traffic(product: Product, rows: int) -> int:
+    """Bytes of weights that a launch reads."""
     _, n, k = product.shape
-    distinct = [np.unique(one).size for one in np.asarray(chosen)]
-    return sum(distinct) * product.stacks * n * k // product.format.BLOCK * product.format.DEVICE_BYTES // len(distinct)
+    return rows * product.active * product.stacks * n * k // product.format.BLOCK * product.format.DEVICE_BYTES
 
 
-def programs(names: Sequence[str], rows: Sequence[int], many: Sequence[int]) -> dict[Launch, tuple[Any, tuple[Any, ...]]]:
+def programs(names: Sequence[str], rows: Sequence[int]) -> dict[Launch, tuple[Any, tuple[Any, ...]]]:
     """The function and the shapes of its arguments for each launch to time."""
     keys = [
         Launch(Product(kernel, name), m, tile) for kernel in (GATE_UP, DOWN) for name in names for m in rows for tile in TILES
     ]
-    keys += [Launch(Product(GATE_UP, name), m, tile) for name in names for m in many for tile in MANY_TILES]
     return {key: (program(key), jax.eval_shape(functools.partial(arguments, key))) for key in keys}
 
 
@@ -153,7 +135,7 @@ def measure(copy_gbps: float, note: Callable[[str], None]) -> tuple[list[Row], l
     Returns:
         Rows {shape, name, kind, m, pairs, tile, weight_bytes, us, gbps, fraction, samples}, and a line for each failure.
     """
-    jobs: dict[Any, tuple[Any, tuple[Any, ...]]] = programs(NAMES, ROWS, MANY_ROWS)
+    jobs: dict[Any, tuple[Any, tuple[Any, ...]]] = programs(NAMES, ROWS)
     note(f"compiling {len(jobs)} expert programs")
     compiled, failed = tune.compile_all(jobs)
     rows, problems = [], [f"{key}: {str(error).splitlines()[0][:300]}" for key, error in failed.items()]
@@ -168,14 +150,6 @@ def measure(copy_gbps: float, note: Callable[[str], None]) -> tuple[list[Row], l
     return rows, problems
 
 
-def _role(product: Product, tile: Tile) -> str:
-    """The product, and the rows of a program."""
-    if isinstance(tile, GroupedTile):
-        return f"gate + up {product.name} by expert, {tile.rows} rows, {tile.walk} places"
-    role, height = ("gate + up", tile.gate_up) if product.kernel == GATE_UP else ("down", tile.down)
-    return f"{role} {product.name}, {height} rows"
-
-
 def timed(compiled: Mapping[Launch, Any], copy_gbps: float) -> list[Row]:
     """Time the programs of one product, with the same stacks."""
     stacks: list[Quantized] = []
@@ -185,8 +159,9 @@ def timed(compiled: Mapping[Launch, Any], copy_gbps: float) -> list[Row]:
         stacks = made
         product, calls = key.product, key.product.calls(key.rows)
         [samples] = timing.kernel_times([functools.partial(run, chosen, share, stacks)], product.kernel, calls, REPEATS)
-        shape, read = "x".join(map(str, product.shape[1:])), traffic(product, chosen)
-        name = f"{_role(product, key.tile)}, {key.tile.ahead} ahead"
+        shape, read = "x".join(map(str, product.shape[1:])), traffic(product, key.rows)
+        role, height = ("gate + up", key.tile.gate_up) if product.kernel == GATE_UP else ("down", key.tile.down)
+        name = f"{role} {product.name}, {height} rows, {key.tile.ahead} ahead"
         extra = {"pairs": key.rows * product.active, "tile": dataclasses.asdict(key.tile), "weight_bytes": read}
         made_row = row(f"{product.stacks}x{shape}", name, "experts", key.rows, samples, read, copy_gbps)
         found.append({**made_row, **extra})

@@ -13,17 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax.bench import bits
-from pallas_kernels.core import timing
-from pallas_kernels.core.limits import MAX_ROWS
+from pallas_kernels.core import batches, timing
 from pallas_kernels.core.tiles import tile_for
 from pallas_kernels.formats import BLOCK
-from pallas_kernels.linear import activation, q8_mma
-from pallas_kernels.linear.q8_mma import MmaTile
+from pallas_kernels.linear import activation
 from pallas_kernels.tuning import tune
 from pallas_kernels.tuning.shapes import Product
 from pallas_kernels.tuning.tune import Launch
 
-ROWS = (1, 2, 3, 4, 8, 12, 16, 32)
+ROWS = (1, 2, 3, 4, 8, 12)
 ACTIVATION_WIDTHS = (4096, 8192)
 ACTIVATION_ROWS = (1, 2, 3, 4)
 ACTIVATION_CALLS = 16
@@ -41,8 +39,8 @@ class Result:
     """The result of a run.
 
     Attributes:
-        rows: {shape, name, kind, m, us, gbps, fraction, samples}; share_warp and mma rows also have weight_bytes. us is
-            the median of the samples, in microseconds per call.
+        rows: {shape, name, kind, m, us, gbps, fraction, samples}; share_warp rows also have weight_bytes. us is the median of the
+            samples, in microseconds per call.
         bits: rows of `bits.check`.
         problems: one line for each part that could not be measured.
     """
@@ -78,16 +76,6 @@ class Dot:
         product = self.product
         n = product.groups * sum(product.sizes)
         return 2 * (n * product.k + self.m * product.groups * product.k) + 4 * self.m * n
-
-
-def launch_rows(m: int) -> list[int]:
-    """Rows of each launch of an M-row product, at most 8: 12 rows take launches of 8 and 4."""
-    return [MAX_ROWS] * (m // MAX_ROWS) + [m % MAX_ROWS] * (m % MAX_ROWS > 0)
-
-
-def together(samples: Mapping[int, Sequence[float]], parts: Sequence[int]) -> list[float]:
-    """Microseconds of launches of so many rows each, summed. Each launch reads weights that were not in the cache."""
-    return [sum(us) for us in zip(*(samples[part] for part in parts), strict=True)]
 
 
 def per_call(events: Sequence[tuple[str, float]], calls: int) -> list[float]:
@@ -143,15 +131,11 @@ class Bench:
         self.result = Result()
 
     def launches(self, product: Product) -> list[Launch]:
-        """The programs of one product, one for each number of rows, with the same tile as in the model.
-
-        More than eight rows are timed in launches of at most eight, and in one launch on the tensor cores.
-        """
+        """The programs of one product, one for each number of rows, with the same tile as in the model."""
         device = jax.devices()[0].device_kind
-        timed = [part for m in self.rows for part in launch_rows(m)]
-        timed += [m for m in self.rows if m > MAX_ROWS and q8_mma.why_not(m, product.k) is None]
-        every = dict.fromkeys([*timed, *(bits.EVERY_M if self.check_bits else ())])
-        return [Launch(product, m, tile_for(product.sizes, product.k, product.groups, m, device)) for m in every]
+        every = dict.fromkeys([*self.rows, *(bits.EVERY_M if self.check_bits else ())])
+        sizes = product.sizes, product.k, product.groups
+        return [Launch(product, m, tile_for(*sizes, batches.rows_of(m), device)) for m in every]
 
     def jobs(self) -> dict[Any, tuple[Any, tuple[Any, ...]]]:
         """All programs to compile, the slow ones first."""
@@ -174,13 +158,10 @@ class Bench:
         """Measure times and bits of one product."""
         data = tune.Data(product)
         samples = {launch.m: us for launch, us in tune.times(programs, data).items()}
-        mma = {launch.m for launch in programs if isinstance(launch.tile, MmaTile)}
-        found = [(m, launch_rows(m)) for m in self.rows]
-        for m, parts in found + [(m, [m]) for m in self.rows if m > MAX_ROWS]:
-            if all(part in samples for part in parts):
-                name, kind = (f"{product.name}, tensor cores", "mma") if mma & {*parts} else (product.name, "share_warp")
-                us, traffic = together(samples, parts), sum(map(product.traffic, parts))
-                made = row(product.key, name, kind, m, us, traffic, self.copy_gbps)
+        for m in self.rows:
+            if m in samples:
+                traffic = product.traffic(m)
+                made = row(product.key, product.name, "share_warp", m, samples[m], traffic, self.copy_gbps)
                 self.result.rows.append({"weight_bytes": product.weight_bytes, **made})
         if self.check_bits:
             self.result.bits += bits.check(product, {launch.m: run for launch, run in programs.items()}, data)

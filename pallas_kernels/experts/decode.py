@@ -4,8 +4,9 @@ One launch computes gate, up and the clamped SwiGLU, another down and the sum ov
 few rows of one matrix (or the same rows of gate and up) and reads them once. Its result depends only on its row of activations
 and its expert, and sums have a fixed order. So a row has the same bits with any other rows.
 
-Rows with the same expert find its weights in the cache. For more than eight rows `experts.grouped_decode` computes gate and up,
-and programs of down are neighbours if they own the same rows of the matrices.
+Rows with the same expert find its weights in the cache. For more than eight rows the programs are ordered for that: those of gate
+and up take the pairs of rows and experts in the order of the experts, and those of down are neighbours if they own the same rows
+of the matrices. `walk` is the choice between the two ways.
 
 Source: the routed-expert kernels of ds4; arithmetic as gguf.md §6.
 """
@@ -26,7 +27,7 @@ from pallas_kernels.core import arithmetic, loads
 from pallas_kernels.core.arithmetic import LANES
 from pallas_kernels.core.launch import Part, launch
 from pallas_kernels.core.limits import MAX_ROWS
-from pallas_kernels.experts.grouped_decode import Groups, by_expert, grouped_gate_up_part
+from pallas_kernels.experts import router
 from pallas_kernels.experts.swiglu import clamped
 from pallas_kernels.formats import Quantized
 from pallas_kernels.linear.activation import Activation
@@ -67,18 +68,21 @@ def _split(refs: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
 
 def _gate_up_body(
     program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
-    *, format: Format, columns: int, n: int, active: int, rows: int, ahead: int, limit: float, planes: int, interpret: bool,
+    *, format: Format, columns: int, n: int, active: int, rows: int, ahead: int, limit: float, planes: int, ordered: bool,
+    interpret: bool,
 ) -> None:  # fmt: skip
     chosen_ref, share_ref, table_ref, *refs = inputs
-    x_refs, gate, up = _split(refs, len(refs) - 2 * planes, planes, planes)
+    order, x_refs, gate, up = _split(refs, ordered, len(refs) - ordered - 2 * planes, planes, planes)
     [out_ref], tiles = outputs, pl.cdiv(n, rows)
     first, pair = program % tiles * rows, program // tiles
+    if ordered:
+        pair = order[0][pair]
     expert = chosen_ref[pair]
     turns, x_row = [], pair // active
     for r in range(rows):
         real = first + r < n if n % rows else None
         turns.append(Turn(x_row, [(matrix, (expert, first + r), real) for matrix in (gate, up)], (2 * r, 2 * r + 1)))
-    accs = LaneRow(format, x_refs, table_ref, columns, interpret).add_in_turn(turns, zeros(2 * rows), ahead)
+    accs = LaneRow(format, x_refs, table_ref, columns, interpret, not ordered).add_in_turn(turns, zeros(2 * rows), ahead)
     # The sums of gate and up of one row are in neighbouring groups of lanes.
     total, place, owner = arithmetic.sum_lanes(accs, loads.numbers(), interpret=interpret)
     other = arithmetic.exchange(total, LANES // (2 * rows), interpret=interpret)
@@ -117,14 +121,18 @@ def _down_body(
     plt.store(out_ref.at[token, jnp.where(stored, column, n)], total, mask=stored)
 
 
-def groups_of(chosen: jax.Array, *, interpret: bool = False) -> Groups | None:
-    """The pairs of the chosen experts int32 [M, K] by expert: one small launch for many rows, None for up to eight."""
-    return by_expert(chosen, interpret=interpret) if chosen.shape[0] > MAX_ROWS else None
+def walk(chosen: jax.Array, *, interpret: bool = False) -> jax.Array | None:
+    """The order in which `gate_up_part` takes the pairs of the chosen experts int32 [M, K]: one small launch for many rows.
+
+    Returns:
+        Pair numbers int32 [M·K] in the order of the experts. None for up to eight rows: the order of the rows.
+    """
+    return router.by_expert(chosen, interpret=interpret) if chosen.shape[0] > MAX_ROWS else None
 
 
 def gate_up_part(
     x: Activation | ActivationK, chosen: jax.Array, share: jax.Array, gate: Quantized, up: Quantized, *, limit: float,
-    groups: Groups | None = None, tile: ExpertTile | None = None, interpret: bool = False,
+    order: jax.Array | None = None, tile: ExpertTile | None = None, interpret: bool = False,
 ) -> Part:  # fmt: skip
     """silu(min(gate, limit)) · clip(up, ±limit) · share for each row and each of its experts.
 
@@ -134,18 +142,16 @@ def gate_up_part(
         share: float32 [M, K], their routing weights.
         gate, up: stacks [E, F, D] of the same format.
         limit: static, of the SwiGLU.
-        groups: the result of `groups_of`. The result does not depend on it.
+        order: the result of `walk`. The result does not depend on it.
         tile: static, how the work is cut; by default `ExpertTile.of(interpret)`. The result does not depend on it.
 
     Returns:
         A launch part with one result float32 [M·K, F]. Its programs have one warp.
     """
-    if groups:
-        return grouped_gate_up_part(x, chosen, share, gate, up, limit=limit, groups=groups, interpret=interpret)
     (_, n, k), (tokens, active), planes = gate.shape, chosen.shape, jax.tree.leaves(gate)
     tile, format = tile or ExpertTile.of(interpret), lane_format(type(gate), interpret)
-    rows, columns, leaves = tile.gate_up, k // format.width, jax.tree.leaves((x, planes, up))
-    sizes: dict[str, Any] = {"columns": columns, "n": n, "active": active, "planes": len(planes)}
+    rows, columns, leaves = tile.gate_up, k // format.width, jax.tree.leaves((order, x, planes, up))
+    sizes: dict[str, Any] = {"columns": columns, "n": n, "active": active, "planes": len(planes), "ordered": order is not None}
     return Part(
         name=f"{GATE_UP}_{type(gate).__name__.lower()}_m{tokens}",
         programs=pl.cdiv(n, rows) * tokens * active,
@@ -215,8 +221,8 @@ def experts(
     Source: gguf.md §6; the meaning is `pallas_kernels.experts.meaning.gathered`.
     """
     quantized = quantize_for(x, type(gate), interpret=interpret)
-    groups = groups_of(chosen, interpret=interpret)
-    part = gate_up_part(quantized, chosen, share, gate, up, limit=limit, groups=groups, tile=tile, interpret=interpret)
+    order = walk(chosen, interpret=interpret)
+    part = gate_up_part(quantized, chosen, share, gate, up, limit=limit, order=order, tile=tile, interpret=interpret)
     [[hidden]] = launch([part], warps=1, interpret=interpret)
     quantized = quantize_for(hidden, type(weight), interpret=interpret)
     [[y]] = launch([down_part(quantized, chosen, weight, tile=tile, interpret=interpret)], warps=1, interpret=interpret)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -141,45 +141,6 @@ class LaneRow:
             for w, place in zip(loaded, turn.sums, strict=True):
                 made[place] = self.format.add(self.format.apply_codebook(w, self.table), known, made[place])
         return tuple(made)
-
-    def share_weights(
-        self, turns: Sequence[Sequence[WeightRow]], x_row: Any, others: Callable[[int, Callable[[Any], Sums]], None], ahead: int
-    ) -> list[Sums]:
-        """Products of a row of activations with the weight rows of each turn, and of other rows with the same loaded weights.
-
-        Args:
-            turns: weight rows that are loaded together.
-            x_row: number of the row of activations.
-            others: called with the number of each turn and a function of the number of another row, which gives its products.
-            ahead: as for `add_in_turn`.
-
-        Returns:
-            Sums of `x_row` for each turn.
-        """
-        firsts = [loads.value(i * LANES) for i in range(pl.cdiv(self.columns, LANES))]
-
-        def activations(x_row: Any) -> list[Loaded]:
-            return [self._activations(x_row, first) for first in firsts]
-
-        under_way: list[list[list[Loaded]]] = []
-        made, known = [], activations(x_row)
-        for i in range(len(turns)):
-            for j in range(i + len(under_way), min(i + 1 + ahead, len(turns))):
-                under_way.append([self._weights(turns[j], first) for first in firsts])
-            if not self.interpret:
-                plt.debug_barrier()
-            multiply = functools.partial(self._products, under_way.pop(0))
-            made.append(multiply(known))
-            others(i, lambda row, multiply=multiply: multiply(activations(row)))  # type: ignore[misc]
-        return made
-
-    def _products(self, loaded: Sequence[Sequence[Loaded]], x: Sequence[Loaded]) -> Sums:
-        """Products of loaded weight rows, 32 lanes after 32 lanes, with a row of activations."""
-        accs = zeros(len(loaded[0]))
-        for weights, part in zip(loaded, x, strict=True):
-            decoded = [self.format.apply_codebook(w, self.table) for w in weights]
-            accs = tuple(self.format.add(w, part, acc) for w, acc in zip(decoded, accs, strict=True))
-        return accs
 
     def _weights(self, weights: Sequence[WeightRow], first: jax.Array) -> list[Loaded]:
         """What 32 lanes multiply of each weight row."""

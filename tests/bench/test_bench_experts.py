@@ -14,7 +14,6 @@ from ds4jax.bench import experts
 from ds4jax.bench.experts import Launch, Product
 from pallas_kernels.core import timing
 from pallas_kernels.experts.decode import DOWN, GATE_UP, ExpertTile
-from pallas_kernels.experts.grouped_decode import GROUPS, NAME, GroupedTile
 
 SMALL = Product(DOWN, "Q2_K", experts=8, active=2, dim=512, hidden=256)
 
@@ -50,25 +49,9 @@ def test_rows_count_pairs_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_formats_and_pairs_of_the_table() -> None:
-    keys = experts.programs(experts.NAMES, experts.ROWS, ())
+    keys = experts.programs(experts.NAMES, experts.ROWS)
     assert {(key.product.kernel, key.product.name, key.rows * key.product.active) for key in keys} == {
         (kernel, name, pairs) for kernel in (GATE_UP, DOWN) for name in experts.NAMES for pairs in (6, 18, 48)
     }
     assert ExpertTile() in experts.TILES
-    assert experts.traffic(Product(GATE_UP, "IQ2_S"), np.arange(6).reshape(1, 1, 6)) == 6 * 2 * 2048 * 4096 // 256 * 82
-
-
-def test_many_rows_share_experts_and_each_is_counted_once() -> None:
-    keys = [key for key in experts.programs(["Q2_K"], (), (16,)) if key.rows == 16]
-    assert [key.tile for key in keys] == list(experts.MANY_TILES)
-    product = dataclasses.replace(SMALL, kernel=GATE_UP)
-    chosen, share, _ = experts.arguments(Launch(product, 16, GroupedTile()))
-    assert (chosen.shape, share.shape) == ((experts.MANY_CALLS, 16, 2), (16, 2))
-    assert all(len(set(row)) == 2 for row in np.asarray(chosen).reshape(-1, 2).tolist())
-    assert experts.traffic(product, np.array([[[1, 2], [2, 3]], [[4, 5], [4, 5]]])) == 5 * 2 * 256 * 512 // 256 * 84 // 2
-
-
-def test_a_program_of_many_rows_groups_and_multiplies() -> None:
-    key = Launch(dataclasses.replace(SMALL, kernel=GATE_UP), 16, GroupedTile())
-    text = lowered_for_cuda(experts.program(key), *jax.eval_shape(lambda: experts.arguments(key)))
-    assert kernel_calls(text, NAME) == kernel_calls(text, GROUPS) == 1
+    assert experts.traffic(Product(GATE_UP, "IQ2_S"), 1) == 6 * 2 * 2048 * 4096 // 256 * 82

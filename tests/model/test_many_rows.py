@@ -26,8 +26,8 @@ from ds4jax.random_models import checkpoint as synthetic
 from ds4jax.random_models import layouts
 from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.experts import decode as experts
-from pallas_kernels.experts import grouped_decode
-from pallas_kernels.linear import q8_matmul, q8_mma
+from pallas_kernels.experts import router
+from pallas_kernels.linear.q8_matmul import NAME as SHARE_WARP
 
 CAPACITY = 512
 
@@ -94,7 +94,7 @@ def test_each_sequence_has_the_bits_it_has_alone(ratio: int, size: int, width: i
 
 @pytest.mark.long
 def test_a_loop_of_sixteen_sequences_runs_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every product of the lowered step, the head's too, is a launch of sixteen rows; the small K have batches of eight."""
+    """Every product of the lowered step, the head's too, is a launch of sixteen rows."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     config, program = dataclasses.replace(layouts.SMALL_Q2, n_layers=3), Program(0, sequences=16)
     graph, weights = nnx.split(abstract("small-q2", config))
@@ -106,9 +106,9 @@ def test_a_loop_of_sixteen_sequences_runs_by_kernels(monkeypatch: pytest.MonkeyP
     jitted = jax.jit(fresh, static_argnums=0, static_argnames=("strict", "drafter", "max_draft"))
     options = {"strict": False, "drafter": None, "max_draft": 0}
     text = lowered_for_cuda(jitted, graph, weights, state, *arguments(program, 1, 0), **options)
-    expected = {q8_matmul.NAME: 6 * 3 + 1, grouped_decode.NAME: 3, grouped_decode.GROUPS: 3}
+    expected = {SHARE_WARP: 6 * 3 + 1, experts.GATE_UP: 3, router.ORDER: 3}
     assert {name: executed_calls(text, name) for name in expected} == expected
-    assert set(re.findall(rf"{q8_matmul.NAME}\w*?_m(\d+)", text)) == {"16"}
+    assert set(re.findall(rf"{SHARE_WARP}\w*?_m(\d+)", text)) == {"16"}
 
 
 @pytest.mark.gpu
@@ -122,7 +122,7 @@ def test_v4_flash_on_the_gpu(size: int, width: int) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("rows", [16, 32])
 def test_a_layer_of_v4_flash_lowers(rows: int) -> None:
-    """Each product of Q8_0 is on the tensor cores; experts take one launch more than for one row, which orders them."""
+    """As many launches as for one row, and one for the order of the experts. Programs hold eight rows."""
     config = dataclasses.replace(layouts.LAYOUTS["flash-q2"].config, n_layers=1, n_hash_layers=0, compress_ratios=(4, 0))
     graph, weights = nnx.split(abstract("flash-q2", config))
     held = jax.eval_shape(lambda: caches.empty(config, 2048, sequences=rows).layers)
@@ -134,5 +134,5 @@ def test_a_layer_of_v4_flash_lowers(rows: int) -> None:
         return decode_kernels.layers(config, blocks, h_TND, start, Rows.step(start, 1, jnp.ones_like(start)), held)
 
     text = lowered_for_cuda(jax.jit(layers), weights, h_TND, numbers, held)
-    expected = {q8_mma.NAME: 8, grouped_decode.NAME: 1, experts.DOWN: 1, grouped_decode.GROUPS: 1}
+    expected = {SHARE_WARP: 6, experts.GATE_UP: 1, experts.DOWN: 1, router.ORDER: 1}
     assert {name: executed_calls(text, name) for name in expected} == expected

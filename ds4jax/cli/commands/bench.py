@@ -17,7 +17,7 @@ from ds4jax.errors import InputError
 
 # Maximum rows of a launch to time; more rows take another path.
 MAX_ROWS = 32
-DEFAULT_ROWS = "1,2,3,4,8,12,16,32"
+DEFAULT_ROWS = "1,2,3,4,8,16,32"
 
 # Bytes of the file for timing the loader: many tensors, and it fits on any GPU.
 LOAD_BYTES = 4e9
