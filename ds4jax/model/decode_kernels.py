@@ -275,12 +275,11 @@ def _experts(
     else:
         how = {"bias": weights["ffn.gate.bias"]}
     chosen, share = router.route(logits, active=config.n_active, scale=config.route_scale, **how, interpret=interpret)
-    order = expert_kernels.walk(chosen, interpret=interpret)
     w1, w2, w3 = (weights[f"ffn.experts.{name}"] for name in ("w1", "w2", "w3"))
     x, limit, shared_down = entered.quantized_for(type(w1)), config.swiglu_limit, weights[SHARED[1]]
     parts = [
         _mixing(config, weights, "ffn", entered),
-        expert_kernels.gate_up_part(x, chosen, share, w1, w3, limit=limit, order=order, interpret=interpret),
+        expert_kernels.gate_up_part(x, chosen, share, w1, w3, limit=limit, interpret=interpret),
     ]
     shared_parts = _entered_parts(entered, [weights[SHARED[0]], weights[SHARED[2]]], interpret)
     if len(entered.x) <= TOGETHER:

@@ -2,11 +2,8 @@
 
 One launch computes gate, up and the clamped SwiGLU, another down and the sum over a row's experts. A program is one warp, owns a
 few rows of one matrix (or the same rows of gate and up) and reads them once. Its result depends only on its row of activations
-and its expert, and sums have a fixed order. So a row has the same bits with any other rows.
-
-Rows with the same expert find its weights in the cache. For more than eight rows the programs are ordered for that: those of gate
-and up take the pairs of rows and experts in the order of the experts, and those of down are neighbours if they own the same rows
-of the matrices. `walk` is the choice between the two ways.
+and its expert, and sums have a fixed order. So a row has the same bits with any other rows. Rows with the same expert find its
+weights in the cache.
 
 Source: the routed-expert kernels of ds4; arithmetic as gguf.md §6.
 """
@@ -26,8 +23,6 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.core import arithmetic, loads
 from pallas_kernels.core.arithmetic import LANES
 from pallas_kernels.core.launch import Part, launch
-from pallas_kernels.core.limits import MAX_ROWS
-from pallas_kernels.experts import router
 from pallas_kernels.experts.swiglu import clamped
 from pallas_kernels.formats import Quantized
 from pallas_kernels.linear.activation import Activation
@@ -68,21 +63,18 @@ def _split(refs: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
 
 def _gate_up_body(
     program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
-    *, format: Format, columns: int, n: int, active: int, rows: int, ahead: int, limit: float, planes: int, ordered: bool,
-    interpret: bool,
+    *, format: Format, columns: int, n: int, active: int, rows: int, ahead: int, limit: float, planes: int, interpret: bool,
 ) -> None:  # fmt: skip
     chosen_ref, share_ref, table_ref, *refs = inputs
-    order, x_refs, gate, up = _split(refs, ordered, len(refs) - ordered - 2 * planes, planes, planes)
+    x_refs, gate, up = _split(refs, len(refs) - 2 * planes, planes, planes)
     [out_ref], tiles = outputs, pl.cdiv(n, rows)
     first, pair = program % tiles * rows, program // tiles
-    if ordered:
-        pair = order[0][pair]
     expert = chosen_ref[pair]
     turns, x_row = [], pair // active
     for r in range(rows):
         real = first + r < n if n % rows else None
         turns.append(Turn(x_row, [(matrix, (expert, first + r), real) for matrix in (gate, up)], (2 * r, 2 * r + 1)))
-    accs = LaneRow(format, x_refs, table_ref, columns, interpret, not ordered).add_in_turn(turns, zeros(2 * rows), ahead)
+    accs = LaneRow(format, x_refs, table_ref, columns, interpret).add_in_turn(turns, zeros(2 * rows), ahead)
     # The sums of gate and up of one row are in neighbouring groups of lanes.
     total, place, owner = arithmetic.sum_lanes(accs, loads.numbers(), interpret=interpret)
     other = arithmetic.exchange(total, LANES // (2 * rows), interpret=interpret)
@@ -95,17 +87,13 @@ def _gate_up_body(
 
 def _down_body(
     program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
-    *, format: Format, columns: int, n: int, active: int, rows: int, ahead: int, planes: int, ordered: bool, interpret: bool,
+    *, format: Format, columns: int, n: int, active: int, rows: int, ahead: int, planes: int, interpret: bool,
 ) -> None:  # fmt: skip
     chosen_ref, table_ref, *refs = inputs
     x_refs, down = _split(refs, len(refs) - planes, planes)
     [out_ref], tiles = outputs, pl.cdiv(n, rows)
     first, token = program % tiles * rows, program // tiles
-    if ordered:
-        # A row's experts are summed in one program, so the order of the experts is no order of programs.
-        tokens = out_ref.shape[0]
-        first, token = program // tokens * rows, program % tokens
-    row = LaneRow(format, x_refs, table_ref, columns, interpret, not ordered)
+    row = LaneRow(format, x_refs, table_ref, columns, interpret)
     pairs = [token * active + k for k in range(active)]
     experts = [chosen_ref[pair] for pair in pairs]
     real = [first + r < n if n % rows else None for r in range(rows)]
@@ -121,18 +109,9 @@ def _down_body(
     plt.store(out_ref.at[token, jnp.where(stored, column, n)], total, mask=stored)
 
 
-def walk(chosen: jax.Array, *, interpret: bool = False) -> jax.Array | None:
-    """The order in which `gate_up_part` takes the pairs of the chosen experts int32 [M, K]: one small launch for many rows.
-
-    Returns:
-        Pair numbers int32 [M·K] in the order of the experts. None for up to eight rows: the order of the rows.
-    """
-    return router.by_expert(chosen, interpret=interpret) if chosen.shape[0] > MAX_ROWS else None
-
-
 def gate_up_part(
     x: Activation | ActivationK, chosen: jax.Array, share: jax.Array, gate: Quantized, up: Quantized, *, limit: float,
-    order: jax.Array | None = None, tile: ExpertTile | None = None, interpret: bool = False,
+    tile: ExpertTile | None = None, interpret: bool = False,
 ) -> Part:  # fmt: skip
     """silu(min(gate, limit)) · clip(up, ±limit) · share for each row and each of its experts.
 
@@ -142,7 +121,6 @@ def gate_up_part(
         share: float32 [M, K], their routing weights.
         gate, up: stacks [E, F, D] of the same format.
         limit: static, of the SwiGLU.
-        order: the result of `walk`. The result does not depend on it.
         tile: static, how the work is cut; by default `ExpertTile.of(interpret)`. The result does not depend on it.
 
     Returns:
@@ -150,15 +128,15 @@ def gate_up_part(
     """
     (_, n, k), (tokens, active), planes = gate.shape, chosen.shape, jax.tree.leaves(gate)
     tile, format = tile or ExpertTile.of(interpret), lane_format(type(gate), interpret)
-    rows, columns, leaves = tile.gate_up, k // format.width, jax.tree.leaves((order, x, planes, up))
-    sizes: dict[str, Any] = {"columns": columns, "n": n, "active": active, "planes": len(planes), "ordered": order is not None}
+    rows, columns = tile.gate_up, k // format.width
+    sizes: dict[str, Any] = {"columns": columns, "n": n, "active": active, "planes": len(planes)}
     return Part(
         name=f"{GATE_UP}_{type(gate).__name__.lower()}_m{tokens}",
         programs=pl.cdiv(n, rows) * tokens * active,
         body=functools.partial(
             _gate_up_body, format=format, limit=limit, rows=rows, ahead=tile.ahead, interpret=interpret, **sizes
         ),
-        inputs=(chosen.reshape(-1), share.reshape(-1), codebook(type(gate)), *leaves),
+        inputs=(chosen.reshape(-1), share.reshape(-1), codebook(type(gate)), *jax.tree.leaves(x), *planes, *jax.tree.leaves(up)),
         outputs=(jax.ShapeDtypeStruct((tokens * active, n), jnp.float32),),
         # Counts every read, also if several rows choose the same expert and find it in the cache.
         traffic=2 * tokens * active * n * k // gate.BLOCK * gate.DEVICE_BYTES,
@@ -186,9 +164,7 @@ def down_part(
     return Part(
         name=f"{DOWN}_{type(weight).__name__.lower()}_m{tokens}",
         programs=pl.cdiv(n, rows) * tokens,
-        body=functools.partial(
-            _down_body, format=format, rows=rows, ahead=tile.ahead, interpret=interpret, ordered=tokens > MAX_ROWS, **sizes
-        ),
+        body=functools.partial(_down_body, format=format, rows=rows, ahead=tile.ahead, interpret=interpret, **sizes),
         inputs=(chosen.reshape(-1), codebook(type(weight)), *jax.tree.leaves(x), *planes),
         outputs=(jax.ShapeDtypeStruct((tokens, n), jnp.float32),),
         traffic=tokens * active * n * k // weight.BLOCK * weight.DEVICE_BYTES,
@@ -199,8 +175,7 @@ def experts(
     x: jax.Array, chosen: jax.Array, share: jax.Array, gate: Quantized, up: Quantized, weight: Quantized, *, limit: float,
     tile: ExpertTile | None = None, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """Weighted sum of the chosen experts' outputs, for M rows of a decode step. Four launches: two quantisations, two
-    products. More than eight rows take another one for the order of the experts.
+    """Weighted sum of the chosen experts' outputs, for M rows of a decode step. Four launches: two quantisations, two products.
 
     Args:
         x: float32 [M, D]; D and F are multiples of the formats' block size.
@@ -221,8 +196,7 @@ def experts(
     Source: gguf.md §6; the meaning is `pallas_kernels.experts.meaning.gathered`.
     """
     quantized = quantize_for(x, type(gate), interpret=interpret)
-    order = walk(chosen, interpret=interpret)
-    part = gate_up_part(quantized, chosen, share, gate, up, limit=limit, order=order, tile=tile, interpret=interpret)
+    part = gate_up_part(quantized, chosen, share, gate, up, limit=limit, tile=tile, interpret=interpret)
     [[hidden]] = launch([part], warps=1, interpret=interpret)
     quantized = quantize_for(hidden, type(weight), interpret=interpret)
     [[y]] = launch([down_part(quantized, chosen, weight, tile=tile, interpret=interpret)], warps=1, interpret=interpret)

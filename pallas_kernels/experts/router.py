@@ -1,4 +1,4 @@
-"""The router: chooses experts and their weights from the router's logits, in one small launch, and orders the choice.
+"""The router: chooses experts and their weights from the router's logits, in one small launch.
 
 Source: `Gate` of the reference inference code; gguf.md §6.
 """
@@ -15,9 +15,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.experts.meaning import MIN_WEIGHT_SUM
 
-NAME, ORDER = "router", "expert_order"
-# Pairs of rows and experts that a program of the order places.
-PLACED = 32
+NAME = "router"
 
 
 def _score(logits: jax.Array) -> jax.Array:
@@ -82,39 +80,3 @@ def route(
         name=NAME,
     )(logits, *given)
     return chosen, share
-
-
-def _order_kernel(chosen_ref: Any, order_ref: Any, *, pairs: int) -> None:
-    other = jax.lax.broadcasted_iota(jnp.int32, (pl.next_power_of_2(pairs),), 0)
-    mine = pl.program_id(0) * PLACED + jax.lax.broadcasted_iota(jnp.int32, (PLACED,), 0)
-    expert = plt.load(chosen_ref.at[other], mask=other < pairs, other=0)
-    own = plt.load(chosen_ref.at[mine], mask=mine < pairs, other=0)
-    shape = (PLACED, other.shape[0])
-    expert, other = (jnp.broadcast_to(x[None, :], shape) for x in (expert, other))
-    own, number = (jnp.broadcast_to(x[:, None], shape) for x in (own, mine))
-    earlier = (other < pairs) & ((expert < own) | ((expert == own) & (other < number)))
-    place = jnp.sum(jnp.where(earlier, jnp.int32(1), jnp.int32(0)), axis=1)
-    # The place of a masked pair is past the end; interpret mode drops it.
-    plt.store(order_ref.at[jnp.where(mine < pairs, place, pairs)], mine, mask=mine < pairs)
-
-
-@functools.partial(jax.jit, static_argnames="interpret")
-def by_expert(chosen: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """Numbers of the pairs of M rows and K experts in the order of their experts, pairs of one expert in the order of the rows.
-
-    Args:
-        chosen: int32 [M, K], expert numbers.
-
-    Returns:
-        int32 [M·K]; row m and its choice k are pair m·K + k.
-    """
-    pairs = chosen.size
-    order: jax.Array = pl.pallas_call(
-        functools.partial(_order_kernel, pairs=pairs),
-        out_shape=jax.ShapeDtypeStruct((pairs,), jnp.int32),
-        grid=(pl.cdiv(pairs, PLACED),),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name=ORDER,
-    )(chosen.reshape(-1))
-    return order
