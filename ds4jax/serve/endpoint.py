@@ -126,6 +126,7 @@ class Endpoint:
         finally:
             for job in call.jobs:
                 job.cancel()
+            record.came(call.jobs)
             await _stopped(gone)
 
     async def _made(self, call: Call, gone: asyncio.Future[None]) -> Answer:
