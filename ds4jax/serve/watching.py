@@ -74,7 +74,11 @@ class Record:
         self.finish = f"{self.finish},{finish}".strip(",")
 
     def came(self, jobs: Sequence[Job]) -> None:
-        """Add when the tokens of replies were here."""
+        """Add when the tokens of replies were here, and of replies that were not ended what they had so far."""
+        if not self.finish:
+            self.prompt = sum(len(job.request.prompt_ids) for job in jobs)
+            self.cached = sum(job.request.reused for job in jobs)
+            self.tokens = sum(job.request.made for job in jobs)
         for job in jobs:
             self.first = max(self.first, job.first)
             self.between = max(self.between, (job.last - job.first) / max(job.request.made - 1, 1))
@@ -136,10 +140,11 @@ class Metrics:
         self._hits.inc(bool(record.cached))
         self._tokens.inc(record.tokens)
         self._steps.inc(record.steps)
-        if record.tokens:
+        if record.finish:
             for name in ("queue", "prefill", "decode"):
                 self._times[name].observe(getattr(record, name))
             self._times["request"].observe(record.seconds)
+        if record.tokens:
             self._times["first_token"].observe(record.first)
         if record.tokens > 1:
             self._times["token"].observe(record.between)

@@ -1,6 +1,7 @@
 """Clients that are no part of the extra `test`, against the tiny model in a process of its own: `pip install 'ds4jax[clients]'`.
 
-An agent comes from npm: `npm install @openai/codex`, and DS4JAX_CODEX names the program.
+Agents come from npm: `npm install @openai/codex opencode-ai`. DS4JAX_CODEX and DS4JAX_OPENCODE name their programs where PATH
+does not have them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,7 +37,7 @@ def needs(name: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    with process(tmp_path_factory.mktemp("server"), "--context", "16384", "--slots", "2") as one:
+    with process(tmp_path_factory.mktemp("server"), "--context", "4096", "--slots", "2") as one:
         yield one
 
 
@@ -132,19 +134,46 @@ def scored(ids: list[int], folder: Path) -> np.ndarray:
     return logits
 
 
-CODEX = os.environ.get("DS4JAX_CODEX", "")
+@pytest.fixture(scope="module")
+def large() -> Iterator[Any]:
+    """A server whose context holds what an agent begins with. The tiny model's does not."""
+    pytest.importorskip("httpx2", reason="needs the extra test")
+    from serving import served
+
+    with served(roomy=True, context=131072, slots=2, chunk=1024) as one:
+        yield one.ready()
 
 
-@pytest.mark.skipif(not CODEX, reason="needs DS4JAX_CODEX, the program of npm's @openai/codex")
-def test_codex_does_a_turn(server: Process, tmp_path: Path) -> None:
-    (tmp_path / "work").mkdir()
+def agent(name: str) -> str:
+    """The program of an agent, or a skip."""
+    found = os.environ.get(f"DS4JAX_{name.upper()}", "") or shutil.which(name)
+    if not found:
+        pytest.skip(f"needs npm's {name}; DS4JAX_{name.upper()} names the program")
+    return found
+
+
+def turn(command: list[str], folder: Path, **environment: str) -> str:
+    """Let an agent do one task in a folder of its own. Returns what it printed."""
+    (folder / "work").mkdir()
+    (folder / "work" / "notes.txt").write_text("The king is David.\n")
+    own = {"HOME": str(folder), "ANY_KEY": "any", "NO_PROXY": "127.0.0.1", **environment}
+    inherited = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 540, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(command, env=inherited | own, cwd=folder / "work", **how)
+    assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
+    printed: str = done.stdout
+    return printed
+
+
+def test_codex_does_a_task(large: Any, tmp_path: Path) -> None:
+    program = agent("codex")
     (tmp_path / "config.toml").write_text(f"""
-model = "ds4jax-tiny"
+model = "small"
 model_provider = "here"
-model_context_window = 16384
+model_context_window = 131072
 [model_providers.here]
 name = "here"
-base_url = "{server.url}/v1"
+base_url = "{large.url}/v1"
 wire_api = "responses"
 env_key = "ANY_KEY"
 request_max_retries = 0
@@ -152,12 +181,28 @@ stream_max_retries = 0
 [analytics]
 enabled = false
 """)
-    before = len(server.records())
-    command = [CODEX, "exec", "--skip-git-repo-check", "--sandbox", "read-only", "--json", "Say who thou art."]
-    environment = os.environ | {"CODEX_HOME": str(tmp_path), "ANY_KEY": "any"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path / "work", capture_output=True, text=True, timeout=540)
-    print(done.stdout[-2000:], done.stderr[-2000:])
-    records = [one for one in server.records()[before:] if one["path"] == "/v1/responses"]
-    assert done.returncode == 0
+    before = len(large.log)
+    command = [program, "exec", "--skip-git-repo-check", "--sandbox", "read-only", "--json", "Who is the king? Read notes.txt."]
+    events = [json.loads(line) for line in turn(command, tmp_path, CODEX_HOME=str(tmp_path)).splitlines() if line.startswith("{")]
+    records = [one for one in large.log[before:] if one["path"] == "/v1/responses"]
+    print(records)
     assert [one["status"] for one in records] == [200]
-    assert "turn.completed" in done.stdout
+    assert [one["usage"]["output_tokens"] for one in events if one["type"] == "turn.completed"] == [records[0]["tokens"]]
+
+
+def test_opencode_does_a_task(large: Any, tmp_path: Path) -> None:
+    program = agent("opencode")
+    models = {"small": {"name": "small", "limit": {"context": 131072, "output": 200}}}
+    options = {"baseURL": f"{large.url}/v1", "apiKey": "any"}
+    provider = {"here": {"npm": "@ai-sdk/openai-compatible", "name": "here", "options": options, "models": models}}
+    about = {"provider": provider, "autoupdate": False, "share": "disabled", "small_model": "here/small"}
+    (tmp_path / "opencode.json").write_text(json.dumps(about))
+    before = len(large.log)
+    command = [program, "run", "--model", "here/small", "--format", "json", "Who is the king? Read notes.txt."]
+    settings = {"OPENCODE_CONFIG": str(tmp_path / "opencode.json"), "OPENCODE_DISABLE_MODELS_FETCH": "1"}
+    printed = turn(command, tmp_path, **settings)
+    records = [one for one in large.log[before:] if one["path"] == "/v1/chat/completions"]
+    print(records, printed[-2000:])
+    assert records
+    assert {one["status"] for one in records} == {200}
+    assert "step_finish" in printed
