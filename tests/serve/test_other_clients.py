@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def test_langchain(server: Process) -> None:
     assert "".join(str(piece.content) for piece in pieces) == expected
     assert len(pieces) > 2
 
-    def count(number: int, word: str) -> str:
+    def count(number: Literal[1, 2, 3], word: Literal["king", "people"]) -> str:
         """Count a word."""
         return f"{number} {word}"
 
