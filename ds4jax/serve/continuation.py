@@ -143,7 +143,9 @@ class Continuation:
 
     def _read(self, piece: Piece) -> tuple[TextPart, str]:
         """What a piece adds, and why the text ends with it, or ""."""
-        texts, tokens, finish = [], [], ""
+        texts: list[str] = []
+        tokens: list[Token] = []
+        finish = ""
         for i, token in enumerate(piece.ids):
             part, finish = self._pushed(token, piece.logprobs[i : i + 1])
             texts.append(part.text)

@@ -132,6 +132,11 @@ class Metrics:
         """All figures in Prometheus' text format."""
         return prometheus.generate_latest(self.registry)
 
+    def refuse(self, record: Record) -> None:
+        """Count a request that was not let in, without its path, and write its line."""
+        self._requests.labels("", str(record.status)).inc()
+        _LOG.info("%s", record.line())
+
     def note(self, record: Record) -> None:
         """Count a request, and write its line."""
         self._requests.labels(record.path, str(record.status)).inc()
