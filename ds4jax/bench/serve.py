@@ -159,9 +159,9 @@ def compare(engine: Engine, player: Player, url: str, work: Work, options: Optio
     """The engine alone and through HTTP, in turns.
 
     Returns:
-        first: milliseconds to the first token of a request alone, and the difference at the fastest tenth; streams: tokens/s of all streams together. Each has the runs of
-        both, their medians, and the median of the pairs' differences or ratios. `different` is the number of replies whose bits
-        HTTP changed.
+        first: milliseconds to the first token of a request alone, and the difference at the fastest tenth; streams: tokens/s of
+        all streams together. Each has the runs of both, their medians, and the median of the pairs' differences or ratios.
+        `different` is the number of pairs whose bits HTTP changed.
     """
     different = 0
     firsts: dict[str, list[float]] = {"engine": [], "http": []}
