@@ -18,7 +18,7 @@ import httpx2
 import numpy as np
 from flax import nnx
 from gguf_files import vocabulary
-from small_models import DRAFTS, shallow_model
+from small_models import DRAFTS, roomy_model, shallow_model
 
 from ds4jax.decode.drafters.ngram import NgramDrafter
 from ds4jax.engine.engine import Engine
@@ -69,15 +69,15 @@ def tokenizer() -> Tokenizer:
 
 
 @functools.cache
-def model() -> LanguageModel:
-    """The model of one layer, with a tokenizer."""
-    bare = shallow_model()
+def model(*, roomy: bool = False) -> LanguageModel:
+    """The model of one layer, with a tokenizer; perhaps with a large context."""
+    bare = roomy_model() if roomy else shallow_model()
     return LanguageModel(nnx.merge(bare.graph, bare.weights), tokenizer(), max_draft=DRAFTS)
 
 
-def engine(**options: Any) -> Engine:
-    """An engine of the one shape."""
-    return Engine(model(), drafter=NgramDrafter(), slots=SLOTS, context=CONTEXT, chunk=CHUNK, **options)
+def engine(*, roomy: bool = False, **options: Any) -> Engine:
+    """An engine of the one shape, unless options say otherwise."""
+    return Engine(model(roomy=roomy), drafter=NgramDrafter(), **{"slots": SLOTS, "context": CONTEXT, "chunk": CHUNK} | options)
 
 
 class Served:

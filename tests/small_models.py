@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 from numerics import arrays, golden_config, golden_tensors
@@ -26,8 +27,14 @@ def shallow_model() -> LanguageModel:
     return _model((2,), "float32", DRAFTS)
 
 
-def _model(layers: tuple[int, ...], cache: str, drafts: int) -> LanguageModel:
-    whole = golden_config(cache != "float32", cache)
+@functools.cache
+def roomy_model() -> LanguageModel:
+    """The same layer with a context of 131,072 tokens."""
+    return _model((2,), "float32", DRAFTS, max_context=131072)
+
+
+def _model(layers: tuple[int, ...], cache: str, drafts: int, **others: Any) -> LanguageModel:
+    whole = dataclasses.replace(golden_config(cache != "float32", cache), **others)
     ratios = (*(whole.compress_ratios[layer] for layer in layers), whole.mtp_ratio)
     hashed = sum(layer < whole.n_hash_layers for layer in layers)
     config = dataclasses.replace(whole, n_layers=len(layers), n_hash_layers=hashed, compress_ratios=ratios)

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 
 import ds4jax
 from ds4jax import bounds
@@ -165,6 +166,16 @@ class Engine:
     def waiting(self) -> int:
         """Number of requests in the queue."""
         return self._scheduler.waiting
+
+    @property
+    def drafts(self) -> np.ndarray:
+        """int64 [S, 2]: the numbers of drafts, and of those that stood, of each slot since the start."""
+        return self._scheduler.drafts
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the prefix cache in memory."""
+        return self._scheduler.prefix_bytes
 
     @property
     def alive(self) -> bool:

@@ -7,6 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
+
 from ds4jax.engine.intake import Intake
 from ds4jax.engine.pace import Pace
 from ds4jax.engine.prefix import PrefixCache
@@ -42,6 +44,9 @@ class Scheduler:
         self._closing = False
         self._error: BaseException | None = None
         self._pace, self._called = Pace(), 0.0
+        # int64 [S, 2]: drafts and those that stood, of each slot since the start, and of the request that it has.
+        self._drafts = np.zeros((slots.shape.slots, 2), np.int64)
+        self._latest = np.zeros_like(self._drafts)
         self._thread = threading.Thread(target=self._run, name="ds4jax engine", daemon=True)
         self._thread.start()
 
@@ -54,6 +59,16 @@ class Scheduler:
     def waiting(self) -> int:
         """Number of requests in the queue."""
         return len(self._queue)
+
+    @property
+    def drafts(self) -> np.ndarray:
+        """int64 [S, 2]: the numbers of drafts, and of those that stood, of each slot since the start."""
+        return self._drafts.copy()
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the prefix cache in memory."""
+        return self._prefix.nbytes
 
     @property
     def alive(self) -> bool:
@@ -158,6 +173,7 @@ class Scheduler:
 
     def _free(self, slot: int) -> None:
         self._slots.free(slot)
+        self._latest[slot] = 0
         del self._running[slot]
         if self._intake and self._intake.slot == slot:
             self._intake = None
@@ -205,6 +221,9 @@ class Scheduler:
     def _pass_on(self, news: News) -> None:
         """Give a request its new tokens. Where it ends, its slot is free before anyone hears of it."""
         request = self._running[news.slot]
+        counts = np.array([news.tried.sum(), news.stood.sum()])
+        self._drafts[news.slot] += counts - self._latest[news.slot]
+        self._latest[news.slot] = counts
         try:
             reason = request.receive(news)
         except Exception as error:
@@ -232,6 +251,7 @@ class Scheduler:
         self._running.clear()
         self._intake = None
         self._slots.rebuild()
+        self._latest[:] = 0
         if not culprit:
             for request in again:
                 request.attempts += 1

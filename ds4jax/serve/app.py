@@ -51,7 +51,7 @@ def application(runner: Runner) -> Starlette:
         Route("/health", small.health),
         Route("/metrics", figures),
     ]
-    middleware = [Middleware(Gate, settings=runner.settings)]
+    middleware = [Middleware(Gate, settings=runner.settings, metrics=metrics)]
     if runner.settings.origins:
         allowed: dict[str, Any] = {"allow_origins": list(runner.settings.origins), "allow_methods": ["*"], "allow_headers": ["*"]}
         middleware.insert(0, Middleware(CORSMiddleware, **allowed))

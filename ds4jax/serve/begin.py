@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from ds4jax.serve.conversation import Conversation, samplings
 from ds4jax.serve.endpoint import Call
 from ds4jax.serve.guidance import Guide, constraint
+from ds4jax.serve.merging import SHORT, aside
 from ds4jax.serve.reply import Reply
 
 
@@ -22,8 +21,9 @@ async def begin(call: Call, asked: Conversation) -> list[Reply]:
         vocabulary = runner.engine.model.config.vocab_size
         return asked.ids(runner), [constraint(asked, tokenizer, vocabulary) for _ in range(asked.count)]
 
-    # Long texts take a while.
-    ids, guides = await asyncio.to_thread(prepared)
+    # A guide takes a while, too, the first one more than a second.
+    size = SHORT if asked.tools or asked.response_format else len(call.body)
+    ids, guides = await aside(size, prepared)
     limit = runner.engine.context if asked.max_new_tokens is None else asked.max_new_tokens
     replies: list[Reply] = []
     for sampling, guide in zip(samplings(asked.sampling, asked.count), guides, strict=True):

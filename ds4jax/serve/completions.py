@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import secrets
 import time
@@ -14,7 +13,7 @@ from ds4jax.serve import conversation, shapes
 from ds4jax.serve.continuation import Continuation, TextEnded, TextPart, forcing
 from ds4jax.serve.endpoint import Answer, Call, event
 from ds4jax.serve.errors import bad, too_long, unsupported
-from ds4jax.serve.merging import merged, together
+from ds4jax.serve.merging import aside, merged, together
 from ds4jax.serve.probabilities import text_logprobs
 from ds4jax.serve.runner import Runner
 
@@ -41,7 +40,7 @@ async def completions(call: Call) -> Answer:
     sampling = _checked(asked)
     if call.runner.settings.log_prompts:
         call.record.prompts = asked.prompt
-    prompts = await asyncio.to_thread(_prompts, call.runner, asked.prompt)
+    prompts = await aside(len(call.body), _prompts, call.runner, asked.prompt)
     count = conversation.count_of(asked.n)
     samplings = conversation.samplings(sampling, count)
     texts = [_begin(call, asked, prompt, one) for prompt in prompts for one in samplings]

@@ -10,7 +10,7 @@ import numpy as np
 
 from ds4jax.decode.masks import BITS, words
 from ds4jax.engine.options import digest
-from ds4jax.engine.request import RequestResult
+from ds4jax.engine.request import Piece, RequestResult
 from ds4jax.evaluation.logprobs import Scored
 from ds4jax.serve.errors import ApiError
 from ds4jax.serve.merging import drained
@@ -127,12 +127,9 @@ class Continuation:
         if self.job is not None:
             async with contextlib.aclosing(self.job.pieces()) as pieces:
                 async for piece in pieces:
-                    for i, token in enumerate(piece.ids):
-                        part, finish = self._pushed(token, piece.logprobs[i : i + 1])
-                        if part != TextPart(""):
-                            yield part
-                        if finish:
-                            break
+                    part, finish = self._read(piece)
+                    if part != TextPart(""):
+                        yield part
                     if finish:
                         break
         result = await self.job.result() if self.job else None
@@ -143,6 +140,19 @@ class Continuation:
         last = self._grown(rest, ())
         self.ended = self._end(result, finish)
         yield last
+
+    def _read(self, piece: Piece) -> tuple[TextPart, str]:
+        """What a piece adds, and why the text ends with it, or ""."""
+        texts: list[str] = []
+        tokens: list[Token] = []
+        finish = ""
+        for i, token in enumerate(piece.ids):
+            part, finish = self._pushed(token, piece.logprobs[i : i + 1])
+            texts.append(part.text)
+            tokens += part.tokens
+            if finish:
+                break
+        return TextPart("".join(texts), tuple(tokens)), finish
 
     def _spelled(self, token: int) -> str:
         text = self._stream.push([token]) if self._stream else ""
@@ -168,7 +178,7 @@ class Continuation:
 
     def _grown(self, text: str, tokens: tuple[Token, ...]) -> TextPart:
         self._text += text
-        self._tokens += tokens
+        self._tokens.extend(tokens)
         return TextPart(text, tokens)
 
     def _reason(self, result: RequestResult | None, cut: str) -> str:

@@ -16,14 +16,10 @@ from ds4jax.serve import errors
 from ds4jax.serve.errors import ApiError
 from ds4jax.serve.runner import Job, Runner
 from ds4jax.serve.watching import Metrics, Record
+from ds4jax.serve.writer import Writer
 
 # The status of a client that hung up, in the log.
 HUNG_UP = 499
-_STREAM = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +77,9 @@ ANTHROPIC = Style(
     b'event: ping\ndata: {"type":"ping"}\n\n',
 )
 
+# Most of a body that is too large, and most time for it.
+DISCARD_BYTES, DISCARD_SECONDS = 1 << 28, 30.0
+
 # An answer as JSON, or a stream of events.
 Answer = dict[str, Any] | AsyncGenerator[bytes, None]
 
@@ -101,7 +100,8 @@ class Endpoint:
         record, began = Record(scope["path"]), time.perf_counter()
         try:
             record.status = await self._answered(scope, receive, send, record)
-        except HungUp:
+        except (HungUp, asyncio.CancelledError):
+            # Cancelled are those that have not read their reply when the server ends.
             record.status = HUNG_UP
         except ApiError as error:
             record.status, record.error = error.status, self._logged(error)
@@ -126,6 +126,7 @@ class Endpoint:
         finally:
             for job in call.jobs:
                 job.cancel()
+            record.came(call.jobs)
             await _stopped(gone)
 
     async def _made(self, call: Call, gone: asyncio.Future[None]) -> Answer:
@@ -144,44 +145,41 @@ class Endpoint:
 
     async def _stream(self, events: AsyncGenerator[bytes, None], gone: asyncio.Future[None], send: Send, record: Record) -> None:
         """Send events until their end. What goes wrong from here on is an event, too."""
-        following: asyncio.Future[bytes] | None = None
+        settings = self._runner.settings
+        writer = Writer(send, self._style.keep_alive, quiet=settings.keep_alive, patience=settings.patience)
+        pump = asyncio.ensure_future(self._pump(events, writer, record))
+        keeper = asyncio.ensure_future(writer.keep())
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
-            while True:
-                following = following or asyncio.ensure_future(_next(events))
-                await asyncio.wait(_both(following, gone), timeout=self._quiet, return_when=asyncio.FIRST_COMPLETED)
-                if gone.done():
-                    raise HungUp
-                if not following.done():
-                    await _send_part(send, self._style.keep_alive)
-                    continue
-                try:
-                    data = following.result()
-                except Exception as error:
-                    known = errors.of(error)
-                    record.error = self._logged(known)
-                    await _send_part(send, self._style.error_event(known), more=False)
-                    return
-                following = None
-                await _send_part(send, data, more=bool(data))
-                if not data:
-                    return
+            await asyncio.wait({pump, keeper, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not pump.done():
+                raise HungUp
+            pump.result()
         except OSError:
             raise HungUp from None
         finally:
-            if following:
-                await _stopped(following)
+            for task in (pump, keeper):
+                await _stopped(task)
             await events.aclose()
+
+    async def _pump(self, events: AsyncGenerator[bytes, None], writer: Writer, record: Record) -> None:
+        """Send every event when it is there. One task does all of them: a task for each would cost more than the event."""
+        await writer.begin()
+        data = b" "
+        while data:
+            try:
+                data = await anext(events, b"")
+            except Exception as error:
+                known = errors.of(error)
+                record.error = self._logged(known)
+                await writer.part(self._style.error_event(known), more=False)
+                return
+            await writer.part(data, more=bool(data))
 
     def _logged(self, error: ApiError) -> str:
         """What the log says of an error. A message may quote the request."""
         if self._runner.settings.log_prompts:
             return error.message
         return " ".join(word for word in (error.code or error.kind, error.param) if word)
-
-    @property
-    def _quiet(self) -> float:
-        return self._runner.settings.keep_alive
 
 
 async def read_body(scope: Scope, receive: Receive, maximum: int) -> bytes:
@@ -192,8 +190,11 @@ async def read_body(scope: Scope, receive: Receive, maximum: int) -> bytes:
         HungUp: it never ended.
     """
     too_large = ApiError(413, f"the body has more than {maximum:,} bytes, the server's --max-body", code="body_too_large")
-    length = dict(scope["headers"]).get(b"content-length", b"0")
+    headers = dict(scope["headers"])
+    length = headers.get(b"content-length", b"0")
     if length.isdigit() and int(length) > maximum:
+        if headers.get(b"expect", b"").lower() != b"100-continue":
+            await _discard(receive)
         raise too_large
     parts, size = [], 0
     while True:
@@ -203,9 +204,23 @@ async def read_body(scope: Scope, receive: Receive, maximum: int) -> bytes:
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > maximum:
+            await _discard(receive)
             raise too_large
         if not message.get("more_body"):
             return b"".join(parts)
+
+
+async def _discard(receive: Receive) -> None:
+    """Receive the rest of a body. Most clients read no answer before they have sent everything; a closed connection would be all
+    that they see."""
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while size < DISCARD_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
 
 
 async def send_json(send: Send, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
@@ -215,15 +230,6 @@ async def send_json(send: Send, status: int, content: Any, headers: dict[str, st
     found = [(name.lower().encode(), value.encode()) for name, value in fields.items()]
     await send({"type": "http.response.start", "status": status, "headers": found})
     await send({"type": "http.response.body", "body": data})
-
-
-async def _send_part(send: Send, data: bytes, *, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": more})
-
-
-async def _next(events: AsyncGenerator[bytes, None]) -> bytes:
-    """The next event; b"" at the end."""
-    return await anext(events, b"")
 
 
 async def _gone(receive: Receive) -> None:

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ds4jax.serve.endpoint import ANTHROPIC, OPENAI, send_json
 from ds4jax.serve.errors import ApiError
 from ds4jax.serve.settings import Settings, is_loopback
+from ds4jax.serve.watching import Metrics, Record
 
 # What needs no key: the page asks for one itself, and who watches the server needs to know no more.
 _OPEN = ("/", "/health")
@@ -18,8 +19,8 @@ _OPEN = ("/", "/health")
 class Gate:
     """An ASGI middleware that refuses requests without a key, and those of web pages that are not allowed."""
 
-    def __init__(self, app: ASGIApp, settings: Settings):
-        self._app, self._settings = app, settings
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics):
+        self._app, self._settings, self._metrics = app, settings, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -27,6 +28,8 @@ class Gate:
         if error is None:
             await self._app(scope, receive, send)
             return
+        # The error may quote the request, and anyone can make up paths.
+        self._metrics.refuse(Record(scope["path"][:100], error.status, error=error.code or ""))
         style = ANTHROPIC if scope["path"].startswith("/v1/messages") else OPENAI
         await send_json(send, error.status, style.error(error), error.headers)
 

@@ -1,13 +1,15 @@
-"""Several streams as one, and streams read to their ends."""
+"""Several streams as one, streams read to their ends, and work beside the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+# A request of fewer bytes is worked on in the event loop: a thread would cost more time than the work takes.
+SHORT = 4096
 
 
 async def merged(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[tuple[int, Item], None]:
@@ -17,6 +19,12 @@ async def merged(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerato
         Exception: that of the first stream that fails.
     """
     waiting: dict[asyncio.Future[Item], int] = {}
+    if len(streams) == 1:
+        # Without a task for each item.
+        async with contextlib.aclosing(streams[0]) as items:
+            async for item in items:
+                yield 0, item
+        return
     try:
         for index, stream in enumerate(streams):
             waiting[asyncio.ensure_future(_next(stream))] = index
@@ -65,3 +73,14 @@ async def together(works: Sequence[Coroutine[Any, Any, Item]]) -> list[Item]:
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def aside(size: int, work: Callable[..., Item], *arguments: Any) -> Item:
+    """The result of some work on a request of `size` bytes. Long texts are left to a thread, so that other requests go on.
+
+    Raises:
+        Exception: that of the work.
+    """
+    if size < SHORT:
+        return work(*arguments)
+    return await asyncio.to_thread(work, *arguments)

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from typing import Literal
 
 from ds4jax.engine.options import digest
-from ds4jax.engine.request import RequestResult
+from ds4jax.engine.request import Piece, RequestResult
 from ds4jax.evaluation.logprobs import Scored
 from ds4jax.serve.conversation import Conversation
 from ds4jax.serve.errors import ApiError
@@ -24,7 +24,7 @@ Cut = Literal["", "stop", "call"]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a token added to a reply, or several that added no text.
+    """What some tokens added to a reply.
 
     Attributes:
         scored: probabilities of the tokens, if asked for.
@@ -90,15 +90,9 @@ class Reply:
         cut: Cut = ""
         async with contextlib.aclosing(self.job.pieces()) as pieces:
             async for piece in pieces:
-                for i, token in enumerate(piece.ids):
-                    self._reasoning_tokens += self._parser.reasons
-                    self._tokens += 1
-                    self._scored += piece.logprobs[i : i + 1]
-                    delta, cut = self._pushed(token)
-                    if delta != Delta():
-                        yield self._part(delta)
-                    if cut:
-                        break
+                deltas, cut = self._read(piece)
+                for delta, scored in deltas:
+                    yield self._part(delta, scored)
                 if cut:
                     break
         result = await self.job.result()
@@ -108,7 +102,25 @@ class Reply:
         end: End = "length" if cut == "call" or (not cut and result.finish_reason == "length") else "eos"
         delta = self._parser.finish(end)
         self.ended = self._end(result, cut)
-        yield self._part(Delta() if cut == "call" else delta)
+        yield self._part(Delta() if cut == "call" else delta, len(self._scored))
+
+    def _read(self, piece: Piece) -> tuple[list[tuple[Delta, int]], Cut]:
+        """What a piece adds, in as few deltas as possible, each with the number of tokens that are scored up to it."""
+        deltas: list[tuple[Delta, int]] = []
+        cut: Cut = ""
+        for i, token in enumerate(piece.ids):
+            self._reasoning_tokens += self._parser.reasons
+            self._tokens += 1
+            self._scored += piece.logprobs[i : i + 1]
+            delta, cut = self._pushed(token)
+            if delta != Delta():
+                joined = deltas[-1][0].joined(delta) if deltas else None
+                if joined:
+                    deltas.pop()
+                deltas.append((joined or delta, len(self._scored)))
+            if cut:
+                break
+        return deltas, cut
 
     def _pushed(self, token: int) -> tuple[Delta, Cut]:
         """What a token adds, and whether the reply ends with it: by a stop text, or by a second call where one is wanted."""
@@ -118,9 +130,10 @@ class Reply:
             return dataclasses.replace(delta, tool_calls=first), "call"
         return delta, "" if self._parser.stops.found is None else "stop"
 
-    def _part(self, delta: Delta) -> Part:
-        scored, self._given = tuple(self._scored[self._given :]), len(self._scored)
-        return Part(delta, scored)
+    def _part(self, delta: Delta, scored: int) -> Part:
+        """A part, with the tokens up to the one of this number."""
+        before, self._given = self._given, scored
+        return Part(delta, tuple(self._scored[before:scored]))
 
     def _end(self, result: RequestResult, cut: Cut) -> Ended:
         parsed = self._parser.result()

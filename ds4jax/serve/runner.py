@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,11 +26,17 @@ WATCH, LAST_WORDS = 0.2, 1.0
 
 
 class Job:
-    """A request of the engine, for one reader in asyncio."""
+    """A request of the engine, for one reader in asyncio.
+
+    Attributes:
+        first, last: seconds until the first and the last piece so far were here; 0 before.
+    """
 
     def __init__(self, request: Request):
         """Must be made in the event loop."""
         self.request = request
+        self.first = self.last = 0.0
+        self._begun = time.perf_counter()
         self._news = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -47,6 +54,8 @@ class Job:
                 self._news.clear()
                 done = self.request.done
                 for piece in self.request.come():
+                    self.last = time.perf_counter() - self._begun
+                    self.first = self.first or self.last
                     yield piece
                 if done:
                     return
@@ -127,6 +136,16 @@ class Runner:
     def counts(self) -> tuple[int, int]:
         """Number of running and of waiting requests."""
         return (self._engine.running, self._engine.waiting) if self._engine else (0, 0)
+
+    @property
+    def drafts(self) -> list[tuple[int, int]]:
+        """The numbers of drafts, and of those that stood, of each slot since the start."""
+        return [(int(tried), int(stood)) for tried, stood in self._engine.drafts] if self._engine else []
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the prefix cache in memory."""
+        return self._engine.prefix_bytes if self._engine else 0
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -17,7 +17,7 @@ from ds4jax.serve.app import application
 from ds4jax.serve.runner import Runner
 
 # Seconds that connections have after the last reply.
-GRACE = 5
+GRACE = 3
 
 
 class Server(uvicorn.Server):

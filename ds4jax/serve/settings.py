@@ -27,6 +27,7 @@ class Settings:
         revision: of the chat format.
         log_prompts: whether the log has prompts and replies.
         keep_alive: seconds of silence after which a stream gets a comment.
+        patience: seconds that a client may leave its connection full before it counts as gone.
         drain: seconds that running requests have after SIGTERM.
     """
 
@@ -39,6 +40,7 @@ class Settings:
     revision: str = "preview"
     log_prompts: bool = False
     keep_alive: float = 10.0
+    patience: float = 120.0
     drain: float = 120.0
 
     def accepts(self, key: str) -> bool:

@@ -62,3 +62,17 @@ class Delta:
     reasoning: str = ""
     content: str = ""
     tool_calls: tuple[CallDelta, ...] = ()
+
+    def joined(self, after: Delta) -> Delta | None:
+        """This and the next delta as one; None if they do not add to the same text, so that their order would be lost."""
+        both = (self, after)
+        if not any(one.content or one.tool_calls for one in both):
+            return Delta(reasoning=self.reasoning + after.reasoning)
+        if not any(one.reasoning or one.tool_calls for one in both):
+            return Delta(content=self.content + after.content)
+        if any(one.reasoning or one.content or len(one.tool_calls) != 1 for one in both):
+            return None
+        [call], [more] = self.tool_calls, after.tool_calls
+        if more.name is not None or more.index != call.index:
+            return None
+        return Delta(tool_calls=(dataclasses.replace(call, arguments=call.arguments + more.arguments),))

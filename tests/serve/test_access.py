@@ -44,12 +44,19 @@ def client(**settings: Any) -> TestClient:
     return TestClient(application(Runner(never, Settings(**settings))))
 
 
-def test_a_key_is_asked_for_where_the_model_is() -> None:
+def test_a_key_is_asked_for_where_the_model_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "ds4jax.access")
     one = client(keys=("first", "second"))
     for headers in ({}, {"Authorization": "Bearer third"}, {"x-api-key": "firs"}, {"Authorization": "first"}):
         answer = one.get("/v1/models", headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         assert one.post("/v1/messages", headers=headers, json={}).json()["error"]["type"] == "authentication_error"
+    lines = [json.loads(line.getMessage()) for line in caplog.records if line.name == "ds4jax.access"]
+    assert [(line["path"], line["status"], line["error"]) for line in lines[:2]] == [
+        ("/v1/models", 401, "invalid_api_key"),
+        ("/v1/messages", 401, "invalid_api_key"),
+    ]
+    assert 'requests_total{path="",status="401"} 8.0' in one.get("/metrics", headers={"x-api-key": "first"}).text
     assert one.get("/v1/models", headers={"Authorization": "bearer second"}).status_code == 200
     assert one.get("/v1/models", headers={"x-api-key": "first"}).status_code == 200
     assert one.get("/").status_code == 200

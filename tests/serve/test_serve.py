@@ -16,7 +16,7 @@ pytest.importorskip("starlette", reason="needs the extra serve")
 pytest.importorskip("llguidance", reason="needs the extra serve")
 pytest.importorskip("httpx2", reason="needs the extra test")
 
-from serving import CONTEXT, TOOLS, Served, served, tokenizer
+from serving import CONTEXT, SLOTS, TOOLS, Served, served, tokenizer
 
 # Each test is quick; the module compiles the programs of a model once.
 pytestmark = pytest.mark.long
@@ -299,3 +299,18 @@ def test_the_log_and_the_figures(server: Served) -> None:
     figures = server.client.get("/metrics").text
     assert 'ds4jax_requests_total{path="/v1/chat/completions",status="200"}' in figures
     assert "ds4jax_up 1.0" in figures
+    assert f"ds4jax_slots {SLOTS}.0" in figures
+    rows = [one.split() for one in figures.splitlines() if one[0] != "#" and "{le" not in one]
+    value = {key: float(number) for key, number in rows}
+    lines = [one for one in server.log if one.get("tokens")]
+    assert value["ds4jax_generated_tokens_total"] == sum(one["tokens"] for one in lines)
+    assert value["ds4jax_first_token_seconds_count"] == len(lines)
+    assert value["ds4jax_token_seconds_count"] == len([one for one in lines if one["tokens"] > 1])
+    assert value["ds4jax_prefix_hits_total"] == len([one for one in server.log if one["cached"]])
+    kinds = ("drafts", "accepted_drafts")
+    made, stood = (sum(value[f'ds4jax_{kind}_total{{slot="{i}"}}'] for i in range(SLOTS)) for kind in kinds)
+    # Those of replies that were cancelled have no line.
+    assert 0 < sum(one["drafts"] for one in lines) <= made
+    assert 0 <= sum(one["accepted"] for one in lines) <= stood < made
+    assert 0 < line["first"] < line["seconds"]
+    assert value["process_resident_memory_bytes"] > 1e7

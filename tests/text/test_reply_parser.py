@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import ds4jax
 from ds4jax.errors import InputError
 from ds4jax.text.parse_reply import parse_reply
-from ds4jax.text.parsed import Delta, ParsedReply, ToolCall
+from ds4jax.text.parsed import CallDelta, Delta, ParsedReply, ToolCall
 from ds4jax.text.reply_parser import ReplyParser
 from ds4jax.text.tokenizer import DSML, END_THINK, Tokenizer
 
@@ -112,6 +112,20 @@ def test_a_malformed_call_that_was_given_out_is_told(tokenizer: Tokenizer, case:
     *_, (_, arguments) = joined(deltas)[2]
     with pytest.raises(json.JSONDecodeError):
         json.loads(arguments)
+
+
+def test_deltas_are_joined_where_their_order_stays() -> None:
+    begun, more = CallDelta(0, "f", ""), CallDelta(0, None, "{")
+    assert Delta(reasoning="a").joined(Delta(reasoning="b")) == Delta(reasoning="ab")
+    assert Delta(content="a").joined(Delta(content="b")) == Delta(content="ab")
+    assert Delta(tool_calls=(begun,)).joined(Delta(tool_calls=(more,))) == Delta(tool_calls=(CallDelta(0, "f", "{"),))
+    apart = [Delta(reasoning="a"), Delta(content="a"), Delta(tool_calls=(begun,)), Delta(tool_calls=(CallDelta(1, "f", ""),))]
+    for first in apart:
+        for second in apart:
+            if first is not second or first.tool_calls:
+                assert first.joined(second) is None
+    assert Delta(tool_calls=(begun,)).joined(Delta(tool_calls=(CallDelta(1, None, "{"),))) is None
+    assert Delta(tool_calls=(begun, more)).joined(Delta(tool_calls=(more,))) is None
 
 
 def test_random_cuts(tokenizer: Tokenizer) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ds4jax.bounds import LAYOUT_NAMES, Integers, Numbers
 from ds4jax.cli import options as cli_options
-from ds4jax.cli.commands import bench_batch, bench_costs
+from ds4jax.cli.commands import bench_batch, bench_costs, bench_serve
 from ds4jax.cli.commands import model as models
 from ds4jax.cli.commands.bench_result import ended, notes
 from ds4jax.config import CACHES
@@ -22,7 +22,7 @@ DEFAULT_ROWS = "1,2,3,4,8,16,32"
 # Bytes of the file for timing the loader: many tensors, and it fits on any GPU.
 LOAD_BYTES = 4e9
 
-DESCRIPTION = "Time the kernels on an NVIDIA GPU, or decoding or loading on any device."
+DESCRIPTION = "Time the kernels on an NVIDIA GPU, or decoding, loading or a server on any device."
 
 EXAMPLES = """\
 examples:
@@ -30,6 +30,7 @@ examples:
   ds4jax bench decode --synthetic flash-q2
   ds4jax bench reference --model model.gguf
   ds4jax bench load --bytes 1e9
+  ds4jax bench serve --rate 4
   ds4jax bench suite --part kernels"""
 
 KERNELS = """\
@@ -141,6 +142,7 @@ def add_parser(commands: Any) -> None:
     _add_decode(targets)
     bench_batch.add_parser(targets)
     bench_costs.add_parser(targets)
+    bench_serve.add_parser(targets)
     _add_prefill(targets)
     start = targets.add_parser("start", help="the first token of a process", description=START, epilog=START_EXAMPLES)
     start.add_argument("--synthetic", choices=LAYOUT_NAMES, required=True, help="the model of the shapes")
