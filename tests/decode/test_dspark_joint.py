@@ -24,7 +24,7 @@ from ds4jax.decode.depth import AUTO, Policy
 from ds4jax.decode.drafters import dspark
 from ds4jax.decode.drafters.dspark import DSparkDrafter, Slot
 from ds4jax.decode.loop import DecodeState, Limits
-from ds4jax.decode.sampling import Filters, Sampling, filtered
+from ds4jax.decode.sampling import Sampling, filtered
 from ds4jax.language_model import LanguageModel
 from ds4jax.model.transformer import Transformer
 
@@ -87,9 +87,12 @@ def prompted() -> DecodeState:
         one.graph, one.arrays, alone.cache, alone.drafting, *ids, jnp.int32(known), drafter=drafter, strict=True
     )
     many = decode.start(TINY, CAPACITY, [PROMPT[-1]] * AT_ONCE, **shape)
-    cache, drafting = jax.tree.map(
-        lambda full, x: jnp.broadcast_to(x[:, : full.shape[1]] if x.ndim > 1 else x, full.shape), (many.cache, many.drafting), held
-    )
+
+    def repeated(full: jax.Array, x: jax.Array) -> jax.Array:
+        # More sequences may have smaller rings.
+        return jnp.broadcast_to(x[:, : full.shape[1]] if x.ndim > 1 else x, full.shape)
+
+    cache, drafting = jax.tree.map(repeated, (many.cache, many.drafting), held)
     return dataclasses.replace(many, cache=cache, drafting=drafting)
 
 

@@ -40,8 +40,8 @@ def add_drafter(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         choices=DRAFTERS,
         default=DRAFTERS[0],
-        help="what drafts: the MTP block, the DSpark drafter, earlier text (ngram) or nothing; auto takes DSpark if the weights "
-        "have it, or else MTP (auto)",
+        help="what drafts: the MTP block, the DSpark drafter, earlier text (ngram), one of the two and earlier text where it is "
+        "unsure, or nothing; auto takes DSpark if the weights have it, or else MTP (auto)",
     )
     add_drafter_file(parser)
 
@@ -119,8 +119,8 @@ def max_drafts(options: argparse.Namespace, checkpoint: Checkpoint, *, drafting:
 
         return 0 if jax.default_backend() == "cpu" else None
     if asked is None and isinstance(depth, int):
-        asked = depth if depth > drafts_of(checkpoint.drafter, checkpoint.config)[0] else None
-    max_draft_of(checkpoint.drafter, checkpoint.config, asked)
+        asked = depth if depth > drafts_of(checkpoint.opened_with, checkpoint.config)[0] else None
+    max_draft_of(checkpoint.opened_with, checkpoint.config, asked)
     return asked
 
 

@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
         "--max-draft",
         type=cli_options.draft_count,
         metavar="K",
-        help="the maximum number of drafts per step of the loop (as `ds4jax generate`: 2 for a model with an MTP block, on a CPU 0)",
+        help="the maximum number of drafts per step of the loop (2 for a model with an MTP block; on a CPU 0, as for generate)",
     )
     parser.add_argument(
         "--context",
