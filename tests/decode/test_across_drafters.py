@@ -1,0 +1,96 @@
+"""Programs of different drafters: the same greedy tokens, and by the decode kernels the same bits, "none" included.
+
+A CPU computes steps of other numbers of rows with other code, so fingerprints of two programs may differ there in the last bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dspark_files import unpack
+from numerics import arrays, assert_bits_equal, golden_transformer
+
+import ds4jax
+from ds4jax.bench.programs import randomised
+from ds4jax.cache import state as caches
+from ds4jax.cache.state import LayerCache, Rows
+from ds4jax.decode.loop import fingerprint
+from ds4jax.decode.width import step_rows
+from ds4jax.language_model import LanguageModel
+from ds4jax.model import decode_kernels
+from ds4jax.model.transformer import Transformer
+from ds4jax.random_models import checkpoint as synthetic
+from ds4jax.random_models import layouts
+
+TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LanguageModel]:
+    """One model, golden model a, opened with each drafter."""
+    with_mtp = golden_transformer()
+    made = {
+        name: LanguageModel(with_mtp, None, drafter=name, max_draft=0 if name == "none" else None) for name in ("none", "mtp")
+    }
+    made["ngram"] = LanguageModel(with_mtp, None, drafter="ngram")
+    made["dspark"] = ds4jax.load(unpack(tmp_path_factory.mktemp("dspark")).hub, qat=False)
+    return made
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strict", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_greedy_tokens_are_those_of_every_other_drafter(models: dict[str, LanguageModel], strict: bool) -> None:
+    prompt = arrays("dspark/golden")["greedy_prompt"]
+    results = {name: one.generate(prompt, max_new_tokens=TOKENS, ignore_eos=True, strict=strict) for name, one in models.items()}
+    assert {name: one.drafter for name, one in results.items()} == {name: name for name in models}
+    assert {name: one.ids for name, one in results.items()} == dict.fromkeys(models, results["none"].ids)
+    assert results["dspark"].steps < results["none"].steps == TOKENS
+
+
+START = 255
+
+
+def filled(config: Any, slack: int) -> tuple[LayerCache, ...]:
+    """Caches of a sequence of 255 rows. Its rows are the same for every slack, at their places of longer or shorter rings."""
+    longest = randomised(caches.empty(config, 512, slack=1).layers, "rows")
+
+    def placed(like: jax.Array, rows: jax.Array) -> jax.Array:
+        if like.shape == rows.shape:
+            return rows
+        position = np.arange(START - rows.shape[1], START)
+        return like.at[:, position % like.shape[1]].set(rows[:, position % rows.shape[1]])
+
+    return jax.tree.map(placed, caches.empty(config, 512, slack=slack).layers, longest)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ratio", [4, *(pytest.param(ratio, marks=pytest.mark.slow) for ratio in (0, 128))])
+def test_kernels_give_a_row_the_same_bits_in_the_step_of_every_drafter(ratio: int) -> None:
+    """In interpret mode: the rows of none, MTP and DSpark, of which the first is live; one layer and the head."""
+    config = dataclasses.replace(layouts.SMALL_Q2, n_layers=1, n_hash_layers=0, compress_ratios=(ratio, 0))
+    model: Transformer = synthetic.synthetic(synthetic.checkpoint(config, "small-q2"))
+    one_1ND = synthetic.spread_numbers((1, config.hc_mult, config.dim), jnp.dtype("float32"), 1.0, jnp.uint32(5))
+    head = (part.get_value() for part in (model.head.weight, model.norm.weight))
+    head_of = functools.partial(decode_kernels.logits, config, *head, interpret=True)
+    fn, scale, base = (getattr(model, f"hc_head_{name}").get_value() for name in ("fn", "scale", "base"))
+
+    def step(max_draft: int) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+        width = 1 + max_draft
+        rows = Rows.step(jnp.array([START]), width, jnp.ones(1, jnp.int32))
+        ids, h_TND = jnp.full(width, 77, jnp.int32), jnp.repeat(one_1ND, width, axis=0)
+        held = filled(config, step_rows(max_draft))
+        h_TND, made, _ = decode_kernels.layers(config, list(model.layers), h_TND, ids, rows, held, interpret=True)
+        marks_T2 = fingerprint(head_of(fn=fn, scale=scale, base=base, h_TND=h_TND))
+        return h_TND[0], marks_T2[0], [x for x in jax.tree.leaves(made) if x.shape[1] == 512 // max(ratio, 1)]
+
+    with jax.default_matmul_precision("highest"):
+        plain = step(0)
+        for max_draft in (2, 5):
+            for made, expected in zip(jax.tree.leaves(step(max_draft)), jax.tree.leaves(plain), strict=True):
+                assert_bits_equal(made, expected)
