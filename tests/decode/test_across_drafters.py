@@ -35,10 +35,7 @@ TOKENS = 48
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LanguageModel]:
     """One model, golden model a, opened with each drafter."""
     with_mtp = golden_transformer()
-    made = {
-        name: LanguageModel(with_mtp, None, drafter=name, max_draft=0 if name == "none" else None) for name in ("none", "mtp")
-    }
-    made["ngram"] = LanguageModel(with_mtp, None, drafter="ngram")
+    made = {name: LanguageModel(with_mtp, None, drafter=name) for name in ("none", "mtp", "ngram")}
     made["dspark"] = ds4jax.load(unpack(tmp_path_factory.mktemp("dspark")).hub, qat=False)
     return made
 
