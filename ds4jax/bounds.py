@@ -25,8 +25,10 @@ COSTS = SHIPPED.with_name("costs.json")
 
 # Drafts of a decode step.
 MAX_DRAFTS = 7
+# The end of a drafter's name: n-grams draft where it is unsure, see `ds4jax.decode.drafters.second_opinion`.
+AND_NGRAM = "+ngram"
 # Names of drafters that a model can be opened with; "auto" is the best one that its weights have.
-DRAFTERS = ("auto", "mtp", "dspark", "ngram", "none")
+DRAFTERS = ("auto", "mtp", "dspark", "ngram", f"mtp{AND_NGRAM}", f"dspark{AND_NGRAM}", "none")
 # No token has this id: the only stop token of a generation that ignores the end of the text.
 NO_STOP = -1
 MAX_TOKENS = 2**31 - 1
@@ -147,7 +149,8 @@ def drafts_of(name: str, config: Config) -> tuple[int, int]:
     A model without a drafter of its own takes any drafter that is passed to it.
     """
     block = min(config.dspark_block, MAX_DRAFTS)
-    return {"mtp": (2, 4), "dspark": (block, block), "ngram": (4, MAX_DRAFTS), "none": (0, MAX_DRAFTS)}[name]
+    by_first = {"mtp": (2, 4), "dspark": (block, block), "ngram": (4, MAX_DRAFTS), "none": (0, MAX_DRAFTS)}
+    return by_first[name.removesuffix(AND_NGRAM)]
 
 
 def max_draft_of(name: str, config: Config, asked: int | None) -> int:

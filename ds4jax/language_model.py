@@ -152,7 +152,8 @@ def load(
             looks for such a file next to it.
         mtp_file: another name of `drafter_file`.
         drafter: which drafter's weights are read: "dspark", "mtp", or "auto" for DSpark if there is one, else the MTP block.
-            "ngram" and "none" read neither.
+            "ngram" and "none" read neither. "mtp+ngram" and "dspark+ngram" take n-gram drafts where the text has a long match and
+            the first draft is unsure.
         dense: for a checkpoint directory. None converts all weights exactly to float32. "q8_0", "bf16" or "f32" is the type of
             dense matrices, and FP4 experts become MXFP4.
         qat: overrides whether the FP8 and FP4 rounding of published weights is simulated.
@@ -188,12 +189,12 @@ def from_checkpoint(
     from ds4jax.loading.plan import require_fit
     from ds4jax.loading.tensor_reader import read_ahead
 
-    max_draft = bounds.max_draft_of(checkpoint.drafter, checkpoint.config, max_draft)
+    max_draft = bounds.max_draft_of(checkpoint.opened_with, checkpoint.config, max_draft)
     checkpoint = checkpoint.configured(qat=qat, cache=cache)
     require_fit(checkpoint)
     with read_ahead(tuple(tensor.start() for tensor in checkpoint.tensors)) as read:
         model = build(checkpoint.config, _named(checkpoint, read, progress))
-    about = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.drafter}
+    about = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.opened_with}
     return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, **about)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ds4jax
-from ds4jax.bounds import SHIPPED
+from ds4jax.bounds import AND_NGRAM, DRAFTERS, SHIPPED
 from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.drafters.named import name_of
 from ds4jax.decode.loop import DecodeState
@@ -92,7 +92,7 @@ class Header:
     @property
     def opened_with(self) -> str:
         """The drafter that the model was opened with, a name for `ds4jax.load`."""
-        if self.drafter == "ngram":
+        if self.drafter in DRAFTERS and (self.drafter == "ngram" or self.drafter.endswith(AND_NGRAM)):
             return self.drafter
         return "dspark" if self.config.get("n_dspark") else "mtp" if self.config.get("n_mtp") else "none"
 

@@ -51,7 +51,7 @@ def without_weights(checkpoint: Checkpoint, *, max_draft: int | None = None) -> 
         InputError: `max_draft` is outside 0 to 4.
     """
     model = build(checkpoint.config, ((tensor.name, tensor.abstract) for tensor in checkpoint.tensors))
-    about = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.drafter}
+    about = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.opened_with}
     return Loaded(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, **about)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds4jax.bounds import SHIPPED, SHIPPED_DSPARK
+from ds4jax.bounds import AND_NGRAM, DRAFTERS, SHIPPED, SHIPPED_DSPARK
 from ds4jax.errors import InputError
 from ds4jax.loading.gguf_model import check_model
 from ds4jax.loading.gguf_split import open_set
@@ -32,6 +33,9 @@ def open_checkpoint(
     Raises:
         InputError: no such file, or a file that cannot be used; one line names the file and the reason.
     """
+    if drafter in DRAFTERS and drafter.endswith(AND_NGRAM):
+        first = open_checkpoint(path, drafter_file, dense=dense, drafter=drafter.removesuffix(AND_NGRAM))
+        return dataclasses.replace(first, second=AND_NGRAM)
     path, side = Path(path), Path(drafter_file) if drafter_file is not None else None
     if side is None and drafter == "dspark" and path == SHIPPED:
         side = SHIPPED_DSPARK

@@ -96,6 +96,7 @@ class Checkpoint:
         metadata: metadata of the files, by key.
         ignored: tensors in the files that the model has no use for.
         drafter: what drafts: "mtp", "dspark", "ngram" or "none". Only the chosen one's weights are among the tensors.
+        second: "+ngram" if n-grams draft where the drafter is unsure, else empty.
         drafter_path: the separate file of the MTP block or DSpark drafter; None where there is none.
         no_mtp: why the model has no MTP block, a phrase for a message that begins with the path; empty where it has one.
         warning: why the drafter that was given may not be right for these weights; empty where nothing says so.
@@ -109,6 +110,7 @@ class Checkpoint:
     metadata: dict[str, Any]
     ignored: tuple[str, ...] = ()
     drafter: str = "none"
+    second: str = ""
     drafter_path: Path | None = None
     no_mtp: str = ""
     warning: str = ""
@@ -126,6 +128,11 @@ class Checkpoint:
         except ValueError as error:
             raise InputError(f"{self.path}: {error}") from None
         return dataclasses.replace(self, config=config)
+
+    @property
+    def opened_with(self) -> str:
+        """The name of all that drafts, as for `ds4jax.load`."""
+        return self.drafter + self.second
 
     @property
     def note(self) -> str:

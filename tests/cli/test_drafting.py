@@ -14,6 +14,7 @@ import jax
 import pytest
 from gguf_files import SMALL, write_small
 
+from ds4jax.bounds import SHIPPED
 from ds4jax.cli import main as cli
 from ds4jax.cli.commands import model as models
 
@@ -68,7 +69,7 @@ def test_every_depth_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
         assert (drafted["tokens"], drafted["text"]) == (plain["tokens"], plain["text"])
         assert NEW_TOKENS / (1 + draft) <= drafted["steps"] < NEW_TOKENS
         check_figures(drafted, draft)
-    assert told(capsys)["draft"] == 2
+    assert told(capsys, "--drafter", "mtp")["draft"] == 2
 
 
 def test_auto_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +83,7 @@ def test_auto_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_strict(capsys: pytest.CaptureFixture[str]) -> None:
-    strict = told(capsys, "--strict")
+    strict = told(capsys, "--strict", "--drafter", "mtp")
     assert (strict["strict"], strict["draft"]) == (True, 2)
     check_figures(strict, 2)
     assert strict["tokens"] == told(capsys, "--strict", "--draft", "0")["tokens"]
@@ -100,7 +101,8 @@ def test_max_draft_0_is_the_loop_without_drafts(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("", None),
+        ("--drafter mtp", None),
+        (f"--drafter-file {SHIPPED}", None),
         ("--draft 0", None),
         ("--draft auto", None),
         ("--draft 2", None),
@@ -113,8 +115,26 @@ def test_max_draft_0_is_the_loop_without_drafts(capsys: pytest.CaptureFixture[st
 )
 def test_only_a_depth_above_the_default_needs_another_program(line: str, expected: int | None) -> None:
     options = cli.build_parser().parse_args(["generate", PROMPT, *line.split()])
-    checkpoint = types.SimpleNamespace(drafter="mtp", config=SMALL)
-    assert models._max_draft(options, checkpoint) == expected
+    checkpoint = types.SimpleNamespace(opened_with="mtp", config=SMALL)
+    assert models.max_drafts(options, checkpoint, drafting=models.asks_for_drafts(options)) == expected
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("cpu", 0), ("gpu", None)])
+def test_a_cpu_drafts_only_when_asked(backend: str, expected: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of one row, so that drafting is never slower than not drafting."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    options = cli.build_parser().parse_args(["generate", PROMPT])
+    checkpoint = types.SimpleNamespace(opened_with="mtp", config=SMALL)
+    assert models.max_drafts(options, checkpoint, drafting=models.asks_for_drafts(options)) == expected
+
+
+@pytest.mark.long
+def test_by_default_a_cpu_runs_the_loop_without_drafts(capsys: pytest.CaptureFixture[str]) -> None:
+    usual, narrow = told(capsys), told(capsys, "--max-draft", "0")
+    on_cpu = jax.default_backend() == "cpu"
+    assert (usual["drafter"], usual["draft"]) == (("none", 0) if on_cpu else ("mtp", 2))
+    assert usual["tokens"] == narrow["tokens"]
+    assert not on_cpu or usual["fingerprint"] == narrow["fingerprint"]
 
 
 def test_a_depth_that_the_drafter_cannot_make_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

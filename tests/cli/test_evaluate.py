@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ds4jax.cli.commands.eval import _agreement
 from ds4jax.config import Config
 from ds4jax.errors import InputError
-from ds4jax.evaluation.evaluate import evaluate, windows
+from ds4jax.evaluation.evaluate import Score, evaluate, windows
 
 VOCABULARY = 256
 
@@ -75,3 +76,15 @@ def test_nothing_to_score() -> None:
     model.tokenizer = None
     with pytest.raises(InputError, match="tokenizer"):
         evaluate(model, "text")
+
+
+@pytest.mark.parametrize(
+    ("share", "stages", "words"),
+    [
+        (0.717, 0, "71.7% (first draft equals the model's own most likely token)"),
+        (None, 3, "no MTP block was read; DSpark drafts, and --prompts N counts its tokens a step"),
+        (None, 0, "no MTP block"),
+    ],
+)
+def test_agreement_in_words(share: float | None, stages: int, words: str) -> None:
+    assert _agreement(Score(1, 1, 1.0, share), SimpleNamespace(config=SimpleNamespace(n_dspark=stages))) == words

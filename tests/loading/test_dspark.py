@@ -21,6 +21,10 @@ from split_files import shards, write_set
 
 import ds4jax
 from ds4jax.config import Config
+from ds4jax.decode.drafters.dspark import DSparkDrafter
+from ds4jax.decode.drafters.mtp import MTPDrafter
+from ds4jax.decode.drafters.named import name_of
+from ds4jax.decode.drafters.second_opinion import SecondOpinion
 from ds4jax.errors import InputError
 from ds4jax.loading import hub, open_checkpoint
 from ds4jax.loading.checkpoint import Checkpoint
@@ -305,7 +309,9 @@ def test_a_drafter_that_is_not_there(files: Drafters, both: Path) -> None:
     side = both.with_name("mtp-model.gguf")
     assert refused(both, side, drafter="dspark") == f"{side}: drafter file: it holds an MTP block, and drafter is dspark"
     assert refused(both, side, drafter="none").startswith(f"{side}: drafter file: drafter is none, which reads no weights")
-    assert "drafter is 'medusa'; it must be auto, mtp, dspark, ngram, none" in refused(both, drafter="medusa")
+    assert "drafter is 'medusa'; it must be auto, mtp, dspark, ngram, mtp+ngram, dspark+ngram, none" in refused(
+        both, drafter="medusa"
+    )
 
 
 def test_a_directory_without_its_drafter(files: Drafters) -> None:
@@ -314,6 +320,18 @@ def test_a_directory_without_its_drafter(files: Drafters) -> None:
         assert (opened.drafter, opened.config.n_dspark, opened.ignored, opened.note) == (wanted, 0, (), "")
     model = ds4jax.load(drafter="ngram")
     assert (model.drafter_name, model.config.n_mtp) == ("ngram", 0)
+
+
+@pytest.mark.parametrize(("first", "drafter"), [("mtp", MTPDrafter()), ("dspark", DSparkDrafter())])
+def test_n_grams_as_a_second_opinion_have_a_name(first: str, drafter: Any) -> None:
+    model, alone = ds4jax.load(drafter=f"{first}+ngram"), ds4jax.load(drafter=first)
+    assert (model.drafter_name, model.drafter(None)) == (f"{first}+ngram", SecondOpinion(drafter))
+    assert name_of(SecondOpinion(drafter)) == model.drafter_name
+    assert (model.max_draft, model.config) == (alone.max_draft, alone.config)
+
+
+def test_a_second_opinion_needs_the_first(files: Drafters) -> None:
+    assert refused(files.main, drafter="mtp+ngram") == f"{files.main}: drafter is mtp: these weights have no MTP block"
 
 
 @pytest.mark.parametrize("flavour", ["mainline", "antirez"])

@@ -26,7 +26,7 @@ DESCRIPTION = """\
 Reply to all requests of a file, several at once. Each line of IN is a JSON object with one of prompt (a text), messages (a
 conversation, a list of objects with role and content) and ids (token ids), and perhaps id, max_new_tokens, temperature, top_k,
 top_p, min_p, seed, draft, stop (a text, a token id or a list of them), ignore_eos, logprobs (a number of most likely tokens), and
-for messages think and effort. Null is as good as absent.
+for messages think and effort. Null is as good as absent. On a CPU, draft needs --draft or --max-draft for the whole file.
 
 Each line of the output is a JSON object for the line of IN at its place: id, text, tokens (a list of ids), fingerprint (a digest
 of the logits of all tokens), finish_reason ("stop" or "length"), prompt_tokens (their number), seed (of drawn tokens; a line

@@ -14,6 +14,7 @@ from ds4jax.cli.commands import model as models
 
 if TYPE_CHECKING:
     from ds4jax.evaluation.drafting import Drafting
+    from ds4jax.evaluation.evaluate import Score
     from ds4jax.language_model import LanguageModel
 
 ORDER = 6
@@ -76,17 +77,24 @@ def run(options: argparse.Namespace) -> int:
             fields["drafting"] = {"drafter": model.drafter_name, "temperature": options.temperature, **drafting}
         print(json.dumps(fields, ensure_ascii=False))
         return 0
-    agreement = "no MTP block" if score.mtp_agreement is None else f"{score.mtp_agreement:.1%}"
     print(f"text             {score.bytes:,} bytes, {score.tokens:,} tokens")
     print(f"model            {score.bits_per_byte:.4f} bits per byte")
     print(f"count baseline   {baseline:.4f} bits per byte (order {ORDER}, trained on {trained_on})")
-    print(f"MTP agreement    {agreement} (first draft equals the model's own most likely token)")
+    print(f"MTP agreement    {_agreement(score, model)}")
     if drafted is not None:
         shares = ", ".join(f"{share:.2f}" for share in drafted.acceptance)
         rate = f"{drafted.tokens_per_step:.2f} tokens a step"
         print(f"drafting         {rate} ({drafted.prompts} continuations, by {model.drafter_name})")
         print(f"accepted         {shares} (each draft, where those before it were accepted)")
     return 0
+
+
+def _agreement(score: Score, model: LanguageModel) -> str:
+    if score.mtp_agreement is not None:
+        return f"{score.mtp_agreement:.1%} (first draft equals the model's own most likely token)"
+    if model.config.n_dspark:
+        return "no MTP block was read; DSpark drafts, and --prompts N counts its tokens a step"
+    return "no MTP block"
 
 
 def _drafted(model: LanguageModel, text: str, options: argparse.Namespace) -> Drafting | None:

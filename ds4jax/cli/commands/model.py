@@ -40,8 +40,8 @@ def add_drafter(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         choices=DRAFTERS,
         default=DRAFTERS[0],
-        help="what drafts: the MTP block, the DSpark drafter, earlier text (ngram) or nothing; auto takes DSpark if the weights "
-        "have it, or else MTP (auto)",
+        help="what drafts: the MTP block, the DSpark drafter, earlier text (ngram), one of the two and earlier text where it is "
+        "unsure, or nothing; auto takes DSpark if the weights have it, or else MTP (auto)",
     )
     add_drafter_file(parser)
 
@@ -89,7 +89,8 @@ def add_draft(parser: argparse.ArgumentParser) -> None:
         "--draft",
         type=cli_options.draft,
         metavar="K",
-        help=f"drafts per step, 0 to {MAX_DRAFTS}, or auto for the fastest (2 of an MTP block, all 5 of DSpark, 4 of ngram)",
+        help=f"drafts per step, 0 to {MAX_DRAFTS}, or auto for the fastest (2 of an MTP block, all 5 of DSpark, 4 of ngram; on a "
+        "CPU 0 unless this, --max-draft, --drafter or --drafter-file is given)",
     )
     parser.add_argument(
         "--max-draft",
@@ -99,20 +100,33 @@ def add_draft(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _max_draft(options: argparse.Namespace, checkpoint: Checkpoint) -> int | None:
+def max_drafts(options: argparse.Namespace, checkpoint: Checkpoint, *, drafting: bool) -> int | None:
     """The maximum number of drafts that the loop is compiled for; None for the default of the model's drafter.
 
     Depths up to the default share one program, so they give the same bits. Only a depth above the default needs another program.
+    A CPU pays for every row of a step, so without `drafting` its loop is the one for a single row.
+
+    Args:
+        drafting: whether drafts are asked for, see `asks_for_drafts`.
 
     Raises:
         InputError: the drafter cannot make so many.
     """
     asked: int | None = getattr(options, "max_draft", None)
     depth = getattr(options, "draft", None)
+    if asked is None and not drafting:
+        import jax
+
+        return 0 if jax.default_backend() == "cpu" else None
     if asked is None and isinstance(depth, int):
-        asked = depth if depth > drafts_of(checkpoint.drafter, checkpoint.config)[0] else None
-    max_draft_of(checkpoint.drafter, checkpoint.config, asked)
+        asked = depth if depth > drafts_of(checkpoint.opened_with, checkpoint.config)[0] else None
+    max_draft_of(checkpoint.opened_with, checkpoint.config, asked)
     return asked
+
+
+def asks_for_drafts(options: argparse.Namespace) -> bool:
+    """Whether the command line names a depth or a drafter."""
+    return getattr(options, "draft", None) is not None or options.drafter != DRAFTERS[0] or options.drafter_file is not None
 
 
 def add_chunk(parser: argparse.ArgumentParser) -> None:
@@ -162,7 +176,9 @@ def open_model(options: argparse.Namespace, *, max_draft: int | None = None, pro
             encoded(prompt, checkpoint.config, checkpoint.tokenizer, checkpoint.path)
         runtime.configure()
         if max_draft is None:
-            max_draft = _max_draft(options, checkpoint)
+            # A command without --draft measures drafts, or has no use for them.
+            drafting = "draft" not in options or asks_for_drafts(options)
+            max_draft = max_drafts(options, checkpoint, drafting=drafting)
         _say_plan(checkpoint, max_draft)
         if checkpoint.note and sys.stderr:
             print(f"ds4jax: {checkpoint.path}: {checkpoint.note}", file=sys.stderr)

@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
         "--max-draft",
         type=cli_options.draft_count,
         metavar="K",
-        help="the maximum number of drafts per step of the loop (2 for a model with an MTP block)",
+        help="the maximum number of drafts per step of the loop (2 for a model with an MTP block; on a CPU 0, as for generate)",
     )
     parser.add_argument(
         "--context",
@@ -91,7 +91,8 @@ def run(options: argparse.Namespace) -> int:
         if not folder:
             raise InputError(f"{runtime.cache_dir()}: programs cannot be kept there; give another folder in DS4JAX_CACHE")
         checkpoint = models.open_checkpoint(options)
-        model = warmup.without_weights(checkpoint, max_draft=options.max_draft)
+        max_draft = models.max_drafts(options, checkpoint, drafting=models.asks_for_drafts(options))
+        model = warmup.without_weights(checkpoint, max_draft=max_draft)
         context = options.context or min(CONTEXT, model.config.max_context)
         programs = warmup.programs(model, context, strict=options.strict, chunk=options.chunk)
     with progress.counting_status("compiling", len(programs)) as note:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from ds4jax.bounds import AND_NGRAM
 from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.drafters.dspark import DSparkDrafter
 from ds4jax.decode.drafters.mtp import MTPDrafter
 from ds4jax.decode.drafters.ngram import NgramDrafter
+from ds4jax.decode.drafters.second_opinion import SecondOpinion
 
-_DRAFTERS: dict[str, Drafter] = {"mtp": MTPDrafter(), "dspark": DSparkDrafter(), "ngram": NgramDrafter()}
+_OF_WEIGHTS: dict[str, Drafter] = {"mtp": MTPDrafter(), "dspark": DSparkDrafter()}
+_DRAFTERS: dict[str, Drafter] = (
+    _OF_WEIGHTS | {"ngram": NgramDrafter()} | {name + AND_NGRAM: SecondOpinion(first) for name, first in _OF_WEIGHTS.items()}
+)
 
 
 def named(name: str) -> Drafter | None:
