@@ -13,7 +13,6 @@ PROGRAMS = {
     "plain in max_draft 2": "plain in the program for two drafts",
     "draft 1 in max_draft 2": "one draft a step",
     "draft 2 in max_draft 2": "two drafts a step",
-    "strict plain": "strict, plain",
 }
 SHAPES = {
     "q_b": "32768×1024",
@@ -56,6 +55,34 @@ def test_decode() -> None:
     lines.append(f"read no weights take {100 * plain['no_weights']:.0f} % of it")
     lines.append(f"copy bandwidth of the run {content['copy_gbps']:,.0f} GB/s")
     lines.append(f"Memory at its peak {content['peak_bytes'] / 1e9:.1f} GB")
+    assert _missing(lines) == []
+
+
+def test_calls() -> None:
+    calls = _result("h200-decode")["calls"]
+    lines = [f"runs at {calls['in_pieces']:.1f} tokens/s, and at {calls['in_one_call']:.1f} in one call"]
+    assert _missing(lines) == []
+
+
+def test_dspark() -> None:
+    content = _result("h200-decode-0731")
+    assert content["drafter"] == "dspark"
+    assert content["lossless"]["equal"]
+    speeds = {row["tokens_per_step"]: f"{row['tokens_per_second']:.0f}" for row in content["simulated_per_step"]}
+    first, second, third = (speeds[tokens] for tokens in (4.42, 3.3, 2.5))
+    lines = [f"{content['rows'][-1]['ms_per_step']:.2f} ms, its five drafts included"]
+    lines.append(f"{first}, {second} and {third} tokens/s if a step commits 4.42, 3.3 and 2.5 tokens")
+    assert _missing(lines) == []
+
+
+def test_several_sequences() -> None:
+    content = _result("h200-batch")
+    rows = [row for row in content["rows"] if row["context"] == 2048 and not row["sampled"]]
+    lines = []
+    for row in rows:
+        cells = f"{row['sequences']} | {row['ms_per_step']:.2f} | {row['tokens_per_second']:.0f} | {row['bytes'] / 1e9:.2f}"
+        lines.append(f"| {cells} |")
+    assert len(lines) == 5
     assert _missing(lines) == []
 
 
