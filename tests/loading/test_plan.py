@@ -14,7 +14,7 @@ import ds4jax
 from ds4jax.cache import state as caches
 from ds4jax.config import Config
 from ds4jax.decode.drafters.mtp import MTPDrafter
-from ds4jax.decode.width import step_rows
+from ds4jax.decode.width import ROOM
 from ds4jax.device import DeviceMemory, host_memory
 from ds4jax.errors import InputError
 from ds4jax.loading import open_checkpoint
@@ -59,8 +59,8 @@ def test_the_mtp_block_is_read_by_drafts_alone() -> None:
 
 @pytest.mark.parametrize("max_draft", [0, 2])
 def test_cache_bytes_are_those_of_the_caches(max_draft: int) -> None:
-    made = [caches.empty(SMALL, 1024, slack=step_rows(max_draft))]
-    made += [MTPDrafter().init(SMALL, 1024, step_rows(max_draft), 1)] if max_draft else []
+    made = [caches.empty(SMALL, 1024, slack=ROOM)]
+    made += [MTPDrafter().init(SMALL, 1024, ROOM, 1)] if max_draft else []
     assert plans.cache_bytes(SMALL, 1000, max_draft=max_draft) == sum(leaf.nbytes for leaf in jax.tree.leaves(made))
 
 
