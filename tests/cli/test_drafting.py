@@ -14,6 +14,7 @@ import jax
 import pytest
 from gguf_files import SMALL, write_small
 
+from ds4jax.bounds import SHIPPED
 from ds4jax.cli import main as cli
 from ds4jax.cli.commands import model as models
 
@@ -101,7 +102,7 @@ def test_max_draft_0_is_the_loop_without_drafts(capsys: pytest.CaptureFixture[st
     ("line", "expected"),
     [
         ("--drafter mtp", None),
-        ("--drafter-file ds4jax/assets/tiny.gguf", None),
+        (f"--drafter-file {SHIPPED}", None),
         ("--draft 0", None),
         ("--draft auto", None),
         ("--draft 2", None),
@@ -114,7 +115,7 @@ def test_max_draft_0_is_the_loop_without_drafts(capsys: pytest.CaptureFixture[st
 )
 def test_only_a_depth_above_the_default_needs_another_program(line: str, expected: int | None) -> None:
     options = cli.build_parser().parse_args(["generate", PROMPT, *line.split()])
-    checkpoint = types.SimpleNamespace(drafter="mtp", config=SMALL)
+    checkpoint = types.SimpleNamespace(opened_with="mtp", config=SMALL)
     assert models.max_drafts(options, checkpoint, drafting=models.asks_for_drafts(options)) == expected
 
 
@@ -123,7 +124,7 @@ def test_a_cpu_drafts_only_when_asked(backend: str, expected: int | None, monkey
     """A program of one row, so that drafting is never slower than not drafting."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     options = cli.build_parser().parse_args(["generate", PROMPT])
-    checkpoint = types.SimpleNamespace(drafter="mtp", config=SMALL)
+    checkpoint = types.SimpleNamespace(opened_with="mtp", config=SMALL)
     assert models.max_drafts(options, checkpoint, drafting=models.asks_for_drafts(options)) == expected
 
 

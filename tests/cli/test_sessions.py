@@ -19,6 +19,8 @@ from ds4jax.engine import session_state as saving
 PROMPT = "In the beginning"
 QUESTIONS = ["And what of the king?", "Who was his father?", "And then?"]
 CHAT = ["chat", "--max-new-tokens", "16", "--stats"]
+# So that a file holds the state of a drafter on a CPU, too.
+DRAFTING = ["--drafter", "mtp"]
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -138,6 +140,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], li
 def test_a_conversation_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, options: list[str]
 ) -> None:
+    options = [*options, *DRAFTING]
     out, err = said(monkeypatch, capsys, QUESTIONS, *options)
     outs, errs = "", ""
     for question in QUESTIONS:
@@ -145,7 +148,7 @@ def test_a_conversation_goes_on(
         outs, errs = outs + more, errs + figures
         # It stands at the beginning of the conversation, which the file holds from now on.
         options = options[2:] if options[0] == "--system" else options
-        options = options or ["--draft", "2"]
+        options = [*DRAFTING, "--draft", "2"] if options == DRAFTING else options
     assert outs == out
     kept = r"(\d+) prompt tokens, (\d+) of them kept from before, (\d+) new tokens"
     assert re.findall(kept, errs) == re.findall(kept, err)
@@ -185,7 +188,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_options_that_contradict_a_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
-    printed(capsys, PROMPT, "--max-new-tokens", "2", "--save", "text")
+    printed(capsys, PROMPT, "--max-new-tokens", "2", "--save", "text", *DRAFTING)
     said(monkeypatch, capsys, QUESTIONS[:1], "--session", "talk")
     (folder / "broken").write_bytes((folder / "text").read_bytes()[:-1])
     for line, message in (

@@ -191,7 +191,8 @@ def test_the_file_is_safetensors_and_holds_what_is_filled(model: LanguageModel, 
     assert about["fingerprint"] == model.fingerprint
     # One row for every four positions, and the slack of a step.
     assert rows.shape[1] == -(-length // 4) + ROOM
-    assert whole.stat().st_size < 400_000
+    # With the eight rows beyond the window of each ring.
+    assert whole.stat().st_size < 420_000
 
 
 def test_a_narrow_cache_comes_back(tmp_path: Path) -> None:
