@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # The tiny model that ships with the package.
 SHIPPED = Path(__file__).parent / "assets" / "tiny.gguf"
-# Its DSpark drafter. It does not lie beside the model, so that the model drafts with its MTP block: for a CPU, five drafts a step
-# cost more than they bring.
+# Its DSpark drafter. It does not lie beside the model, so that the MTP block in the model's file drafts unless DSpark is asked
+# for. On a CPU neither is as fast as no drafts: a step costs more than its drafts bring.
 SHIPPED_DSPARK = SHIPPED.parent / "heads" / "dspark-tiny.gguf"
 HELD_OUT_TEXT = SHIPPED.with_name("heldout.txt")
 TRAINING_EXTRACT = SHIPPED.with_name("train_extract.txt")

@@ -1,9 +1,9 @@
 """Draft, verify and accept as one compiled loop over S sequences. Plain decode is the same loop at depth 0.
 
 One executable serves every depth up to `max_draft` and any number of tokens. On a GPU two compiled programs may differ in the
-last bit of equal rows, and one bit can change a token. Each step has W rows per sequence, see `decode.width`. Rows past a
-sequence's depth are clones of its last live row; the rows of a finished sequence are clones of another sequence's. A fingerprint
-of the logits is computed for every token, so comparing two runs bit by bit does not change the program.
+last bit of equal rows, and one bit can change a token. Each step has W rows per sequence, see `decode.verify`. On a GPU rows past
+a sequence's depth are clones of its last live row. The rows of a finished sequence are clones of another sequence's. A
+fingerprint of the logits is computed for every token, so comparing two runs bit by bit does not change the program.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from ds4jax.decode.drafter import Drafter, Drafts, committed, taps_of
 from ds4jax.decode.masks import Mask
 from ds4jax.decode.module import Weights, merged
 from ds4jax.decode.sampling import Filters
-from ds4jax.decode.width import rows_needed, step_rows
+from ds4jax.decode.verify import verify
+from ds4jax.decode.width import ROOM, rows_needed
 from ds4jax.model.transformer import Transformer
 from ds4jax.precision import precise
 
@@ -101,10 +102,9 @@ def start(
         A state with lengths and counts of 0. Every array has its own buffer.
     """
     sequences = len(last_S)
-    rows = step_rows(max_draft, sequences)
     return DecodeState(
-        cache=caches.empty(config, capacity, sequences=sequences, slack=rows),
-        drafting=drafter.init(config, capacity, rows, sequences) if drafter else None,
+        cache=caches.empty(config, capacity, sequences=sequences, slack=ROOM),
+        drafting=drafter.init(config, capacity, ROOM, sequences) if drafter else None,
         last=jnp.array(last_S, jnp.int32),
         tokens=jnp.zeros((sequences, capacity), jnp.int32),
         fingerprints=jnp.zeros((sequences, capacity, 2), jnp.uint32),
@@ -217,12 +217,11 @@ def step(
         drafts, drafting = drafter.draft(model, drafting, state.last, row, depth_S, max_draft, filters)
         depth_S = shortened(policy, depth_S, drafts.confidence)
 
-    rows = Rows.step(position_S, width, jnp.where(active_S, 1 + depth_S, 0), strict=strict)
     # A draft outside the vocabulary is rejected. Its row gets a valid token, because the embedding needs one.
     usable_SK = jnp.where(drafts.known(vocabulary), drafts.tokens, state.last[:, None])
-    ids_T = rows.spread(jnp.concatenate([state.last[:, None], usable_SK], axis=1))
-    h_TND, cache, means = model.tapped(ids_T, rows, state.cache, taps_of(drafter, model.config))
-    logits_SWV = model.logits(h_TND, strict=strict).reshape(sequences, width, vocabulary)[:, :verified]
+    ids_SW, live_S = jnp.concatenate([state.last[:, None], usable_SK], axis=1), jnp.where(active_S, 1 + depth_S, 0)
+    seen, cache = verify(model, state.cache, ids_SW, live_S, taps_of(drafter, model.config), strict=strict)
+    logits_SWV = seen.logits_SWV
 
     stand_S, follower_S = accept(mask.applied(logits_SWV) if mask else logits_SWV, drafts, depth_S, filters, position_S)
     offset = jnp.arange(verified, dtype=jnp.int32)
@@ -233,7 +232,7 @@ def step(
 
     kept = Rows.step(position_S, width, count_S, strict=strict)
     if drafter:
-        h_TND, *means = (kept.spread(x.reshape(sequences, width, *x.shape[1:])) for x in (h_TND, *means))
+        h_TND, *means = map(kept.spread, (seen.h_SWND, *seen.means))
         drafting = committed(drafter, model, drafting, h_TND, means, kept.spread(new_SW), kept)
     place_SW = jnp.where(offset < count_S[:, None], state.count[:, None] + offset, state.tokens.shape[1])
     index_S = jnp.arange(sequences, dtype=jnp.int32)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ds4jax.bounds import MAX_DRAFTS
 from ds4jax.cache.state import Cache, Rows
 from ds4jax.model import decode_kernels, paths
 from ds4jax.model.transformer import Transformer
+
+# Rows of a sequence that rings have room for beyond the window, in the programs of all drafters: sums over rings of equal sizes
+# have equal bits. It is the widest step.
+ROOM = 1 + MAX_DRAFTS
 
 
 def step_rows(max_draft: int, sequences: int = 1) -> int:

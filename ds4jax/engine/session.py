@@ -19,7 +19,7 @@ import numpy as np
 
 from ds4jax.decode.depth import Acceptance
 from ds4jax.decode.loop import DecodeState
-from ds4jax.decode.width import step_rows
+from ds4jax.decode.width import ROOM
 from ds4jax.engine import session_state
 from ds4jax.engine.costs import costs_of
 from ds4jax.engine.generation import Generation, Holder
@@ -211,7 +211,7 @@ class Session:
         drafter = self.model.drafter(self._options.drafter)
         if drafter is None or shapes[0] == shapes[1]:
             return mark
-        larger = drafter.init(self.model.config, state.tokens.shape[1], step_rows(self.model.max_draft), 1)
+        larger = drafter.init(self.model.config, state.tokens.shape[1], ROOM, 1)
         return dataclasses.replace(mark, drafting=jax.tree.map(_copied_into, larger, mark.drafting))
 
     def _grown(self, state: DecodeState, capacity: int) -> DecodeState:

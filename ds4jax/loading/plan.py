@@ -17,7 +17,7 @@ from ds4jax.cache.state import OVERLAP_RATIO, Cache
 from ds4jax.cache.stored_rows import Stored
 from ds4jax.config import Config
 from ds4jax.decode.drafters.named import named
-from ds4jax.decode.width import step_rows
+from ds4jax.decode.width import ROOM
 from ds4jax.device import device_memory, host_memory
 from ds4jax.errors import InputError
 from ds4jax.loading import gguf_names
@@ -198,11 +198,11 @@ def _cache(config: Config, capacity: int, max_draft: int | None, slots: int = 1)
     """Shapes of the decode loop's caches, and of the state of the weights' own drafter; None without drafts."""
     name = own_drafter(config)
     depth = drafts_of(name, config)[0] if max_draft is None else max_draft
-    slack, drafter = step_rows(depth, slots), named(name) if depth else None
+    drafter = named(name) if depth else None
 
     def made() -> tuple[Cache, Any]:
-        drafting = drafter.init(config, capacity, slack, slots) if drafter else None
-        return caches.empty(config, capacity, sequences=slots, slack=slack), drafting
+        drafting = drafter.init(config, capacity, ROOM, slots) if drafter else None
+        return caches.empty(config, capacity, sequences=slots, slack=ROOM), drafting
 
     return jax.eval_shape(made)
 

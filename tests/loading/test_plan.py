@@ -14,7 +14,7 @@ import ds4jax
 from ds4jax.cache import state as caches
 from ds4jax.config import Config
 from ds4jax.decode.drafters.mtp import MTPDrafter
-from ds4jax.decode.width import step_rows
+from ds4jax.decode.width import ROOM
 from ds4jax.device import DeviceMemory, host_memory
 from ds4jax.errors import InputError
 from ds4jax.loading import open_checkpoint
@@ -59,26 +59,25 @@ def test_the_mtp_block_is_read_by_drafts_alone() -> None:
 
 @pytest.mark.parametrize("max_draft", [0, 2])
 def test_cache_bytes_are_those_of_the_caches(max_draft: int) -> None:
-    made = [caches.empty(SMALL, 1024, slack=step_rows(max_draft))]
-    made += [MTPDrafter().init(SMALL, 1024, step_rows(max_draft), 1)] if max_draft else []
+    made = [caches.empty(SMALL, 1024, slack=ROOM)]
+    made += [MTPDrafter().init(SMALL, 1024, ROOM, 1)] if max_draft else []
     assert plans.cache_bytes(SMALL, 1000, max_draft=max_draft) == sum(leaf.nbytes for leaf in jax.tree.leaves(made))
 
 
 def test_cache_bytes_of_a_dspark_loop() -> None:
-    """A step of five drafts has eight rows, and the ring of each stage has room for them."""
+    """Rings have room for eight rows beyond the window, drafts or not."""
     config = dataclasses.replace(
         SMALL, n_mtp=0, compress_ratios=(0, 4, 128), n_dspark=2, dspark_layers=(0, 1, 2), dspark_noise_id=3
     )
     made = caches.empty(config, 1024, slack=8), *caches.empty_rings(config, 2, slack=8)
     assert plans.cache_bytes(config, 1000) == sum(leaf.nbytes for leaf in jax.tree.leaves(made))
-    alone = caches.empty(config, 1024, slack=1)
+    alone = caches.empty(config, 1024, slack=8)
     assert plans.cache_bytes(config, 1000, max_draft=0) == sum(leaf.nbytes for leaf in jax.tree.leaves(alone))
 
 
 def test_cache_bytes_of_slots_are_those_of_an_engine() -> None:
-    """Four sequences with two drafts each have three rows a step, two sequences have four."""
-    for slots, rows in ((2, 4), (4, 3)):
-        made = caches.empty(SMALL, 1024, sequences=slots, slack=rows), MTPDrafter().init(SMALL, 1024, rows, slots)
+    for slots in (2, 4):
+        made = caches.empty(SMALL, 1024, sequences=slots, slack=ROOM), MTPDrafter().init(SMALL, 1024, ROOM, slots)
         expected = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
         assert plans.cache_bytes(SMALL, 1000, max_draft=2, slots=slots) == expected
     checkpoint, memory = q2_checkpoint(FLASH), plans.DEVICES["h200"].memory
