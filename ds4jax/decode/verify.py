@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ds4jax.cache.state import Cache, Rows
-from ds4jax.decode.width import rows_needed
+from ds4jax.decode.width import rows_needed, step_rows
 from ds4jax.model.transformer import Transformer
 
 
@@ -53,16 +53,18 @@ def verify(
 def _row_by_row(
     model: Transformer, cache: Cache, ids_SW: jax.Array, count_S: jax.Array, taps: tuple[int, ...], strict: bool
 ) -> tuple[Verified, Cache]:
+    sequences, width = ids_SW.shape
+
     def row(i: jax.Array | int, cache: Cache) -> tuple[Verified, Cache]:
-        rows = Rows.step(cache.length, 1, (count_S > i).astype(jnp.int32), strict=strict)
-        h_SND, cache, means = model.tapped(ids_SW[rows.sequence, i], rows, cache, taps)
-        return Verified(h_SND, tuple(means), model.logits(h_SND, strict=strict)), cache
+        rows = Rows.step(cache.length, step_rows(0, sequences), (count_S > i).astype(jnp.int32), strict=strict)
+        h_TND, cache, means = model.tapped(ids_SW[rows.sequence, i], rows, cache, taps)
+        made = Verified(h_TND, tuple(means), model.logits(h_TND, strict=strict))
+        return jax.tree.map(lambda x: x.reshape(sequences, -1, *x.shape[1:])[:, 0], made), cache
 
     def one(i: jax.Array, carry: tuple[Verified, Cache]) -> tuple[Verified, Cache]:
         made, cache = row(i, carry[1])
         return jax.tree.map(lambda all_S, x: all_S.at[:, i].set(x), carry[0], made), cache
 
-    width = ids_SW.shape[1]
     if width == 1:
         made, cache = row(0, cache)
         return jax.tree.map(lambda x: x[:, None], made), cache
