@@ -21,7 +21,7 @@ from pallas_kernels.tuning import tune
 from pallas_kernels.tuning.shapes import Product
 from pallas_kernels.tuning.tune import Launch
 
-ROWS = (1, 2, 3, 4, 8, 12)
+ROWS = (1, 2, 3, 4, 8, 16, 32)
 ACTIVATION_WIDTHS = (4096, 8192)
 ACTIVATION_ROWS = (1, 2, 3, 4)
 ACTIVATION_CALLS = 16

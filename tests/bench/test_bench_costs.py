@@ -93,7 +93,7 @@ def test_a_result_becomes_an_entry(capsys: pytest.CaptureFixture[str], tmp_path:
         assert (
             cli.main(["bench", "costs", "--from", str(RESULT), "--table", str(table), "--json", str(tmp_path / "made.json")]) == 0
         )
-    assert "draft 2: 7.120 ms a step, 1.062 of a step without drafts" in capsys.readouterr().out
+    assert "draft 2: 7.074 ms a step, 1.087 of a step without drafts" in capsys.readouterr().out
     first, second = cost_table.read(table)
     assert (first.device, first.ms, first.drafter) == ("NVIDIA H200", (6.7049, 6.792, 7.1198), "mtp")
     assert first.commit == json.loads(RESULT.read_text())["commit"]

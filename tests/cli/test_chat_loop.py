@@ -62,7 +62,7 @@ def test_reasoning_is_computed_on_and_not_shown(
     # The tiny model never ends its reasoning, so that every answer is empty and all that is kept is the prompt before it.
     assert out == "\n\n\n"
     assert err.count("note: no answer: the reasoning did not end within 16 tokens") == 3
-    assert [kept for _, kept in figures] == [0, figures[0][0] - 2, figures[1][0] - 2]
+    assert [kept for _, kept in figures] == [0, figures[0][0] - 1, figures[1][0] - 1]
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -111,9 +111,9 @@ BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "tensor too many": (lambda data: remade(data, with_more), "more of it: not part of a session"),
     "wrong type": (entry(WINDOW, dtype="I32"), f"{WINDOW}: int32.* where float32.* is needed"),
     "unknown type": (entry(WINDOW, dtype="F64"), f"{WINDOW}: type, shape and position do not agree"),
-    "wrong shape": (entry(WINDOW, shape=[1, 96, 20]), rf"{WINDOW}: float32\[1, 96, 20\], where float32\[1, 20, 96\] is needed"),
+    "wrong shape": (entry(WINDOW, shape=[1, 96, 24]), rf"{WINDOW}: float32\[1, 96, 24\], where float32\[1, 24, 96\] is needed"),
     "absurd shape": (entry(WINDOW, shape=[1 << 39, 1 << 39]), f"{WINDOW}: type, shape and position do not agree"),
-    "not in order": (entry(WINDOW, data_offsets=[0, 20 * 96 * 4]), f"{WINDOW}: type, shape and position do not agree"),
+    "not in order": (entry(WINDOW, data_offsets=[0, 24 * 96 * 4]), f"{WINDOW}: type, shape and position do not agree"),
     "token outside": (lambda data: remade(data, other_token), "prompt_ids: token id 1000000 is outside the vocabulary"),
 }
 
