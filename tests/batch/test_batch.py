@@ -191,7 +191,7 @@ def killed_and_whole(folder: Path, count: int, kills: int, seed: int) -> tuple[b
         if kind == 0:
             line |= {"messages": [{"role": "user", "content": f"Psalm {i}"}]}
         else:
-            line |= {"prompt": f"In the beginning of day {i % 7}", "stop": "." if kind == 2 else None}
+            line |= {"prompt": f"In the beginning of day {i % 7}", "stop": "," if kind == 2 else None}
         lines.append(line)
     lines[1] = {"id": "bad"}
     source = written(folder / "in", lines)
@@ -223,7 +223,7 @@ def test_a_command_that_is_killed_goes_on(tmp_path: Path) -> None:
     found = records(tmp_path / "out")
     assert [record["id"] for record in found] == [0, "bad", *range(2, 24)]
     assert [bool(record["error"]) for record in found] == [i == 1 for i in range(24)]
-    assert any(record["finish_reason"] == "stop" and "." not in record["text"] for record in found[2::3])
+    assert any(record["finish_reason"] == "stop" and "," not in record["text"] for record in found[2::3])
 
 
 @pytest.mark.slow
