@@ -153,16 +153,18 @@ def drafts_of(name: str, config: Config) -> tuple[int, int]:
     return by_first[name.removesuffix(AND_NGRAM)]
 
 
-def max_draft_of(name: str, config: Config, asked: int | None) -> int:
+def max_draft_of(name: str, config: Config, asked: int | None, *, field: str = "max-draft") -> int:
     """The maximum number of drafts per step of a loop with this drafter; None asks for the drafter's default.
+
+    `field` is the option's name in messages.
 
     Raises:
         InputError: the drafter cannot make so many.
     """
     default, most = drafts_of(name, config)
-    depth = MAX_DRAFT.checked("max-draft", default if asked is None else asked)
+    depth = MAX_DRAFT.checked(field, default if asked is None else asked)
     if depth > most:
-        raise InputError(f"max-draft is {depth}; the {name} drafter makes at most {most} drafts a step")
+        raise InputError(f"{field} is {depth}; the {name} drafter makes at most {most} drafts a step")
     return depth
 
 

@@ -138,8 +138,11 @@ def test_by_default_a_cpu_runs_the_loop_without_drafts(capsys: pytest.CaptureFix
 
 
 def test_a_depth_that_the_drafter_cannot_make_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "max-draft is 5; the mtp drafter makes at most 4 drafts a step" in refused(capsys, "--draft", "5")
-    assert "max-draft is 6; the dspark drafter makes at most 5" in refused(capsys, "--drafter", "dspark", "--draft", "6")
+    said = refused(capsys, "--draft", "5")
+    assert "draft is 5; the mtp drafter makes at most 4 drafts a step" in said
+    assert "max-draft" not in said
+    assert "max-draft is 5; the mtp drafter" in refused(capsys, "--max-draft", "5")
+    assert "draft is 6; the dspark drafter makes at most 5" in refused(capsys, "--drafter", "dspark", "--draft", "6")
 
 
 def test_stats_tell_the_acceptance(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,9 +118,10 @@ def max_drafts(options: argparse.Namespace, checkpoint: Checkpoint, *, drafting:
         import jax
 
         return 0 if jax.default_backend() == "cpu" else None
+    field = "max-draft" if asked is not None else "draft"
     if asked is None and isinstance(depth, int):
         asked = depth if depth > drafts_of(checkpoint.opened_with, checkpoint.config)[0] else None
-    max_draft_of(checkpoint.opened_with, checkpoint.config, asked)
+    max_draft_of(checkpoint.opened_with, checkpoint.config, asked, field=field)
     return asked
 
 
