@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from held_calls import held
 from numerics import assert_bits_equal
 from small_models import DRAFTS, shallow_model, small_model, text
 
@@ -164,9 +165,11 @@ def test_pieces_are_the_result(shared: Engine) -> None:
 
 
 def test_a_cancelled_request_keeps_what_it_said(shared: Engine) -> None:
-    request, other = (shared.submit(text(0, 40), max_new_tokens=200, ignore_eos=True) for _ in range(2))
-    next(iter(request))
-    request.cancel()
+    with held(shared) as calls:
+        request, other = (shared.submit(text(0, 40), max_new_tokens=200, ignore_eos=True) for _ in range(2))
+        calls.release(1)
+        next(iter(request))
+        request.cancel()
     result = request.result()
     assert result.finish_reason == "cancelled"
     assert 0 < len(result.ids) < 200
@@ -177,22 +180,26 @@ def test_a_cancelled_request_keeps_what_it_said(shared: Engine) -> None:
 def test_a_failing_request_takes_no_other_along(shared: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reading that fails ends its own request; a call that fails loses the state, and the others are made again."""
     fields = {"max_new_tokens": 100, "ignore_eos": True}
-    good = shared.submit(text(60, 40), **fields)
-    bad = shared.submit(text(0, 40), **fields)
-    monkeypatch.setattr(bad, "_read", lambda news: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        bad.result()
-    slots, step, failures = shared._scheduler._slots, shared._scheduler._slots.step, iter([True])
-    first = next(iter(good))
+    with held(shared) as calls:
+        good = shared.submit(text(60, 40), **fields)
+        bad = shared.submit(text(0, 40), **fields)
+        monkeypatch.setattr(bad, "_read", lambda news: 1 / 0)
+        calls.release(8)
+        with pytest.raises(ZeroDivisionError):
+            bad.result()
+        first = next(iter(good))
+        slots, step, failures = shared._scheduler._slots, shared._scheduler._slots.step, iter([True])
 
-    def failing(steps: int) -> Any:
-        if next(failures, False):
-            jax.tree.map(lambda leaf: leaf.delete(), slots.state)
-            raise RuntimeError("a fault of the device")
-        return step(steps)
+        def failing(steps: int) -> Any:
+            if next(failures, False):
+                jax.tree.map(lambda leaf: leaf.delete(), slots.state)
+                raise RuntimeError("a fault of the device")
+            return step(steps)
 
-    monkeypatch.setattr(slots, "step", failing)
-    pieces = [first, *good]
+        monkeypatch.setattr(slots, "step", failing)
+        calls.release(1000)
+        pieces = [first, *good]
+        monkeypatch.setattr(slots, "step", step)
     assert next(failures, None) is None, "the call failed"
     result = good.result()
     assert sum((piece.ids for piece in pieces), ()) == result.ids
@@ -226,12 +233,14 @@ def test_a_warm_state_is_the_cold_one(shared: Engine) -> None:
 
 def test_the_queue_has_an_end_and_so_has_an_engine() -> None:
     one = engine(waiting=SLOTS)
-    requests = [one.submit(text(0, 100), max_new_tokens=100, ignore_eos=True) for _ in range(SLOTS)]
-    while one.waiting:
-        time.sleep(0.01)
-    requests += [one.submit(text(0, 100), max_new_tokens=100, ignore_eos=True) for _ in range(SLOTS)]
-    with pytest.raises(QueueFull, match=f"the queue is full: {SLOTS} requests wait"):
-        one.submit(text(0, 100))
+    with held(one) as calls:
+        requests = [one.submit(text(0, 20), max_new_tokens=100, ignore_eos=True) for _ in range(SLOTS)]
+        calls.until(lambda: not one.waiting)
+        requests += [one.submit(text(0, 20), max_new_tokens=100, ignore_eos=True) for _ in range(SLOTS)]
+        with pytest.raises(QueueFull, match=f"the queue is full: {SLOTS} requests wait"):
+            one.submit(text(0, 100))
+        for request in requests:
+            request.cancel()
     one.close(cancel=True)
     assert all(request.result(1).finish_reason == "cancelled" for request in requests)
     assert not one.alive

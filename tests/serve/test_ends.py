@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +14,8 @@ pytest.importorskip("starlette", reason="needs the extra serve")
 pytest.importorskip("llguidance", reason="needs the extra serve")
 pytest.importorskip("httpx2", reason="needs the extra test")
 
-from serving import CONTEXT, SLOTS, Served, served
+from held_calls import held
+from serving import CONTEXT, SLOTS, served
 
 from ds4jax.errors import InputError
 from ds4jax.serve.settings import Settings
@@ -25,28 +25,19 @@ pytestmark = pytest.mark.long
 LONG: dict[str, Any] = {"prompt": "Hello", "max_tokens": CONTEXT, "ignore_eos": True}
 
 
-def until(server: Served, running: int, waiting: int) -> None:
-    """Wait for these numbers of requests."""
-    end = time.monotonic() + 60
-    while server.runner.counts != (running, waiting) and time.monotonic() < end:
-        time.sleep(0.001)
-    assert server.runner.counts == (running, waiting)
-
-
 def test_a_signal_lets_replies_end_and_takes_no_more() -> None:
     with served() as server, ThreadPoolExecutor(1) as pool:
         server.ready()
-        events = pool.submit(server.events, "/v1/completions", **LONG)
-        until(server, 1, 0)
-        assert server.server
-        server.server.handle_exit(signal.SIGTERM, None)
-        end = time.monotonic() + 10
-        while server.runner.state != "draining" and time.monotonic() < end:
-            time.sleep(0.001)
-        refused = server.client.post("/v1/completions", json={"prompt": "a"})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
-        assert "Retry-After" in refused.headers
-        assert server.client.get("/health").json()["status"] == "draining"
+        with held(server.runner.engine) as calls:
+            events = pool.submit(server.events, "/v1/completions", **LONG)
+            calls.until(lambda: server.runner.counts == (1, 0))
+            assert server.server
+            server.server.handle_exit(signal.SIGTERM, None)
+            calls.until(lambda: server.runner.state == "draining")
+            refused = server.client.post("/v1/completions", json={"prompt": "a"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert "Retry-After" in refused.headers
+            assert server.client.get("/health").json()["status"] == "draining"
         assert events.result()[-1]["choices"][0]["finish_reason"] == "length"
         server._thread.join(30)
         assert not server._thread.is_alive()
@@ -57,27 +48,29 @@ def test_a_full_queue_is_told() -> None:
     with served(waiting=1) as server, ThreadPoolExecutor(SLOTS + 1) as pool:
         server.ready()
         running = []
-        for i in range(SLOTS + 1):
-            running.append(pool.submit(server.post, "/v1/completions", **LONG))
-            until(server, min(i + 1, SLOTS), i // SLOTS)
-        refused = server.client.post("/v1/completions", json={"prompt": "a"})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
-        assert int(refused.headers["Retry-After"]) > 0
+        with held(server.runner.engine) as calls:
+            for count in [(i, 0) for i in range(1, SLOTS + 1)] + [(SLOTS, 1)]:
+                running.append(pool.submit(server.post, "/v1/completions", **LONG))
+                calls.until(lambda count=count: server.runner.counts == count)  # type: ignore[misc]
+            refused = server.client.post("/v1/completions", json={"prompt": "a"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+            assert int(refused.headers["Retry-After"]) > 0
         assert {one.result()["usage"]["total_tokens"] for one in running} == {CONTEXT}
 
 
 def test_silence_is_kept_alive() -> None:
     with served(Settings(keep_alive=0.001)) as server, ThreadPoolExecutor(SLOTS) as pool:
         server.ready()
-        running = [pool.submit(server.post, "/v1/completions", **LONG) for _ in range(SLOTS)]
-        until(server, SLOTS, 0)
         body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "stream": True}
-        with server.client.stream("POST", "/v1/chat/completions", json=body) as answer:
-            assert ": keep-alive" in list(answer.iter_lines())
-        with server.client.stream("POST", "/v1/messages", json=body) as answer:
-            assert answer.headers["cache-control"] == "no-cache"
-            # One belongs to the beginning of every stream.
-            assert len([line for line in answer.iter_lines() if line == "event: ping"]) > 1
+        with held(server.runner.engine) as calls:
+            running = [pool.submit(server.post, "/v1/completions", **LONG) for _ in range(SLOTS)]
+            calls.until(lambda: server.runner.counts == (SLOTS, 0))
+            with server.client.stream("POST", "/v1/chat/completions", json=body) as answer:
+                assert ": keep-alive" in answer.iter_lines()
+            with server.client.stream("POST", "/v1/messages", json=body) as answer:
+                assert answer.headers["cache-control"] == "no-cache"
+                pings = (line for line in answer.iter_lines() if line == "event: ping")
+                assert next(pings) == next(pings), "one belongs to the beginning of every stream"
         for one in running:
             one.result()
 
@@ -87,14 +80,15 @@ def test_a_dead_engine_ends_the_server() -> None:
     with served() as server, ThreadPoolExecutor(1) as pool:
         server.ready()
         engine = server.runner.engine
-        events = pool.submit(server.events, "/v1/completions", **LONG)
-        until(server, 1, 0)
 
         def die() -> None:
             # It is no `Exception`, so the engine does not recover, and must not end the event loop.
             raise SystemExit
 
-        engine._scheduler._turn = die  # type: ignore[method-assign]
+        with held(engine) as calls:
+            events = pool.submit(server.events, "/v1/completions", **LONG)
+            calls.until(lambda: server.runner.counts == (1, 0))
+            engine._scheduler._turn = die  # type: ignore[method-assign]
         last = events.result()[-1]
         assert last["error"]["type"] == "server_error"
         health = server.client.get("/health")

@@ -16,6 +16,7 @@ pytest.importorskip("starlette", reason="needs the extra serve")
 pytest.importorskip("llguidance", reason="needs the extra serve")
 pytest.importorskip("httpx2", reason="needs the extra test")
 
+from held_calls import held
 from serving import CONTEXT, SLOTS, TOOLS, Served, served, tokenizer
 
 # Each test is quick; the module compiles the programs of a model once.
@@ -197,15 +198,13 @@ def raw(server: Served, path: str, body: bytes) -> socket.socket:
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_frees_the_slot_and_the_place_in_the_queue(server: Served, stream: bool) -> None:
     body = {"prompt": "Hello", "max_tokens": CONTEXT, "ignore_eos": True, "stream": stream}
-    connections = [raw(server, "/v1/completions", json.dumps(body).encode()) for _ in range(6)]
-    until = time.monotonic() + 60
-    while server.runner.counts != (4, 2) and time.monotonic() < until:
-        time.sleep(0.002)
-    assert server.runner.counts == (4, 2)
-    log = len(server.log)
-    for connection in connections:
-        connection.close()
-    assert server.idle(20)
+    with held(server.runner.engine) as calls:
+        connections = [raw(server, "/v1/completions", json.dumps(body).encode()) for _ in range(6)]
+        calls.until(lambda: server.runner.counts == (4, 2))
+        log = len(server.log)
+        for connection in connections:
+            connection.close()
+        calls.until(lambda: server.runner.counts == (0, 0))
     until = time.monotonic() + 20
     while len(server.log) < log + 6 and time.monotonic() < until:
         time.sleep(0.01)
