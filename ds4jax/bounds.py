@@ -171,6 +171,7 @@ def max_draft_of(name: str, config: Config, asked: int | None, *, field: str = "
 NEW_TOKENS = Integers(1, None, "it must be at least 1")
 CHUNK = Integers(1, None, "it must be at least 1")
 CONTEXT = Integers(2, None, "it must be at least 2, a token of the prompt and one of the reply")
+DEVICE_COUNT = Integers(1, None, "it must be at least 1, or all")
 SLOTS = Integers(1, 64, "it must be 1 to 64")
 WAITING = Integers(1, None, "it must be at least 1")
 BYTES = Integers(0, None, "it must be at least 0")

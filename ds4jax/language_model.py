@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ds4jax.evaluation.check import Report
     from ds4jax.evaluation.trace import Trace
     from ds4jax.loading.checkpoint import Checkpoint
+    from ds4jax.loading.placement import Devices
 
 
 class LanguageModel(Loaded):
@@ -142,6 +143,7 @@ def load(
     qat: bool | None = None,
     cache: str = "float32",
     max_draft: int | None = None,
+    devices: Devices = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a GGUF file, whole or split, or a checkpoint directory of the hub, tensor by tensor. Weights keep their stored format.
@@ -161,11 +163,13 @@ def load(
             values as "float32" in less than a third of the memory.
         max_draft: 0 to 4, the maximum number of drafts per step; by default 2 with an MTP block and 0 without. Plain and
             speculative decode give the same tokens within one such loop. Without drafts, a loop for 0 is the fastest.
+        devices: a number of devices, "all", or a list of devices or of their indices; None is the first. The weights are cut over
+            them, and on a CPU the output has the same bits on any number.
         progress: called after each tensor with the bytes read and the bytes of all tensors.
 
     Raises:
-        InputError: the files cannot be used, the weights do not fit on the device, or the model does not support the cache. The
-            message is one line. Everything that the headers show is checked before any weight is read.
+        InputError: the files or devices cannot be used, the weights do not fit on the devices, or the model does not support the
+            cache. The message is one line. Everything that the headers show is checked before any weight is read.
     """
     from ds4jax.loading import open_checkpoint
 
@@ -174,7 +178,7 @@ def load(
     path, side = Path(path) if path is not None else SHIPPED, drafter_file or mtp_file
     checkpoint = open_checkpoint(path, side, dense=dense, drafter=drafter)
     checkpoint.log_note()
-    return from_checkpoint(checkpoint, qat=qat, cache=cache, max_draft=max_draft, progress=progress)
+    return from_checkpoint(checkpoint, qat=qat, cache=cache, max_draft=max_draft, devices=devices, progress=progress)
 
 
 def from_checkpoint(
@@ -183,17 +187,19 @@ def from_checkpoint(
     qat: bool | None = None,
     cache: str | None = None,
     max_draft: int | None = None,
+    devices: Devices = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Read the weights of an opened model; arguments and errors as for `load`."""
+    from ds4jax.loading import placement
     from ds4jax.loading.plan import require_fit
-    from ds4jax.loading.tensor_reader import read_ahead
 
+    found = placement.chosen(devices)
     max_draft = bounds.max_draft_of(checkpoint.opened_with, checkpoint.config, max_draft)
     checkpoint = checkpoint.configured(qat=qat, cache=cache)
-    require_fit(checkpoint)
-    with read_ahead(tuple(tensor.start() for tensor in checkpoint.tensors)) as read:
-        model = build(checkpoint.config, _named(checkpoint, read, progress))
+    require_fit(checkpoint, len(found))
+    with placement.read(checkpoint, found) as values:
+        model = build(checkpoint.config, _named(checkpoint, values, progress))
     about = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.opened_with}
     return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, **about)
 

@@ -18,6 +18,7 @@ from pallas_kernels.formats import BLOCK, Q8_0, Quantized
 from pallas_kernels.linear import meaning
 from pallas_kernels.linear.activation import Activation
 from pallas_kernels.linear.activation_k import ActivationK
+from pallas_kernels.linear.cut import Cut, filled, own_part, rows_of, spread
 from pallas_kernels.linear.lane_matmul import lane_part
 from pallas_kernels.linear.lane_row import quantize_for
 from pallas_kernels.linear.meaning import Weight
@@ -25,14 +26,21 @@ from pallas_kernels.linear.q8_matmul import q8_part
 
 # Values of a large weight that are dequantised at a time.
 MAX_TILE_VALUES = 1 << 25
+# Paths of the gate that run kernels.
+KERNELS = ("pallas", "interpret")
+# Products [M, C, N] of x [M, C, K] and several weights.
+Path = Callable[..., tuple[jax.Array, ...]]
 
 
-def matmul(x: jax.Array, weight: Weight, *, strict: bool, decoding: bool = False, implementation: str | None = None) -> jax.Array:
+def matmul(
+    x: jax.Array, weight: Weight | Cut, *, strict: bool, decoding: bool = False, implementation: str | None = None
+) -> jax.Array:
     """Multiply activations by a weight matrix in its stored format.
 
     Args:
         x: float32 [M, K] activations, M at least 1.
-        weight: [N, K], float32, bfloat16, float16 or of any quantised format.
+        weight: [N, K], float32, bfloat16, float16 or of any quantised format. Of a cut weight only the outputs of this device's
+            rows are made.
         strict: static. True uses `jnp.dot` on float32 values, at highest precision and one fixed row count, and no Pallas
             kernel. False depends on the number of rows. Up to 32 rows, and for any number of rows with `decoding`, quantised
             weights are read as integers and multiplied by activations in int8 blocks of 32 or 256, as the format asks: on CUDA by
@@ -52,7 +60,7 @@ def matmul(x: jax.Array, weight: Weight, *, strict: bool, decoding: bool = False
 
 
 def matmul_many(
-    x: jax.Array, weights: Sequence[Weight], *, strict: bool, decoding: bool = False, implementation: str | None = None
+    x: jax.Array, weights: Sequence[Weight | Cut], *, strict: bool, decoding: bool = False, implementation: str | None = None
 ) -> list[jax.Array]:
     """`matmul` of the same activations with several weights. A kernel computes all of them in one launch if their formats agree.
 
@@ -73,20 +81,20 @@ def matmul_many(
     for weight in weights:
         if len(weight.shape) != 2 or weight.shape[1] != x.shape[1]:
             raise ValueError(f"weight is {list(weight.shape)} and x is {list(x.shape)}; K must agree in [N, K] and [M, K]")
-    if len(set(map(_format, weights))) > 1:
+    if len({(_format(weight), isinstance(weight, Cut)) for weight in weights}) > 1:
         return [matmul(x, weight, strict=strict, decoding=decoding, implementation=implementation) for weight in weights]
     outputs = _products(x[:, None, :], tuple(weights), strict, decoding, implementation)
     return [y[:, 0] for y in outputs]
 
 
 def grouped_matmul(
-    x: jax.Array, weight: Weight, *, strict: bool, decoding: bool = False, implementation: str | None = None
+    x: jax.Array, weight: Weight | Cut, *, strict: bool, decoding: bool = False, implementation: str | None = None
 ) -> jax.Array:
     """Multiply each group of the activations by its own rows of one weight matrix.
 
     Args:
         x: float32 [M, C, K] with C groups.
-        weight: [C·N, K], group after group.
+        weight: [C·N, K], group after group. Of a cut weight, C counts this device's groups.
         strict, decoding, implementation: as for `matmul`.
 
     Returns:
@@ -97,24 +105,26 @@ def grouped_matmul(
     """
     if x.ndim != 3 or x.dtype != jnp.float32 or x.shape[0] < 1:
         raise ValueError(f"x is {x.dtype}{list(x.shape)}; it must be float32 [M, C, K] with M at least 1")
-    if len(weight.shape) != 2 or weight.shape[1] != x.shape[2] or weight.shape[0] % x.shape[1]:
+    if len(weight.shape) != 2 or weight.shape[1] != x.shape[2] or rows_of(weight).shape[0] % x.shape[1]:
         raise ValueError(f"weight is {list(weight.shape)}; {x.shape[1]} groups of [N, {x.shape[2]}] rows are needed")
-    return _products(x, (weight,), strict, decoding, implementation)[0]
+    return _products(x, (weight,), strict, decoding, implementation, grouped=True)[0]
 
 
-def _format(weight: Weight) -> type[Quantized] | None:
+def _format(weight: Weight | Cut) -> type[Quantized] | None:
     """The weight's format; None if it is a float matrix."""
-    return type(weight) if isinstance(weight, Quantized) else None
+    rows = rows_of(weight)
+    return type(rows) if isinstance(rows, Quantized) else None
 
 
 def _products(
-    x: jax.Array, weights: tuple[Weight, ...], strict: bool, decoding: bool, implementation: str | None
-) -> tuple[jax.Array, ...]:
+    x: jax.Array, weights: tuple[Weight | Cut, ...], strict: bool, decoding: bool, implementation: str | None,
+    *, grouped: bool = False,
+) -> tuple[jax.Array, ...]:  # fmt: skip
     """Products [M, C, N] of x [M, C, K] and each weight [C·N, K], by the path that the gate chooses."""
-    half = all(not isinstance(weight, Quantized) and weight.dtype.itemsize == 2 for weight in weights)
+    half = all(_format(weight) is None and rows_of(weight).dtype.itemsize == 2 for weight in weights)
     format = _format(weights[0])
     choice = choose(x.shape[0], format, half=half, strict=strict, decoding=decoding, implementation=implementation)
-    paths: dict[str, Callable[..., tuple[jax.Array, ...]]] = {
+    paths: dict[str, Path] = {
         "pallas": functools.partial(_kernels, interpret=False),
         "interpret": functools.partial(_kernels, interpret=True),
         "xla": _quantized,
@@ -122,12 +132,32 @@ def _products(
         "bfloat16": _narrow_dots,
         "three bfloat16": _split_dots,
     }
+    if isinstance(weights[0], Cut):
+        paths = {name: _of_rows(path, name in KERNELS, grouped) for name, path in paths.items()}
     if choice.cuda == choice.default:
         return paths[choice.cuda](x, weights)
     outputs: tuple[jax.Array, ...] = jax.lax.platform_dependent(
         x, weights, cuda=paths[choice.cuda], default=paths[choice.default]
     )
     return outputs
+
+
+def _of_rows(path: Path, kernel: bool, grouped: bool) -> Path:
+    """A path that makes the outputs of this device's rows of cut weights, see `pallas_kernels.linear.cut`.
+
+    Args:
+        kernel: whether the path runs kernels.
+        grouped: whether the groups are cut, and not the rows of each.
+    """
+
+    def run(x: jax.Array, weights: tuple[Cut, ...]) -> tuple[jax.Array, ...]:
+        if kernel:
+            return path(x, tuple(weight.rows for weight in weights))
+        axis, cut = 1 if grouped else 2, weights[0]
+        outputs = path(spread(x, cut, 1) if grouped else x, tuple(map(filled, weights)))
+        return tuple(own_part(y, cut, axis) for y in outputs)
+
+    return run
 
 
 @functools.partial(jax.jit, static_argnames="interpret", inline=True)

@@ -62,6 +62,7 @@ min_p = number(bounds.MIN_P)
 alternatives = integer(bounds.POSITION)
 draft_count = integer(bounds.MAX_DRAFT)
 _draft_or_auto = integer(bounds.DRAFT)
+_device_count = integer(bounds.DEVICE_COUNT)
 
 
 def positions(word: str) -> tuple[int, ...]:
@@ -72,6 +73,11 @@ def positions(word: str) -> tuple[int, ...]:
 def draft(word: str) -> int | str:
     """A number of drafts per step, or the word auto."""
     return word if word == "auto" else _draft_or_auto(word)
+
+
+def devices(word: str) -> int | str:
+    """A number of devices, or the word all."""
+    return word if word == "all" else _device_count(word)
 
 
 def valid_text(word: str, name: str) -> str:

@@ -25,7 +25,7 @@ from ds4jax.decode.accept import accept
 from ds4jax.decode.depth import Acceptance, Policy, choose_depth, shortened
 from ds4jax.decode.drafter import Drafter, Drafts, committed, taps_of
 from ds4jax.decode.masks import Mask
-from ds4jax.decode.module import Weights, merged
+from ds4jax.decode.module import Weights, merged, on_devices
 from ds4jax.decode.sampling import Filters
 from ds4jax.decode.verify import verify
 from ds4jax.decode.width import ROOM, rows_needed
@@ -116,6 +116,7 @@ def start(
 
 @precise
 @functools.partial(jax.jit, static_argnames=("graph", "drafter", "strict"), donate_argnames=("cache", "drafting"))
+@on_devices
 def prefill(
     graph: nnx.GraphDef,
     weights: Weights,
@@ -252,6 +253,7 @@ def step(
 
 @precise
 @functools.partial(jax.jit, static_argnames=("graph", "drafter", "max_draft", "strict"), donate_argnames="state")
+@on_devices
 def run(
     graph: nnx.GraphDef,
     weights: Weights,

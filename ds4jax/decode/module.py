@@ -6,14 +6,21 @@ A model of 43 layers has about 2,100 arrays. On every call, hashing an `nnx.Grap
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ds4jax.model.transformer import Transformer
+from pallas_kernels.formats import Quantized
+from pallas_kernels.linear.cut import AXIS, Cut
 
 Weights = nnx.State | tuple[jax.Array, ...]
+Program = TypeVar("Program", bound=Callable[..., Any])
+WHOLE = PartitionSpec()
 
 
 @jax.tree_util.register_static
@@ -23,10 +30,14 @@ class Graph(nnx.GraphDef):
     Attributes:
         structure: the tree structure of the arrays in `nnx.State`.
         shapes: shape and type of each array, so that equal graphs have equal programs.
+        mesh: the devices that the arrays lie on; None on one device.
+        specs: which axis of each array is cut over them.
     """
 
     structure: jax.tree_util.PyTreeDef
     shapes: tuple[tuple[tuple[int, ...], str], ...]
+    mesh: Mesh | AbstractMesh | None
+    specs: tuple[PartitionSpec, ...]
     _hash: int
 
     @classmethod
@@ -36,7 +47,9 @@ class Graph(nnx.GraphDef):
         graph = cls(found.nodes, found.attributes, found.num_leaves)
         leaves, structure = jax.tree.flatten(weights)
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-        for name, value in (("structure", structure), ("shapes", shapes), ("_hash", hash((found, structure, shapes)))):
+        mesh, specs = _placed(leaves)
+        fields = {"structure": structure, "shapes": shapes, "mesh": mesh, "specs": specs}
+        for name, value in (fields | {"_hash": hash((found, *fields.values()))}).items():
             # The base class is frozen.
             object.__setattr__(graph, name, value)
         return graph, weights
@@ -49,8 +62,36 @@ class Graph(nnx.GraphDef):
             return True
         if not isinstance(other, Graph) or self._hash != other._hash:
             return False
-        ours, theirs = ((one.nodes, one.attributes, one.structure, one.shapes) for one in (self, other))
+        ours, theirs = ((one.nodes, one.attributes, one.structure, one.shapes, one.mesh, one.specs) for one in (self, other))
         return ours == theirs
+
+
+def _placed(arrays: list[jax.Array]) -> tuple[Mesh | AbstractMesh | None, tuple[PartitionSpec, ...]]:
+    """The mesh of a model's arrays, and how each is cut; no mesh if none is cut."""
+    shardings = [getattr(array, "sharding", None) for array in arrays]
+    specs = tuple(one.spec if isinstance(one, NamedSharding) else WHOLE for one in shardings)
+    return next((one.mesh for one in shardings if isinstance(one, NamedSharding)), None), specs
+
+
+def on_devices(program: Program) -> Program:
+    """Run a program `(graph, weights, *arguments, **static)` of a cut model on every device of its mesh, under `jax.jit`.
+
+    All devices have the same arguments and results, and exchange what `pallas_kernels.linear.cut` gathers, so they make the same
+    decisions. A model on one device runs `program` as it is.
+    """
+
+    @functools.wraps(program)
+    def run(graph: nnx.GraphDef, weights: Weights, *arguments: Any, **static: Any) -> Any:
+        if not isinstance(graph, Graph) or graph.mesh is None:
+            return program(graph, weights, *arguments, **static)
+
+        def on_each(weights: tuple[jax.Array, ...], arguments: tuple[Any, ...]) -> Any:
+            return program(graph, weights, *arguments, **static)
+
+        whole = jax.shard_map(on_each, mesh=graph.mesh, in_specs=(graph.specs, WHOLE), out_specs=WHOLE, check_vma=False)
+        return whole(flat(weights), arguments)
+
+    return run  # type: ignore[return-value]
 
 
 def flat(weights: Any) -> tuple[jax.Array, ...]:
@@ -63,8 +104,20 @@ def merged(graph: nnx.GraphDef, weights: Weights) -> Transformer:
 
     Args:
         graph: the static part; a `Graph` if `weights` is a tuple.
-        weights: the `nnx.State`, or its arrays from `flat`.
+        weights: the `nnx.State`, or its arrays from `flat`; of a cut model, this device's part of each array.
     """
-    state = jax.tree.unflatten(graph.structure, weights) if isinstance(graph, Graph) and isinstance(weights, tuple) else weights
+    state = weights
+    if isinstance(graph, Graph) and isinstance(weights, tuple):
+        state = jax.tree.unflatten(graph.structure, weights)
+        state = _with_cuts(state, graph.mesh, iter(graph.specs)) if graph.mesh else state
     module: Transformer = nnx.merge(graph, state)
     return module
+
+
+def _with_cuts(state: nnx.State, mesh: Mesh | AbstractMesh, specs: Iterator[PartitionSpec]) -> nnx.State:
+    """The state with a `Cut` in place of each weight that is cut."""
+    values, tree = jax.tree.flatten(state, is_leaf=lambda value: isinstance(value, Quantized))
+    planes = [[next(specs) for _ in jax.tree.leaves(value)] for value in values]
+    cut = [Cut(value, mesh.size) if any(AXIS in spec for spec in of) else value for value, of in zip(values, planes, strict=True)]
+    made: nnx.State = jax.tree.unflatten(tree, cut)
+    return made

@@ -11,7 +11,7 @@ from flax import nnx
 
 from ds4jax.cache.state import Cache, LayerCache, Rows
 from ds4jax.decode.drafters import dspark
-from ds4jax.decode.module import Weights, merged
+from ds4jax.decode.module import Weights, merged, on_devices
 from ds4jax.decode.sampling import most_likely
 from ds4jax.precision import precise
 
@@ -34,6 +34,7 @@ class Scored(NamedTuple):
 
 @precise
 @functools.partial(jax.jit, static_argnames=("graph", "strict", "want_logits", "taps"), donate_argnames=("cache", "mtp"))
+@on_devices
 def extend(
     graph: nnx.GraphDef,
     weights: Weights,
@@ -90,6 +91,7 @@ class Block(NamedTuple):
 
 @precise
 @functools.partial(jax.jit, static_argnames=("graph", "strict"))
+@on_devices
 def draft_block(
     graph: nnx.GraphDef, weights: Weights, means: list[jax.Array], first: jax.Array, count: jax.Array, token: jax.Array,
     *, strict: bool,

@@ -20,7 +20,7 @@ from ds4jax.decode.depth import Policy
 from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.loop import DecodeState, Limits
 from ds4jax.decode.masks import Mask
-from ds4jax.decode.module import Weights, merged
+from ds4jax.decode.module import Weights, merged, on_devices
 from ds4jax.decode.sampling import Filters, Sampling
 from ds4jax.decode.scores import Scores
 from ds4jax.precision import precise
@@ -126,6 +126,7 @@ def clear(
 
 @precise
 @functools.partial(jax.jit, static_argnames=("graph", "drafter", "max_draft", "strict"), donate_argnames="state")
+@on_devices
 def call(
     graph: nnx.GraphDef,
     weights: Weights,

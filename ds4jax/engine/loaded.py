@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from ds4jax import bounds
@@ -30,6 +31,8 @@ from ds4jax.loading import fingerprint
 from ds4jax.model.transformer import Transformer
 from ds4jax.text.prompt import Prompt, checked, encoded
 from pallas_kernels.formats import Quantized
+
+Arrays = TypeVar("Arrays")
 
 if TYPE_CHECKING:
     from ds4jax.text.tokenizer import Tokenizer
@@ -160,6 +163,7 @@ class Loaded:
         capacity = capacity_for(total, self.config.max_context)
         cache = caches.empty(self.config, capacity)
         mtp_cache = caches.empty_mtp(self.config, capacity) if mtp else None
+        cache, mtp_cache = self.placed((cache, mtp_cache))
         max_width = chunk or chunk_here(self.config, capacity, self.nbytes + nbytes((cache, mtp_cache)), logits=True)
         for start, width, count in chunks(total, decode_from, max_width):
             mtp_count = max(min(count, total - 1 - start), 0)
@@ -206,13 +210,23 @@ class Loaded:
 
     def state(self, capacity: int, last: int, drafter: Drafter | None) -> DecodeState:
         """A decode state with an empty cache of `capacity` rows, for a prompt with the last token `last`."""
-        return decode.start(self.config, capacity, [last], drafter=drafter, max_draft=self.max_draft)
+        return self.placed(decode.start(self.config, capacity, [last], drafter=drafter, max_draft=self.max_draft))
+
+    def placed(self, arrays: Arrays) -> Arrays:
+        """The arrays on each of the model's devices; on one device they stay as they are."""
+        mesh = self.graph.mesh
+        if mesh is None:
+            return arrays
+        placed: Arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
+        return placed
 
     def state_shapes(self, capacity: int, drafter: Drafter | None) -> DecodeState:
         """Shapes and types of `state`, without allocating it."""
         key = (capacity, drafter)
         if key not in self._shapes:
-            self._shapes[key] = jax.eval_shape(lambda: self.state(capacity, 0, drafter))
+            self._shapes[key] = jax.eval_shape(
+                lambda: decode.start(self.config, capacity, [0], drafter=drafter, max_draft=self.max_draft)
+            )
         return self._shapes[key]
 
 

@@ -43,14 +43,18 @@ class Shape:
 
 def fresh(model: Loaded, shape: Shape) -> DecodeState:
     """The state of free slots."""
-    last_S = [0] * shape.slots
-    return loop.start(model.config, shape.capacity, last_S, drafter=shape.drafter, max_draft=model.max_draft)
+    return model.placed(_start(model, shape))
 
 
 def shapes(model: Loaded, shape: Shape) -> DecodeState:
     """Shapes and types of the state of the slots, without allocating it."""
-    found: DecodeState = jax.eval_shape(lambda: fresh(model, shape))
+    found: DecodeState = jax.eval_shape(lambda: _start(model, shape))
     return found
+
+
+def _start(model: Loaded, shape: Shape) -> DecodeState:
+    last_S = [0] * shape.slots
+    return loop.start(model.config, shape.capacity, last_S, drafter=shape.drafter, max_draft=model.max_draft)
 
 
 def state_bytes(model: Loaded, shape: Shape) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from ds4jax.config import Config
-from ds4jax.decode.module import Weights, merged
+from ds4jax.decode.module import Weights, merged, on_devices
 from ds4jax.engine.loaded import Loaded
 from ds4jax.errors import InputError
 from ds4jax.model.forward import score
@@ -140,6 +140,7 @@ def trace(model: Loaded, ids: Sequence[int] | np.ndarray, *, only: str | Sequenc
 
 @precise
 @functools.partial(jax.jit, static_argnames=("graph", "only"))
+@on_devices
 def _traced(graph: nnx.GraphDef, weights: Weights, ids_T: jax.Array, *, only: tuple[str, ...] | None) -> dict[str, jax.Array]:
     """All wanted names from one program; XLA removes the computations that only other names need."""
     tape: dict[str, jax.Array] = {}

@@ -38,7 +38,8 @@ class Tensor:
         form: how the device will hold it: "F32", "F16", "BF16", "I32" or a name of `pallas_kernels.formats.FORMATS`.
         nbytes: its bytes in the file.
         device_nbytes: its bytes on the device.
-        start: prepares to read it onto the default device; reading raises InputError where the stored values cannot be used.
+        start: prepares to read it onto the default device, all of it or some rows of the second axis from the end; reading raises
+            InputError where the stored values cannot be used.
     """
 
     name: str
@@ -47,11 +48,11 @@ class Tensor:
     form: str
     nbytes: int
     device_nbytes: int
-    start: Callable[[], Reading]
+    start: Callable[[slice | None], Reading]
 
     def read(self) -> jax.Array | Quantized:
         """Read the tensor now, in this thread. The device may still be computing the returned value."""
-        return self.start().value()
+        return self.start(None).value()
 
     @property
     def abstract(self) -> Any:

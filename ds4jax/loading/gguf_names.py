@@ -113,12 +113,14 @@ class Slot:
         name: the parameter's name in the published checkpoint.
         gguf_name: the tensor's name.
         shape: shape of both, slowest axis first.
+        axes: the letters of its axes, as in the tables above.
     """
 
     name: str
     gguf_name: str
     shape: tuple[int, ...]
     kind: Kind
+    axes: tuple[str, ...]
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -188,7 +190,12 @@ def _block(ratio: int) -> _Rows:
 
 def _slots(rows: _Rows, prefix: str, gguf_prefix: str, axes: dict[str, int]) -> Iterator[Slot]:
     for name, gguf_name, shape, kind in rows:
-        yield Slot(prefix + name, gguf_prefix + gguf_name, tuple(axes[axis] for axis in shape.split()), kind)
+        yield _slot(prefix + name, gguf_prefix + gguf_name, shape, kind, axes)
+
+
+def _slot(name: str, gguf_name: str, letters: str, kind: Kind, lengths: dict[str, int]) -> Slot:
+    axes = tuple(letters.split())
+    return Slot(name, gguf_name, tuple(lengths[axis] for axis in axes), kind, axes)
 
 
 def dspark_slots(config: Config) -> Iterator[Slot]:
@@ -199,7 +206,7 @@ def dspark_slots(config: Config) -> Iterator[Slot]:
     for own, shape, kind in _DSPARK:
         published = hub_name(f"dspark.{own}", config.n_dspark)
         gguf_name = f"{published.removesuffix('.weight')}.weight"
-        yield Slot(f"dspark.{own}", gguf_name, tuple(axes[axis] for axis in shape.split()), kind)
+        yield _slot(f"dspark.{own}", gguf_name, shape, kind, axes)
 
 
 def _axes(config: Config, ratio: int) -> dict[str, int]:

@@ -47,9 +47,9 @@ def _tensor(one: Found, n_experts: int) -> Tensor:
     )
 
 
-def _start(one: Found, n_experts: int) -> Reading:
+def _start(one: Found, n_experts: int, rows: slice | None) -> Reading:
     columns = one.columns
     if columns is None or one.has_whole_blocks:
-        return reading(one.header, one.info, n_experts, one.form, columns)
-    whole = reading(one.header, one.info, n_experts, "F32")
+        return reading(one.header, one.info, n_experts, one.form, columns, rows)
+    whole = reading(one.header, one.info, n_experts, "F32", rows=rows)
     return Reading(whole.pieces, lambda pieces: cast(jax.Array, whole.join(pieces))[:, columns])

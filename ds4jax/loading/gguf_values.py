@@ -55,22 +55,29 @@ def _block(info: TensorInfo) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """A tensor, which of its columns are wanted, and the form that they get on the device."""
+    """A tensor, which of its columns and rows are wanted, and the form that they get on the device."""
 
     header: Header
     info: TensorInfo
     form: str
     columns: slice | None = None
+    rows: slice | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the value."""
-        return _shape(self.info, self.columns)
+        shape = _shape(self.info, self.columns)
+        return shape if self.rows is None else (*shape[:-2], self.rows.stop - self.rows.start, shape[-1])
+
+    @property
+    def entry(self) -> int:
+        """Stored bytes of an entry of the first axis."""
+        return self.info.nbytes // self.info.shape[0]
 
     @property
     def row(self) -> int:
-        """Stored bytes of an entry of the first axis."""
-        return self.info.nbytes // self.info.shape[0]
+        """Stored bytes of a row, the last axis."""
+        return self.info.nbytes // math.prod(self.info.shape[:-1])
 
     @property
     def is_copy(self) -> bool:
@@ -81,8 +88,9 @@ class _Source:
         """Parts of one length, so that one program decodes them; the last one overlaps the one before if needed."""
         # A single matrix in planes is not cut: some of its planes do not have rows as their first axis.
         widened = 0 if self.form == self.info.type else device_nbytes(self.info, self.form)
-        pieces = 1 if self.form in FORMATS and len(self.info.shape) < 3 else -(-max(self.info.nbytes, widened) // _PIECE)
-        entries = self.info.shape[0]
+        nbytes = max(self.info.nbytes, widened) * math.prod(self.shape) // math.prod(self.info.shape)
+        pieces = 1 if self.form in FORMATS and len(self.info.shape) < 3 else -(-nbytes // _PIECE)
+        entries = self.shape[0]
         count = -(-entries // pieces)
         firsts = sorted({min(first, entries - count) for first in range(0, entries, count)})
         return [_Part(self, first, count) for first in firsts]
@@ -101,28 +109,41 @@ class _Part:
         return (self.count, *self.source.shape[1:])
 
     @property
-    def before(self) -> int:
-        """Bytes of the tensor that lie before this part."""
-        return self.source.row * self.first
+    def spans(self) -> list[tuple[int, int]]:
+        """Where the part's bytes begin and end in the tensor: one span, or one for each matrix of which some rows are wanted."""
+        source, rows = self.source, self.source.rows
+        if rows is None:
+            return [(source.entry * self.first, source.entry * (self.first + self.count))]
+        if len(source.info.shape) == 2:
+            first = rows.start + self.first
+            return [(source.row * first, source.row * (first + self.count))]
+        matrices = (source.entry * number for number in range(self.first, self.first + self.count))
+        return [(matrix + source.row * rows.start, matrix + source.row * rows.stop) for matrix in matrices]
 
     def raw(self, skip: int = 0) -> np.ndarray:
-        """The stored bytes of all columns and `skip` bytes before them, uint8 [n], not copied."""
-        return self.source.header.raw(self.source.info, self.before - skip, self.before + self.source.row * self.count)
+        """The stored bytes of all columns, uint8 [n]. One span is not copied, and `skip` bytes before it come with it."""
+        spans = [self.source.header.raw(self.source.info, first - skip, end) for first, end in self.spans]
+        return spans[0] if len(spans) == 1 else np.concatenate(spans)
 
     @property
     def skip(self) -> int:
         """Bytes before a large part that are read with it, so that it begins aligned and a CPU need not copy it."""
         info = self.source.info
-        if info.nbytes < _SMALL or self.source.columns is not None or jax.default_backend() != "cpu":
+        if info.nbytes < _SMALL or self.source.columns is not None or jax.default_backend() != "cpu" or len(self.spans) > 1:
             return 0
-        return (info.offset + self.before) % _ALIGNED
+        return (info.offset + self.spans[0][0]) % _ALIGNED
 
     def check(self, n_experts: int) -> None:
         """As `check_value`."""
+        for first, end in self.spans:
+            self._check(self.source.header.raw(self.source.info, first, end), first, n_experts)
+
+    def _check(self, raw: np.ndarray, before: int, n_experts: int) -> None:
+        """Check stored bytes that lie `before` bytes into the tensor."""
         info = self.source.info
-        where, stored, raw = self.source.header.where(info), info.type, self.raw()
+        where, stored = self.source.header.where(info), info.type
         if stored in FORMATS:
-            _require_finite_scales(raw, FORMATS[stored], where, self.before // FORMATS[stored].BLOCK_BYTES)
+            _require_finite_scales(raw, FORMATS[stored], where, before // FORMATS[stored].BLOCK_BYTES)
         elif stored == "I32":
             ids = raw.view(_PLAIN["I32"])
             if ids.min() < 0 or ids.max() >= n_experts:
@@ -130,7 +151,7 @@ class _Part:
                 raise InputError(f"{where}: names expert {wrong}; the model has {n_experts}")
         else:
             numbers = raw.view(_PLAIN[stored])
-            _require_finite(numbers, stored, where, info.shape, self.before // numbers.itemsize)
+            _require_finite(numbers, stored, where, info.shape, before // numbers.itemsize)
 
     def fetch(self, n_experts: int) -> jax.Array:
         """The checked part on the default device: numbers if they are the entire value, else stored bytes."""
@@ -164,7 +185,10 @@ def check_value(header: Header, info: TensorInfo, n_experts: int) -> None:
     _Part(_Source(header, info, info.type), 0, info.shape[0]).check(n_experts)
 
 
-def reading(header: Header, info: TensorInfo, n_experts: int, form: str | None = None, columns: slice | None = None) -> Reading:
+def reading(
+    header: Header, info: TensorInfo, n_experts: int, form: str | None = None, columns: slice | None = None,
+    rows: slice | None = None,
+) -> Reading:  # fmt: skip
     """Prepare to read a tensor onto the default device; every piece is checked as by `check_value`.
 
     F32 becomes float32, F16 float16, BF16 bfloat16, I32 int32. Quantised blocks are copied to the device and split into planes
@@ -174,6 +198,7 @@ def reading(header: Header, info: TensorInfo, n_experts: int, form: str | None =
         form: how the device will hold it; None stands for the stored type. "F32" dequantises blocks there, some rows at a time,
             to the bits of ggml's dequantisation, and widens F16 and BF16.
         columns: part of the last axis, of whole blocks and in steps of one; None stands for all.
+        rows: part of the axis before it, with start and stop; None stands for all.
 
     Raises:
         ValueError: another form, or columns that are not whole blocks.
@@ -186,7 +211,7 @@ def reading(header: Header, info: TensorInfo, n_experts: int, form: str | None =
         first, last, step = columns.indices(info.shape[-1])
         if step != 1 or first % block or last % block or first >= last:
             raise ValueError(f"{info.name}: columns {first} to {last} are not whole blocks of {block}")
-    parts = _Source(header, info, form, columns).cut()
+    parts = _Source(header, info, form, columns, rows).cut()
     return Reading(tuple(functools.partial(part.fetch, n_experts) for part in parts), functools.partial(_join, parts))
 
 

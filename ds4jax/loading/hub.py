@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -230,7 +231,11 @@ def _source(name: str, parts: tuple[Stored, ...], form: str, config: Config) -> 
 def _tensor(source: Source) -> Tensor:
     stored = "+".join(sorted({FORMAT.get(part.entry.dtype, part.entry.dtype) for part in source.parts}))
     nbytes = sum(part.nbytes for part in source.parts)
-    return Tensor(source.name, source.shape, stored, source.form, nbytes, source.nbytes, lambda: Reading.at_once(source.read))
+
+    def start(rows: slice | None) -> Reading:
+        return Reading.at_once(functools.partial(source.read, rows))
+
+    return Tensor(source.name, source.shape, stored, source.form, nbytes, source.nbytes, start)
 
 
 def _tokenizer(path: Path, config: Config) -> Tokenizer | None:

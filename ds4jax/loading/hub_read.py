@@ -79,26 +79,36 @@ class Source:
             InputError: a file that cannot be read, or values that are not valid in a model.
         """
         for part in self.parts:
-            columns = part.shape[-1]
-            rows = math.prod(part.shape[:-1])
-            step = max(_VALUES // columns // hub_values.FP8_BLOCK, 1) * hub_values.FP8_BLOCK
-            for first in range(0, rows, step):
-                yield self._piece(part, rows, first, min(step, rows - first))
+            yield from self._of(part, None)
 
-    def read(self) -> jax.Array | Quantized:
+    def _of(self, part: Stored, wanted: slice | None) -> Iterator[np.ndarray]:
+        """The wanted rows of a part as by `pieces`; None stands for all."""
+        rows = math.prod(part.shape[:-1])
+        begin, end = (wanted.start, wanted.stop) if wanted else (0, rows)
+        step = max(_VALUES // part.shape[-1] // hub_values.FP8_BLOCK, 1) * hub_values.FP8_BLOCK
+        # FP8 scales belong to blocks of rows, so a piece begins with a block.
+        for first in range(begin - begin % hub_values.FP8_BLOCK, end, step):
+            piece = self._piece(part, rows, first, min(step, end - first))
+            yield piece[max(begin - first, 0) :]
+
+    def read(self, wanted: slice | None = None) -> jax.Array | Quantized:
         """The parameter on the default device. Host memory holds one copy of it, in its final type.
+
+        Args:
+            wanted: part of the second axis from the end, with start and stop; None stands for all.
 
         Raises:
             InputError: as for `pieces`.
         """
-        raw = np.empty((math.prod(self.shape[:-1]), self.row_nbytes), np.uint8)
+        shape = self.shape if wanted is None else (*self.shape[:-2], wanted.stop - wanted.start, self.shape[-1])
+        raw = np.empty((math.prod(shape[:-1]), self.row_nbytes), np.uint8)
         first = 0
-        for piece in self.pieces():
+        for piece in (piece for part in self.parts for piece in self._of(part, wanted)):
             raw[first : first + len(piece)] = piece
             first += len(piece)
         if self.form in FORMATS:
-            return FORMATS[self.form].from_bytes(raw.reshape(*self.shape[:-1], -1))
-        return jnp.asarray(raw.view(_NUMBERS[self.form]).reshape(self.shape))
+            return FORMATS[self.form].from_bytes(raw.reshape(*shape[:-1], -1))
+        return jnp.asarray(raw.view(_NUMBERS[self.form]).reshape(shape))
 
     def _piece(self, part: Stored, rows: int, first: int, count: int) -> np.ndarray:
         """`count` of the `rows` rows of a part, uint8 [count, bytes of a row]."""

@@ -22,6 +22,7 @@ from ds4jax.device import device_memory, host_memory
 from ds4jax.errors import InputError
 from ds4jax.loading import gguf_names
 from ds4jax.loading.checkpoint import Checkpoint, Tensor
+from ds4jax.loading.cuts import cut_names
 from ds4jax.loading.gguf_names import DENSE
 
 GB = 1e9
@@ -290,14 +291,22 @@ def free_bytes() -> int | None:
     return memory.limit - memory.used if memory else None
 
 
-def require_fit(checkpoint: Checkpoint) -> None:
-    """Refuse a model with more bytes of weights than the default device has free.
+def share_bytes(checkpoint: Checkpoint, devices: int) -> int:
+    """Bytes of weights on each of several devices: its part of what is cut over them, and all of what is not."""
+    cut = cut_names(checkpoint.config, devices)
+    return sum(tensor.device_nbytes // (devices if tensor.name in cut else 1) for tensor in checkpoint.tensors)
+
+
+def require_fit(checkpoint: Checkpoint, devices: int = 1) -> None:
+    """Refuse a model with more bytes of weights than the default device has free, or of which a device's share does not fit.
 
     Raises:
         InputError: the message gives both numbers.
     """
     # While a tensor is split, the device also holds its stored bytes: all of a matrix, a few pieces of a stack.
-    needed = sum(tensor.device_nbytes for tensor in checkpoint.tensors) + max(tensor.nbytes for tensor in checkpoint.tensors)
+    needed = share_bytes(checkpoint, devices) + max(tensor.nbytes for tensor in checkpoint.tensors)
+    # Devices of a CPU share its memory.
+    needed *= devices if jax.default_backend() == "cpu" else 1
     free = free_bytes()
     if free is not None and needed > free:
         raise InputError(

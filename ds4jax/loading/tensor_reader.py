@@ -28,10 +28,12 @@ class Reading:
     Attributes:
         pieces: each checks a small part of the stored bytes and puts it onto the default device, in any thread.
         join: makes the value from the pieces' results, in order.
+        device: takes the place of the default device; None keeps that.
     """
 
     pieces: tuple[Callable[[], jax.Array], ...]
     join: Callable[[Iterator[jax.Array]], jax.Array | Quantized]
+    device: jax.Device | None = None
 
     @classmethod
     def at_once(cls, read: Callable[[], jax.Array | Quantized]) -> Reading:
@@ -53,16 +55,16 @@ def read_ahead(readings: Sequence[Reading]) -> Iterator[Iterator[jax.Array | Qua
     # A thread does not inherit its parent's `jax.default_device`.
     device = jnp.zeros(()).devices().pop()
 
-    def fetched(piece: Callable[[], jax.Array]) -> jax.Array:
-        with jax.default_device(device):
+    def fetched(piece: Callable[[], jax.Array], place: jax.Device) -> jax.Array:
+        with jax.default_device(place):
             return jax.block_until_ready(piece())
 
     pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), thread_name_prefix="ds4jax-read")
-    left = (piece for reading in readings for piece in reading.pieces)
+    left = ((piece, reading.device or device) for reading in readings for piece in reading.pieces)
     waiting: deque[Future[jax.Array]] = deque()
 
     def fetch(count: int) -> None:
-        waiting.extend(pool.submit(fetched, piece) for piece in islice(left, count))
+        waiting.extend(pool.submit(fetched, *piece) for piece in islice(left, count))
 
     def pieces(reading: Reading) -> Iterator[jax.Array]:
         for _ in reading.pieces:
@@ -70,8 +72,12 @@ def read_ahead(readings: Sequence[Reading]) -> Iterator[Iterator[jax.Array | Qua
             # No local name for the piece: it would keep the array alive until the next request.
             yield waiting.popleft().result()
 
+    def value(reading: Reading) -> jax.Array | Quantized:
+        with jax.default_device(reading.device or device):
+            return jax.block_until_ready(reading.join(pieces(reading)))
+
     try:
         fetch(AHEAD)
-        yield (jax.block_until_ready(reading.join(pieces(reading))) for reading in readings)
+        yield (value(reading) for reading in readings)
     finally:
         pool.shutdown(cancel_futures=True)

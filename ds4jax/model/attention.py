@@ -25,6 +25,7 @@ from ds4jax.model.row_slices import in_slices, slice_rows
 from ds4jax.model.tape import Record, ignore, under
 from pallas_kernels.attention.meaning import Segment, attend, in_window, ring_positions, round_rows
 from pallas_kernels.core.norm import rms_scale
+from pallas_kernels.linear.cut import gathered, own_part, rows_of, spread
 
 
 class Attention(nnx.Module):
@@ -53,7 +54,8 @@ class Attention(nnx.Module):
         q_low_TL, kv_TQ = together(x_TD, self.wq_a, self.wkv, strict=rows.strict, decoding=rows.decoding)
         q_low_TL = self.q_norm(q_low_TL)
         record("q_low", q_low_TL)
-        q_THQ = self.wq_b(q_low_TL, strict=rows.strict, decoding=rows.decoding).reshape(-1, config.n_heads, config.head_dim)
+        by_heads = self.wq_b.weight.get_value()
+        q_THQ = self.wq_b.part(q_low_TL, strict=rows.strict, decoding=rows.decoding).reshape(x_TD.shape[0], -1, config.head_dim)
         q_THQ = rotate(q_THQ * rms_scale(q_THQ, config.norm_eps), rows.position, frequencies)
         kv_TQ = self._key_rows(kv_TQ, rows)
         record("kv", kv_TQ)
@@ -62,6 +64,11 @@ class Attention(nnx.Module):
         index = self.indexer.queries(x_TD, q_low_TL, rows) if cache.indexer is not None else None
 
         def modules(q_THQ: jax.Array) -> jax.Array:
+            if record is ignore:
+                q_THQ = spread(q_THQ, by_heads, 1)
+            else:
+                # A record has all heads.
+                q_THQ = gathered(q_THQ.reshape(len(q_THQ), -1), by_heads).reshape(len(q_THQ), -1, config.head_dim)
             window, visible_TS = self._window(kv_TQ, rows, before, cache.window)
             sink_H = self.attn_sink.get_value().astype(jnp.float32)
             gather = rows.decoding or not rows.single
@@ -78,11 +85,11 @@ class Attention(nnx.Module):
             count = len(q_THQ)
             columns = window.shape[-2] + (cache.compressor.rows.shape[1] if cache.compressor else 0)
             size = count if gather or record is not ignore else slice_rows(config, count, columns)
-            return in_slices(some, (q_THQ, visible_TS, index, rows.position), count, size)
+            return own_part(in_slices(some, (q_THQ, visible_TS, index, rows.position), count, size), by_heads, 1)
 
-        if record is ignore and paths.why_not_prefill_attention(config, rows, self.wq_b.weight.get_value()) is None:
+        if record is ignore and paths.why_not_prefill_attention(config, rows, rows_of(by_heads)) is None:
             kernels = functools.partial(
-                prefill_kernels.attend, config, self.ratio, self.attn_sink.get_value(), kv_TQ, index, rows
+                prefill_kernels.attend, config, self.ratio, own_part(self.attn_sink.get_value(), by_heads), kv_TQ, index, rows
             )
             out_THQ = jax.lax.platform_dependent(q_THQ, cuda=lambda q: kernels(before, cache, q), default=modules)
         else:

@@ -3,6 +3,9 @@
 XLA compiles a layer of the modules to about sixty small kernels, and their bits change with the number of rows. Here a layer is
 about two dozen launches with a fixed order of sums, and each row is computed independently of the others. The modules define the
 result of each launch; tests compare the two.
+
+A launch computes the outputs of this device's rows of cut weights. Then four exchanges a layer gather outputs: after the two
+output projections of attention, and after the hidden values and the outputs of routed and shared experts.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from pallas_kernels.hyper_connections.decode import Entered
 from pallas_kernels.indexer import decode as indexer
 from pallas_kernels.linear.activation import Activation
 from pallas_kernels.linear.activation_k import ActivationK
+from pallas_kernels.linear.cut import Cut, gathered, gathered_together, own_part, rows_of
 from pallas_kernels.linear.float_matmul import float_matmul, float_part
 from pallas_kernels.linear.lane_row import quantize_for
 from pallas_kernels.ops import product_parts, quantized_products
@@ -161,7 +165,7 @@ def _block(
 
 def _enter(config: Config, weights: Weights, part: str, streams: Streams, interpret: bool) -> Entered:
     fn, scale, base = (weights[f"hc_{part}_{name}"] for name in ("fn", "scale", "base"))
-    formats = tuple(type(weights[name]) for name in READERS[part])
+    formats = tuple(type(rows_of(weights[name])) for name in READERS[part])
     return hyper_connections.enter(
         streams.h, fn, scale, base, weights[f"{part}_norm"], outputs=streams.outputs, post=streams.post, comb=streams.comb,
         eps=config.hc_eps, norm_eps=config.norm_eps, formats=formats, interpret=interpret,
@@ -175,10 +179,10 @@ def _mixing(config: Config, weights: Weights, part: str, entered: Entered) -> Pa
     )
 
 
-def _entered_parts(entered: Entered, weights: Sequence[Quantized], interpret: bool) -> list[Part]:
+def _entered_parts(entered: Entered, weights: Sequence[Quantized | Cut], interpret: bool) -> list[Part]:
     """Products of a sub-layer's input, one output for each weight in order; neighbours of one format may share a part."""
     parts = []
-    for format, same in itertools.groupby(weights, type):
+    for format, same in itertools.groupby(map(rows_of, weights), type):
         parts += product_parts(entered.quantized_for(format), list(same), interpret=interpret)
     return parts
 
@@ -203,8 +207,9 @@ def _attention(
     (q_low, kv), projections = itertools.chain(*made[: len(dense)]), made[len(dense) :]
     in_blocks, q_low, cache = _append(config, weights, q_low, kv, projections, steps, cache, ratio, interpret)
 
-    quantized = _as_read(q_low, in_blocks, weights["attn.wq_b"], interpret=interpret)
-    parts = product_parts(quantized, [weights["attn.wq_b"]], interpret=interpret)
+    by_heads = weights["attn.wq_b"]
+    quantized = _as_read(q_low, in_blocks, rows_of(by_heads), interpret=interpret)
+    parts = product_parts(quantized, [rows_of(by_heads)], interpret=interpret)
     if cache.indexer is not None:
         parts.append(float_part(q_low, [weights[COMPRESSED[-1]]], interpret=interpret))
     (q,), *index_queries = launch(parts, warps=1, interpret=interpret)
@@ -220,16 +225,17 @@ def _attention(
                 topk=min(config.index_topk, keys.shape[1]), qat=config.qat, interpret=interpret,
             )  # fmt: skip
             seen = attention.Chosen(cache.compressor.rows, index)
+    wo_a, wo_b = rows_of(weights["attn.wo_a"]), rows_of(weights["attn.wo_b"])
+    groups = config.o_groups // (by_heads.devices if isinstance(by_heads, Cut) else 1)
     out, in_blocks = attention.attend(
-        q, weights["attn.attn_sink"], *cos_sin, cache.window, rows.sequence, rows.horizon, steps.end, seen,
-        window=rows.reach(config.window), groups=config.o_groups, scale=config.head_dim**-0.5, eps=config.norm_eps,
-        interpret=interpret,
+        q, own_part(weights["attn.attn_sink"], by_heads), *cos_sin, cache.window, rows.sequence, rows.horizon, steps.end, seen,
+        window=rows.reach(config.window), groups=groups, scale=config.head_dim**-0.5, eps=config.norm_eps, interpret=interpret,
     )  # fmt: skip
-    wo_a, wo_b = weights["attn.wo_a"], weights["attn.wo_b"]
-    quantized = _as_read(out, in_blocks, wo_a, groups=config.o_groups, interpret=interpret)
-    [low] = quantized_products(quantized, [wo_a], groups=config.o_groups, interpret=interpret)
+    quantized = _as_read(out, in_blocks, wo_a, groups=groups, interpret=interpret)
+    [low] = quantized_products(quantized, [wo_a], groups=groups, interpret=interpret)
+    low = gathered(low, weights["attn.wo_a"])
     [y] = quantized_products(quantize_for(low, type(wo_b), interpret=interpret), [wo_b], interpret=interpret)
-    return y, mixing, cache
+    return gathered(y, weights["attn.wo_b"]), mixing, cache
 
 
 def _append(
@@ -275,8 +281,8 @@ def _experts(
     else:
         how = {"bias": weights["ffn.gate.bias"]}
     chosen, share = router.route(logits, active=config.n_active, scale=config.route_scale, **how, interpret=interpret)
-    w1, w2, w3 = (weights[f"ffn.experts.{name}"] for name in ("w1", "w2", "w3"))
-    x, limit, shared_down = entered.quantized_for(type(w1)), config.swiglu_limit, weights[SHARED[1]]
+    w1, w2, w3 = (rows_of(weights[f"ffn.experts.{name}"]) for name in ("w1", "w2", "w3"))
+    x, limit, shared_down = entered.quantized_for(type(w1)), config.swiglu_limit, rows_of(weights[SHARED[1]])
     parts = [
         _mixing(config, weights, "ffn", entered),
         expert_kernels.gate_up_part(x, chosen, share, w1, w3, limit=limit, interpret=interpret),
@@ -288,6 +294,7 @@ def _experts(
         mixing, [hidden] = launch(parts, warps=1, interpret=interpret)
         made = launch(shared_parts, warps=1, interpret=interpret)
     gate, up = itertools.chain(*made)
+    gate, up, hidden = _hidden(gate, up, hidden, weights)
     quantized: Activation | ActivationK
     if w2.BLOCK == BLOCK:
         shared = swiglu.swiglu(gate, up, type(shared_down), limit=limit, interpret=interpret)
@@ -300,17 +307,27 @@ def _experts(
         *product_parts(shared, [shared_down], interpret=interpret),
     ]
     [routed], [output] = launch(parts, warps=1, interpret=interpret)
-    return (routed, output), mixing
+    return tuple(gathered_together([routed, output], weights[SHARED[1]])), mixing
+
+
+def _hidden(gate: jax.Array, up: jax.Array, hidden: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gate and up [T, F] of the shared expert and hidden values [T·K, F] of the routed ones, on all devices in one exchange."""
+    cut, rows = weights[SHARED[0]], len(gate)
+    if not isinstance(cut, Cut):
+        return gate, up, hidden
+    each = hidden.reshape(rows, -1, hidden.shape[1])
+    gate, up, *those = gathered_together([gate, up, *(each[:, k] for k in range(each.shape[1]))], cut)
+    return gate, up, jnp.stack(those, axis=1).reshape(len(hidden), -1)
 
 
 def logits(
-    config: Config, head: Quantized, norm: jax.Array, *, fn: jax.Array, scale: jax.Array, base: jax.Array, h_TND: jax.Array,
+    config: Config, head: Quantized | Cut, norm: jax.Array, *, fn: jax.Array, scale: jax.Array, base: jax.Array, h_TND: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """Streams [T, N, D] after the last layer → logits float32 [T, V]."""
     nothing = Streams.of(h_TND)
     _, _, quantized = hyper_connections.leave(
         h_TND, fn, scale, base, norm, outputs=(), post=nothing.post, comb=nothing.comb,
-        eps=config.hc_eps, norm_eps=config.norm_eps, format=type(head), interpret=interpret,
+        eps=config.hc_eps, norm_eps=config.norm_eps, format=type(rows_of(head)), interpret=interpret,
     )  # fmt: skip
-    return quantized_products(quantized, [head], interpret=interpret)[0]
+    return gathered(quantized_products(quantized, [rows_of(head)], interpret=interpret)[0], head)

@@ -11,6 +11,7 @@ from flax import nnx
 from pallas_kernels import ops
 from pallas_kernels.core import norm
 from pallas_kernels.formats import Quantized
+from pallas_kernels.linear.cut import Cut, gathered, rows_taken
 
 
 class Rngs(Protocol):
@@ -43,25 +44,32 @@ class Linear(nnx.Module):
         self.weight = parameter(rngs, n_out, n_in, scale=n_in**-0.5)
 
     def __call__(self, x: jax.Array, *, strict: bool, decoding: bool = False) -> jax.Array:
+        return gathered(self.part(x, strict=strict, decoding=decoding), self.weight.get_value())
+
+    def part(self, x: jax.Array, *, strict: bool, decoding: bool = False) -> jax.Array:
+        """The outputs of this device's rows of the weight, [T, N/P]; all of them if it is not cut."""
         return ops.matmul(x, self.weight.get_value(), strict=strict, decoding=decoding)
 
 
 def together(x: jax.Array, *layers: Linear, strict: bool, decoding: bool = False) -> list[jax.Array]:
-    """Outputs [T, N] of several linear maps of the same x [T, K]; one launch where a kernel runs and their formats agree."""
+    """`part` of several linear maps of the same x [T, K]; one launch where a kernel runs and their formats agree."""
     return ops.matmul_many(x, [layer.weight.get_value() for layer in layers], strict=strict, decoding=decoding)
 
 
 class GroupedLinear(nnx.Module):
-    """x [T, G·K] → [T, G·N]: each group of K inputs has its own N outputs (the low-rank output projection)."""
+    """x [T, G·K] → [T, G·N]: each group of K inputs has its own N outputs (the low-rank output projection).
+
+    If the weight is cut, x holds the inputs of this device's groups, and the outputs are gathered.
+    """
 
     def __init__(self, groups: int, n_out: int, n_in: int, *, rngs: Rngs):
         self.weight = parameter(rngs, groups * n_out, n_in, scale=n_in**-0.5)
-        self.groups = groups
 
     def __call__(self, x: jax.Array, *, strict: bool, decoding: bool = False) -> jax.Array:
-        x_TGK = x.reshape(x.shape[0], self.groups, -1)
-        y_TGN = ops.grouped_matmul(x_TGK, self.weight.get_value(), strict=strict, decoding=decoding)
-        return y_TGN.reshape(x.shape[0], -1)
+        weight = self.weight.get_value()
+        x_TGK = x.reshape(x.shape[0], -1, weight.shape[-1])
+        y_TGN = ops.grouped_matmul(x_TGK, weight, strict=strict, decoding=decoding)
+        return gathered(y_TGN.reshape(x.shape[0], -1), weight)
 
 
 class Embedding(nnx.Module):
@@ -72,4 +80,6 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         table = self.weight.get_value()
+        if isinstance(table, Cut):
+            return rows_taken(table, ids)
         return table.take(ids).dequantize() if isinstance(table, Quantized) else table[ids].astype(jnp.float32)

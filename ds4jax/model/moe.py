@@ -20,6 +20,7 @@ from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.experts import meaning, prefill
 from pallas_kernels.formats import Q8_0, Quantized
 from pallas_kernels.formats.stored import Stored
+from pallas_kernels.linear.cut import gathered, rows_of
 
 # Arithmetic of the experts for few rows. Q8_0 experts keep float32 activations: for a small model, quantising takes a CPU longer
 # than the product.
@@ -74,6 +75,8 @@ class Experts(nnx.Module):
     ) -> jax.Array:
         """Weighted sum of the chosen experts' outputs, [T, D]; the weight is applied before w2.
 
+        If w2 is cut, only the outputs of this device's rows are made, [T, D/P].
+
         A decode step: each row reads its chosen experts. Strict computes one row at a time in float32, so that shapes and bits do
         not depend on the number of rows. Otherwise weights of fewer than eight bits are multiplied by quantised activations. More
         than eight rows are computed eight at a time, and formats without a kernel one row at a time: the decoded experts of one
@@ -102,7 +105,7 @@ class Experts(nnx.Module):
                 return one_by_one(x_TD, chosen_TK, weights_TK)
             y_TD: jax.Array = jax.lax.platform_dependent(x_TD, chosen_TK, weights_TK, cuda=grouped, default=one_by_one)
             return y_TD
-        stored = any(isinstance(stack, Stored) for stack in stacks)
+        stored = any(isinstance(rows_of(stack), Stored) for stack in stacks)
         return _in_groups(gathered, (x_TD, chosen_TK, weights_TK), 1 if strict or stored else MAX_ROWS)
 
 
@@ -121,7 +124,10 @@ def _in_groups(function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...]
 
 
 class SharedExpert(nnx.Module):
-    """The expert that every token uses, without a weight and clamped like the others: float32 [T, D] → [T, D]."""
+    """The expert that every token uses, without a weight and clamped like the others: float32 [T, D] → [T, D].
+
+    Of a cut w2 only the outputs of this device's rows are made, as by the routed experts.
+    """
 
     def __init__(self, config: Config, *, rngs: Rngs):
         self.w1 = Linear(config.moe_dim, config.dim, rngs=rngs)
@@ -131,7 +137,8 @@ class SharedExpert(nnx.Module):
 
     def __call__(self, x_TD: jax.Array, *, strict: bool, decoding: bool = False) -> jax.Array:
         gate, up = together(x_TD, self.w1, self.w3, strict=strict, decoding=decoding)
-        return self.w2(meaning.swiglu(gate, up, self.limit), strict=strict, decoding=decoding)
+        hidden_TF = gathered(meaning.swiglu(gate, up, self.limit), self.w3.weight.get_value())
+        return self.w2.part(hidden_TF, strict=strict, decoding=decoding)
 
 
 class MoE(nnx.Module):
@@ -147,4 +154,5 @@ class MoE(nnx.Module):
     ) -> jax.Array:
         chosen_TK, weights_TK = self.gate(x_TD, ids_T, record)
         how = {"strict": strict, "decoding": decoding}
-        return self.experts(x_TD, chosen_TK, weights_TK, **how) + self.shared_experts(x_TD, **how)
+        y_TD = self.experts(x_TD, chosen_TK, weights_TK, **how) + self.shared_experts(x_TD, **how)
+        return gathered(y_TD, self.shared_experts.w2.weight.get_value())

@@ -16,6 +16,7 @@ from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.experts import prefill as grouped
 from pallas_kernels.formats import Quantized
 from pallas_kernels.hyper_connections.decode import STREAMS
+from pallas_kernels.linear.cut import rows_of
 from pallas_kernels.linear.dequantise import RUNS
 from pallas_kernels.linear.lane_formats import LANE_FORMATS
 from pallas_kernels.linear.meaning import Weight
@@ -61,6 +62,7 @@ def _wide_enough(config: Config, *names: str) -> str | None:
 
 
 def _no_kernel(name: str, weight: Any, formats: Container[type[Quantized]]) -> str | None:
+    weight = rows_of(weight)
     if type(weight) in formats:
         return None
     return f"{name} is {type(weight).__name__ if isinstance(weight, Quantized) else weight.dtype}, which has no kernel"
@@ -80,7 +82,7 @@ def why_not_block(config: Config, weights: Weights) -> str | None:
     for name in (*DENSE, *SHARED, *EXPERTS):
         if reason := _no_kernel(name, weights[name], LANE_FORMATS):
             return reason
-    gate, up = (type(weights[name]).__name__ for name in EXPERTS[:2])
+    gate, up = (type(rows_of(weights[name])).__name__ for name in EXPERTS[:2])
     if gate != up:
         return f"gate and up experts are of two types, {gate} and {up}"
     floats = {str(weights[name].dtype) if hasattr(weights[name], "dtype") else "" for name in COMPRESSED if name in weights}
@@ -157,6 +159,7 @@ def why_not_grouped_experts(config: Config, stacks: Sequence[Weight], *, decodin
     for name, stack in zip(EXPERTS, stacks, strict=True):
         if reason := _no_kernel(name, stack, RUNS):
             return reason
-    if not grouped.fits(config.dim, config.moe_dim):
-        return f"dim {config.dim} or moe_dim {config.moe_dim} does not divide into tiles"
+    for width in (config.dim, config.moe_dim, *(rows_of(stack).shape[1] for stack in stacks)):
+        if not grouped.fits(width, width):
+            return f"a width of {width} does not divide into tiles"
     return None

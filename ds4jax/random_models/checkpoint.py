@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -101,8 +102,21 @@ def _tensor(config: Config, slot: Slot, layout: str) -> Tensor:
         on_device = count // block * FORMATS[form].DEVICE_BYTES
     else:
         on_device = count * jnp.dtype(ON_DEVICE[form]).itemsize
-    start = functools.partial(Reading.at_once, functools.partial(value, config, slot, layout))
+
+    def start(rows: slice | None) -> Reading:
+        return Reading.at_once(functools.partial(_rows, functools.partial(value, config, slot, layout), rows))
+
     return Tensor(slot.name, slot.shape, stored, form, count // block * nbytes, on_device, start)
+
+
+def _rows(make: Callable[[], Value], rows: slice | None) -> Value:
+    """Some rows of a value, of the second axis from the end; None stands for all."""
+    made = make()
+    if rows is None:
+        return made
+    if isinstance(made, Quantized):
+        return made.change_rows(lambda plane, axis: jax.lax.slice_in_dim(plane, rows.start, rows.stop, axis=axis))
+    return made[..., rows, :]
 
 
 def value(config: Config, slot: Slot, layout: str) -> Value:

@@ -58,7 +58,8 @@ def attend(q_THQ: jax.Array, segments: list[Segment], sink_H: jax.Array, scale: 
     weights = [jnp.exp(score - top) for score in scores]
     total = jnp.exp(sink_H[None, :, None] - top) + sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
     sink = (jnp.exp(sink_H[None, :, None] - top) / total)[..., 0]
-    weights = [w / total for w in weights]
+    # XLA may make a product with the reciprocal of a division, and does so in some programs only. So the text says which.
+    weights = [w * (1.0 / total) for w in weights]
     out = jnp.zeros_like(q_THQ)
     for (rows, _), weight in zip(segments, weights, strict=True):
         keys = "sq" if rows.ndim == 2 else "tsq"

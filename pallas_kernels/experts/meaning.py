@@ -5,12 +5,13 @@ Source: `Gate` and `Expert` of the reference inference code; gguf.md §6.
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formats import Quantized
+from pallas_kernels.linear.cut import Cut, completed, filled, own_part
 from pallas_kernels.linear.meaning import Weight, as_float32, expert_dot
 
 # The weights of a row's experts are divided by their sum, but at least by this.
@@ -46,10 +47,12 @@ def swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
 
 
 def gathered(
-    x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array, gate: Weight, up: Weight, down: Weight,
+    x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array, gate: Weight | Cut, up: Weight | Cut, down: Weight | Cut,
     *, limit: float, in_float: Formats = (), precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:  # fmt: skip
     """Weighted sum of the chosen experts' outputs, float32 [T, D]. Gathers the matrices of each row.
+
+    Hidden values of cut stacks are gathered. If the down stack is cut, only the outputs of this device's rows are made.
 
     Args:
         x_TD: float32 [T, D].
@@ -61,23 +64,25 @@ def gathered(
             the kernels.
         precision: of the float products.
     """
-    gate, down, up = (_take_chosen(stack, chosen_TK) for stack in (gate, down, up))
+    gate_TKFD, down_TKDF, up_TKFD = (filled(_take_chosen(stack, chosen_TK)) for stack in (gate, down, up))
 
     def gate_or_up(weight: Weight) -> jax.Array:
         if _quantises(weight, in_float):
             return expert_dot(x_TD[:, None], weight)
         return jnp.einsum("td,tkfd->tkf", x_TD, as_float32(weight), precision=precision, preferred_element_type=jnp.float32)
 
-    gate_TKF, up_TKF = gate_or_up(gate), gate_or_up(up)
-    hidden_TKF = swiglu(gate_TKF, up_TKF, limit) * weights_TK[..., None]
-    if _quantises(down, in_float):
-        return expert_dot(hidden_TKF, down, add_up=True)
-    return jnp.einsum("tkf,tkdf->td", hidden_TKF, as_float32(down), precision=precision, preferred_element_type=jnp.float32)
+    gate_TKF, up_TKF = gate_or_up(gate_TKFD), gate_or_up(up_TKFD)
+    hidden_TKF = completed(swiglu(gate_TKF, up_TKF, limit) * weights_TK[..., None], up)
+    if _quantises(down_TKDF, in_float):
+        return own_part(expert_dot(hidden_TKF, down_TKDF, add_up=True), down)
+    down_TKDF = as_float32(down_TKDF)
+    y_TD = jnp.einsum("tkf,tkdf->td", hidden_TKF, down_TKDF, precision=precision, preferred_element_type=jnp.float32)
+    return own_part(y_TD, down)
 
 
-def _take_chosen(stack: Weight, chosen_TK: jax.Array) -> Weight:
+def _take_chosen(stack: Weight | Cut, chosen_TK: jax.Array) -> Weight | Cut:
     """Matrices [T, K, ...] of the chosen experts from a stack [E, ...]."""
-    return stack.take(chosen_TK) if isinstance(stack, Quantized) else stack[chosen_TK]
+    return stack.take(chosen_TK) if isinstance(stack, Quantized | Cut) else stack[chosen_TK]
 
 
 def _quantises(weight: Weight, in_float: Formats) -> TypeGuard[Quantized]:
@@ -86,18 +91,20 @@ def _quantises(weight: Weight, in_float: Formats) -> TypeGuard[Quantized]:
 
 
 def one_by_one(
-    x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array, gate: Weight, up: Weight, down: Weight, *, limit: float
-) -> jax.Array:
+    x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array, gate: Weight | Cut, up: Weight | Cut, down: Weight | Cut,
+    *, limit: float,
+) -> jax.Array:  # fmt: skip
     """`gathered` in float32 for many rows. Reads every expert once and multiplies it by all rows, with weight 0 if not chosen."""
+    cut_up, cut_down = up, down
     query = jnp.arange(x_TD.shape[0], dtype=jnp.int32)[:, None]
     share_TE = jnp.zeros((x_TD.shape[0], gate.shape[0]), jnp.float32).at[query, chosen_TK].add(weights_TK)
 
-    def add_expert(y_TD: jax.Array, expert: tuple[Weight, Weight, Weight, jax.Array]) -> tuple[jax.Array, None]:
-        gate, down, up, share_T = expert
+    def add_expert(y_TD: jax.Array, expert: tuple[Any, Any, Any, jax.Array]) -> tuple[jax.Array, None]:
+        (gate, down, up), share_T = map(filled, expert[:3]), expert[3]
         gate_TF = jnp.einsum("td,fd->tf", x_TD, as_float32(gate), preferred_element_type=jnp.float32)
         up_TF = jnp.einsum("td,fd->tf", x_TD, as_float32(up), preferred_element_type=jnp.float32)
-        hidden_TF = swiglu(gate_TF, up_TF, limit) * share_T[:, None]
+        hidden_TF = completed(swiglu(gate_TF, up_TF, limit) * share_T[:, None], cut_up)
         return y_TD + jnp.einsum("tf,df->td", hidden_TF, as_float32(down), preferred_element_type=jnp.float32), None
 
     experts = (gate, down, up, share_TE.T)
-    return jax.lax.scan(add_expert, jnp.zeros_like(x_TD), experts)[0]
+    return own_part(jax.lax.scan(add_expert, jnp.zeros_like(x_TD), experts)[0], cut_down)

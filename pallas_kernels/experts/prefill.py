@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.experts.grouping import Plan, max_tiles, plan
 from pallas_kernels.experts.swiglu import clamped
 from pallas_kernels.formats import Quantized
+from pallas_kernels.linear.cut import Cut, gathered, rows_of
 from pallas_kernels.linear.dequantise import dequantise
 
 GATE_UP, DOWN = "grouped_gate_up", "grouped_down"
@@ -212,8 +213,8 @@ def experts_per_pass(experts: int, n: int, k: int) -> int:
 
 
 def experts(
-    x: jax.Array, chosen: jax.Array, share: jax.Array, gate: Quantized, up: Quantized, weight: Quantized, *, limit: float,
-    tile: GroupedTile | None = None, interpret: bool = False,
+    x: jax.Array, chosen: jax.Array, share: jax.Array, gate: Quantized | Cut, up: Quantized | Cut, weight: Quantized | Cut,
+    *, limit: float, tile: GroupedTile | None = None, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """Weighted sum of the chosen experts' outputs, for many rows.
 
@@ -224,8 +225,8 @@ def experts(
         x: float32 [T, D]; `fits(D, F)` must hold.
         chosen: int32 [T, K], expert numbers from 0 to E − 1; they are not checked.
         share: float32 [T, K], routing weights, applied before the down product.
-        gate, up: stacks [E, F, D]; their formats may differ.
-        weight: the down stack [E, D, F].
+        gate, up: stacks [E, F, D]; their formats may differ. Of cut ones the hidden values are gathered.
+        weight: the down stack [E, D, F]. Of a cut one the outputs of this device's rows are made.
         limit: static; the gate is clamped to at most `limit`, up to ±limit.
         tile: static, how the work is cut; by default `GroupedTile.of` for this device.
         interpret: static; run in interpret mode, without a GPU.
@@ -238,23 +239,35 @@ def experts(
 
     Source: the meaning is `pallas_kernels.experts.meaning.one_by_one`.
     """
-    (total, n, k), (tokens, active) = gate.shape, chosen.shape
+    (total, n, k), (tokens, active) = rows_of(up).shape, chosen.shape
+    own_gate, own_up, own_down = map(rows_of, (gate, up, weight))
     tile = tile or GroupedTile.of(chosen.size, total, jax.devices()[0].device_kind)
     groups, count, narrow = plan(chosen, total, tile.rows), experts_per_pass(total, n, k), x.astype(jnp.bfloat16)
 
-    def some(i: jax.Array, made: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        first, (hidden, y) = i * count, made
+    def into_hidden(first: jax.Array, hidden: jax.Array) -> jax.Array:
         span = span_of(groups, first, count)
-        wide_gate, wide_up = (dequantise(stack, first, count, interpret=interpret) for stack in (gate, up))
-        hidden = gate_up(narrow, share, groups, span, wide_gate, wide_up, hidden, limit=limit, tile=tile, interpret=interpret)
+        wide_gate, wide_up = (dequantise(stack, first, count, interpret=interpret) for stack in (own_gate, own_up))
+        return gate_up(narrow, share, groups, span, wide_gate, wide_up, hidden, limit=limit, tile=tile, interpret=interpret)
+
+    def into_y(first: jax.Array, hidden: jax.Array, y: jax.Array) -> jax.Array:
+        wide_down = dequantise(own_down, first, count, interpret=interpret)
+        return down(hidden, groups, span_of(groups, first, count), wide_down, y, tile=tile, interpret=interpret)
+
+    def some(i: jax.Array, made: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden = into_hidden(i * count, made[0])
         # The barrier lets the down matrices reuse the memory of gate and up.
-        hidden, ready = jax.lax.optimization_barrier((hidden, first))
-        wide_down = dequantise(weight, ready, count, interpret=interpret)
-        return hidden, down(hidden, groups, span, wide_down, y, tile=tile, interpret=interpret)
+        hidden, ready = jax.lax.optimization_barrier((hidden, i * count))
+        return hidden, into_y(ready, hidden, made[1])
 
     # Every row is written before it is read. Fill from x, not from a constant: XLA hoists constants, and 43 layers of them took
     # 28 GB.
     hidden = jnp.full((groups.pair.shape[0], n), narrow[0, 0])
-    y = jnp.full((chosen.size, x.shape[1]), x[0, 0])
-    _, y = jax.lax.fori_loop(0, total // count, some, (hidden, y))
+    y = jnp.full((chosen.size, own_down.shape[1]), x[0, 0])
+    if isinstance(up, Cut):
+        # The hidden values of all experts are gathered at once, so that there is one exchange.
+        hidden = jax.lax.fori_loop(0, total // count, lambda i, hidden: into_hidden(i * count, hidden), hidden)
+        hidden = gathered(hidden, up)
+        y = jax.lax.fori_loop(0, total // count, lambda i, y: into_y(i * count, hidden, y), y)
+    else:
+        _, y = jax.lax.fori_loop(0, total // count, some, (hidden, y))
     return jnp.sum(y.reshape(tokens, active, -1), axis=1)

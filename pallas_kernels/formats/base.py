@@ -106,7 +106,7 @@ class Quantized(abc.ABC):
         """Weights at `index` of the leading axis: matrices of a stack [E, N, K], or rows of a matrix [N, K]."""
         if len(self.shape) > 2:
             return jax.tree.map(lambda plane: plane[index], self)
-        return self._change_rows(lambda plane, axis: plane[(*axis * (slice(None),), index)])
+        return self.change_rows(lambda plane, axis: plane[(*axis * (slice(None),), index)])
 
     def in_tiles(self, count: int) -> Self:
         """The rows of a matrix [N, K] as a stack [count, N/count, K]; N is a multiple of `count`."""
@@ -115,18 +115,18 @@ class Quantized(abc.ABC):
             shape = plane.shape
             return jnp.moveaxis(plane.reshape(*shape[:axis], count, shape[axis] // count, *shape[axis + 1 :]), axis, 0)
 
-        return self._change_rows(cut)
+        return self.change_rows(cut)
 
-    def _change_rows(self, change: Callable[[jax.Array, int], jax.Array]) -> Self:
+    def change_rows(self, change: Callable[[jax.Array, int], jax.Array]) -> Self:
         """The matrix with every plane changed; `change` takes a plane and its axis of rows."""
         planes, tree = jax.tree.flatten(self)
-        changed = [change(plane, plane.ndim + axis) for plane, axis in zip(planes, _row_axes(type(self)), strict=True)]
+        changed = [change(plane, plane.ndim + axis) for plane, axis in zip(planes, row_axes(type(self)), strict=True)]
         made: Self = jax.tree.unflatten(tree, changed)
         return made
 
 
 @functools.cache
-def _row_axes(cls: type[Quantized]) -> tuple[int, ...]:
+def row_axes(cls: type[Quantized]) -> tuple[int, ...]:
     """For each plane of a format its axis of rows, from the end: the axis whose length `split` takes from the number of rows."""
     few, many = (
         jax.tree.leaves(jax.eval_shape(cls.split, jax.ShapeDtypeStruct((rows, 1, cls.BLOCK_BYTES), jnp.uint8))) for rows in (1, 2)

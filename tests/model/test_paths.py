@@ -163,7 +163,7 @@ def test_prefill_attention(rows: Rows, dtype: Any, fields: dict, reason: str | N
         (True, False, STORED, {}, "a decode step"),
         (False, False, PLAIN, {}, "ffn.experts.w1 is IQ3_S, which has no kernel"),
         (False, False, EXPERTS, {}, "ffn.experts.w1 is float16, which has no kernel"),
-        (False, False, STORED, {"moe_dim": 96}, "dim 256 or moe_dim 96 does not divide into tiles"),
+        (False, False, STORED, {"moe_dim": 96}, "a width of 96 does not divide into tiles"),
     ],
 )
 def test_grouped_experts(decoding: bool, strict: bool, stack: Any, fields: dict, reason: str | None) -> None:

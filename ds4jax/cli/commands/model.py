@@ -25,13 +25,24 @@ LARGE = 1_000_000_000
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --drafter, --drafter-file, --dense, --qat and --cache."""
+    """Add --model, --drafter, --drafter-file, --dense, --qat, --cache and --devices."""
     parser.add_argument(
         "--model", type=cli_options.model_path, metavar="PATH", help="a GGUF file or a checkpoint directory (the tiny model)"
     )
     add_drafter(parser)
     add_dense(parser)
     add_rounding(parser)
+    add_devices(parser)
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """Add --devices."""
+    parser.add_argument(
+        "--devices",
+        type=cli_options.devices,
+        metavar="N",
+        help="cut the weights over so many devices, or over all (1)",
+    )
 
 
 def add_drafter(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +195,7 @@ def open_model(options: argparse.Namespace, *, max_draft: int | None = None, pro
         if checkpoint.note and sys.stderr:
             print(f"ds4jax: {checkpoint.path}: {checkpoint.note}", file=sys.stderr)
         startup.begin("load")
-        return from_checkpoint(checkpoint, max_draft=max_draft, progress=bar)
+        return from_checkpoint(checkpoint, max_draft=max_draft, devices=options.devices, progress=bar)
 
 
 def open_checkpoint(options: argparse.Namespace) -> Checkpoint:

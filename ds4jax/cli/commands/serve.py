@@ -83,6 +83,7 @@ def add_parser(commands: Any) -> None:
     models.add_draft(parser)
     models.add_dense(parser)
     models.add_rounding(parser)
+    models.add_devices(parser)
     models.add_strict(parser)
     models.add_chunk(parser)
     parser.add_argument(

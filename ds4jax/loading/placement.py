@@ -1,0 +1,122 @@
+"""Reads a model's parameters onto the devices that keep them: the parts of those that are cut, and the others on each device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ds4jax.bounds import DEVICE_COUNT
+from ds4jax.config import Config
+from ds4jax.errors import InputError
+from ds4jax.loading.checkpoint import Checkpoint
+from ds4jax.loading.cuts import cut_names
+from ds4jax.loading.tensor_reader import read_ahead
+from pallas_kernels.formats import Quantized
+from pallas_kernels.formats.base import row_axes
+from pallas_kernels.linear.cut import AXIS
+
+Value = jax.Array | Quantized
+# A number of devices, "all", devices or their indices; None is the first.
+Devices = int | str | Sequence[jax.Device | int] | None
+
+
+def chosen(devices: Devices) -> tuple[jax.Device, ...]:
+    """The devices that a user names: a number of them, "all", a list of devices or of their indices; None is the first.
+
+    Raises:
+        InputError: there are not so many, they are of several kinds, or one is named twice. One device must be the first.
+    """
+    present = jax.devices()
+    if isinstance(devices, str) and devices != "all":
+        raise InputError(f"devices is {devices!r}; it must be a number, all, or a list")
+    if devices == "all":
+        return tuple(present)
+    if devices is None or not isinstance(devices, Sequence):
+        count = 1 if devices is None else DEVICE_COUNT.checked("devices", devices)
+        if count > len(present):
+            raise InputError(f"devices is {count}; there are {len(present)} {present[0].platform} devices")
+        return tuple(present[:count])
+    found = tuple(_device(one, present) for one in devices)
+    if not found or len(set(found)) < len(found):
+        raise InputError(f"devices names {len(found)} devices, {len(set(found))} of them different; name each once")
+    if kinds := sorted({one.device_kind for one in found} - {found[0].device_kind}):
+        raise InputError(f"devices are of several kinds, {found[0].device_kind} and {kinds[0]}; take equal ones")
+    if found == (present[0],) or len(found) > 1:
+        return found
+    raise InputError(f"devices is device {present.index(found[0])} alone; one device must be the first, so hide the others")
+
+
+def _device(one: jax.Device | int, present: Sequence[jax.Device]) -> jax.Device:
+    if not isinstance(one, int):
+        return one
+    if not 0 <= one < len(present):
+        raise InputError(f"devices names device {one}; there are devices 0 to {len(present) - 1}")
+    return present[one]
+
+
+@contextlib.contextmanager
+def read(checkpoint: Checkpoint, devices: Sequence[jax.Device]) -> Iterator[Iterator[Value]]:
+    """Yield the parameters of a checkpoint in order, on the devices that keep them; see `tensor_reader.read_ahead`."""
+    if len(devices) == 1:
+        with read_ahead(tuple(tensor.start(None) for tensor in checkpoint.tensors)) as values:
+            yield values
+        return
+    placement = Placement.of(checkpoint.config, devices)
+    parts = [(tensor, placement.parts(tensor.name, tensor.shape)) for tensor in checkpoint.tensors]
+    readings = [dataclasses.replace(tensor.start(rows), device=device) for tensor, of in parts for device, rows in of]
+    with read_ahead(readings) as values:
+        yield (placement.joined(tensor.name, [next(values) for _ in of]) for tensor, of in parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh of several devices, and the parameters that are cut over it.
+
+    Attributes:
+        cut: their names.
+    """
+
+    mesh: Mesh
+    cut: frozenset[str]
+
+    @classmethod
+    def of(cls, config: Config, devices: Sequence[jax.Device]) -> Placement:
+        """The placement of a model on these devices."""
+        return cls(Mesh(np.array(devices), (AXIS,)), cut_names(config, len(devices)))
+
+    @property
+    def devices(self) -> tuple[jax.Device, ...]:
+        """The devices in order."""
+        return tuple(self.mesh.devices.flat)
+
+    def parts(self, name: str, shape: tuple[int, ...]) -> list[tuple[jax.Device, slice | None]]:
+        """What is read of a parameter: devices, and the rows of the second axis from the end that each keeps; None for all.
+
+        A parameter that is whole on all devices is read once, onto the first.
+        """
+        if name not in self.cut:
+            return [(self.devices[0], None)]
+        size = shape[-2] // len(self.devices)
+        return [(device, slice(i * size, (i + 1) * size)) for i, device in enumerate(self.devices)]
+
+    def joined(self, name: str, values: Sequence[Value]) -> Value:
+        """The parameter on all devices, from what `parts` lists; no bytes of a cut one move."""
+        if name not in self.cut:
+            whole: Value = jax.device_put(values[0], NamedSharding(self.mesh, PartitionSpec()))
+            return whole
+        axes = row_axes(type(values[0])) if isinstance(values[0], Quantized) else (-2,)
+        planes = zip(*map(jax.tree.leaves, values), strict=True)
+        made = [self._plane(parts, axis) for parts, axis in zip(planes, axes, strict=True)]
+        value: Value = jax.tree.unflatten(jax.tree.structure(values[0]), made)
+        return value
+
+    def _plane(self, parts: Sequence[jax.Array], axis: int) -> jax.Array:
+        shape, axis = list(parts[0].shape), axis % parts[0].ndim
+        shape[axis] *= len(parts)
+        spec = PartitionSpec(*[None] * axis, AXIS)
+        return jax.make_array_from_single_device_arrays(tuple(shape), NamedSharding(self.mesh, spec), list(parts))
