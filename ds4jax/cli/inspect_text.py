@@ -96,6 +96,7 @@ def _device_line(device: dict[str, Any]) -> str:
     size = f"{device['memory'] / 1e9:,.0f} GB"
     if device["modelled"]:
         size = f"{device['cards']} x {size}, modelled, {_mb(device['needed'])} MB on each"
+        size += f" with all of {', '.join(device['whole'])}" if device["whole"] else ""
     calls = f", prompts in calls of {device['chunk']:,}" if device["fits"] and not device["modelled"] else ""
     return f"  {device['name']}: {size}: {fits}, {room}{rate}{calls}"
 

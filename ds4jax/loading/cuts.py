@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 
 from ds4jax.config import Config
 from ds4jax.loading.gguf_names import DENSE, EMBEDDING, EXPERTS, Slot, slots
+
+# The part of a name that says which block a parameter is in.
+_BLOCK = re.compile(r"^(layers|mtp|dspark\.stages)\.\d+\.")
 
 
 def _by_heads(config: Config) -> int:
@@ -30,14 +34,21 @@ OUTPUTS: dict[str, Callable[[Config], int]] = {
 }
 
 
-def is_cut(config: Config, slot: Slot, devices: int) -> bool:
-    """Whether a parameter is cut over this many devices. One that does not divide is whole on each."""
-    if devices == 1 or slot.kind not in (DENSE, EXPERTS, EMBEDDING) or slot.axes[-2] not in OUTPUTS:
-        return False
-    return OUTPUTS[slot.axes[-2]](config) % devices == 0
+def _can_be_cut(slot: Slot) -> bool:
+    return slot.kind in (DENSE, EXPERTS, EMBEDDING) and slot.axes[-2] in OUTPUTS
 
 
 @functools.lru_cache(16)
 def cut_names(config: Config, devices: int) -> frozenset[str]:
-    """Names of the parameters that are cut over this many devices."""
-    return frozenset(slot.name for slot in slots(config) if is_cut(config, slot, devices))
+    """Names of the parameters that are cut over this many devices. One that does not divide is whole on each."""
+    if devices == 1:
+        return frozenset()
+    found = filter(_can_be_cut, slots(config))
+    return frozenset(slot.name for slot in found if OUTPUTS[slot.axes[-2]](config) % devices == 0)
+
+
+def undivided(config: Config, devices: int) -> tuple[str, ...]:
+    """Kinds of parameters, such as `attn.wq_b`, that could be cut but do not divide among this many devices."""
+    cut = cut_names(config, devices)
+    names = (slot.name for slot in slots(config) if devices > 1 and _can_be_cut(slot) and slot.name not in cut)
+    return tuple(dict.fromkeys(_BLOCK.sub("", name).removesuffix(".weight") for name in names))

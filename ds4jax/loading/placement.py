@@ -32,23 +32,24 @@ def chosen(devices: Devices) -> tuple[jax.Device, ...]:
         InputError: there are not so many, they are of several kinds, or one is named twice. One device must be the first.
     """
     present = jax.devices()
-    if isinstance(devices, str) and devices != "all":
-        raise InputError(f"devices is {devices!r}; it must be a number, all, or a list")
-    if devices == "all":
-        return tuple(present)
-    if devices is None or not isinstance(devices, Sequence):
+    if isinstance(devices, str):
+        if devices != "all":
+            raise InputError(f"devices is {devices!r}; it must be a number, all, or a list")
+        found = tuple(present)
+    elif isinstance(devices, Sequence):
+        found = tuple(_device(one, present) for one in devices)
+        if not found or len(set(map(id, found))) < len(found):
+            raise InputError(f"devices names {len(found)} devices, {len(set(map(id, found)))} of them different; name each once")
+    else:
         count = 1 if devices is None else DEVICE_COUNT.checked("devices", devices)
         if count > len(present):
             raise InputError(f"devices is {count}; there are {len(present)} {present[0].platform} devices")
-        return tuple(present[:count])
-    found = tuple(_device(one, present) for one in devices)
-    if not found or len(set(found)) < len(found):
-        raise InputError(f"devices names {len(found)} devices, {len(set(found))} of them different; name each once")
-    if kinds := sorted({one.device_kind for one in found} - {found[0].device_kind}):
-        raise InputError(f"devices are of several kinds, {found[0].device_kind} and {kinds[0]}; take equal ones")
-    if found == (present[0],) or len(found) > 1:
-        return found
-    raise InputError(f"devices is device {present.index(found[0])} alone; one device must be the first, so hide the others")
+        found = tuple(present[:count])
+    if kinds := {one.device_kind for one in found} - {found[0].device_kind}:
+        raise InputError(f"devices are of several kinds, {found[0].device_kind} and {min(kinds)}; take equal ones")
+    if len(found) == 1 and found[0] is not present[0]:
+        raise InputError(f"devices is device {present.index(found[0])} alone; one device must be the first, so hide the others")
+    return found
 
 
 def _device(one: jax.Device | int, present: Sequence[jax.Device]) -> jax.Device:

@@ -32,8 +32,6 @@ WORKING_BYTES = 2_000_000_000
 # The default context.
 USUAL_CONTEXT = 32768
 CLASSES = ("routed experts", "dense", "embedding", "head", "small", "MTP", "DSpark")
-# Classes that every card of a mesh would hold in whole.
-WHOLE = ("embedding", "small")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +59,7 @@ class Plan:
         cache: bytes of the cache of all sequences.
         cache_token: bytes of the cache that the context's last token reads.
         context_values, context_bytes: values and bytes that a token of context adds to the cache. Windows do not grow.
+        cut: by number of cards, the bytes of all tensors that are cut over them.
     """
 
     parts: dict[str, Part]
@@ -72,6 +71,7 @@ class Plan:
     cache_token: int
     context_values: float
     context_bytes: float
+    cut: dict[int, Part]
 
     @property
     def file(self) -> int:
@@ -94,13 +94,12 @@ class Plan:
         return self.device + self.cache + WORKING_BYTES
 
     def weights_on(self, device: Device) -> int:
-        """Bytes of weights on each of the device's cards.
+        """Bytes of weights on each of the device's cards: its part of what is cut, see `loading.cuts`, and all of the rest.
 
-        Of several cards this is a model of what a mesh would hold: large matrices are cut into equal parts, embedding and small
-        tensors are whole on each. Cache and temporary arrays are whole as well, since all heads share one row of keys.
+        Cache and temporary arrays are whole on each card, since all heads share one row of keys.
         """
-        kept = sum(self.parts[name].device for name in WHOLE)
-        return kept + -(-(self.device - kept) // device.cards)
+        cut = self.cut[device.cards].device
+        return self.device - cut + -(-cut // device.cards)
 
     def needed_on(self, device: Device) -> int:
         """Bytes of memory for decoding on each of the device's cards, as by `weights_on`."""
@@ -113,8 +112,8 @@ class Plan:
         """
         if not device.bandwidth:
             return None
-        kept = self.cache_token + sum(self.parts[name].token for name in WHOLE)
-        return device.bandwidth / (kept + (self.token - kept) / device.cards)
+        cut = self.cut[device.cards].token
+        return device.bandwidth / (self.token - cut + cut / device.cards)
 
     def line(self) -> str:
         """The plan as one line of text."""
@@ -142,6 +141,7 @@ def plan(checkpoint: Checkpoint, context: int | None = None, *, max_draft: int |
         raise InputError(f"{checkpoint.path}: context is {context}; it must be 1 to {config.max_context}")
     dense = {slot.name for slot in gguf_names.slots(config) if slot.kind is DENSE}
     parts = dict.fromkeys(CLASSES, Part())
+    cut = dict.fromkeys(sorted({device.cards for device in DEVICES.values()}), Part())
     draft = 0
     for tensor in checkpoint.tensors:
         name, read = _class(tensor, dense), token_bytes(tensor, config)
@@ -149,6 +149,9 @@ def plan(checkpoint: Checkpoint, context: int | None = None, *, max_draft: int |
             draft += read if name == "MTP" else dspark_bytes(tensor, config)
             read = 0
         parts[name] += Part(tensor.nbytes, tensor.device_nbytes, read)
+        for cards in cut:
+            if tensor.name in cut_names(config, cards):
+                cut[cards] += Part(tensor.nbytes, tensor.device_nbytes, read)
     return Plan(
         parts=parts,
         draft=draft + parts["head"].token if draft else 0,
@@ -159,6 +162,7 @@ def plan(checkpoint: Checkpoint, context: int | None = None, *, max_draft: int |
         cache_token=cache_read(config, context),
         context_values=cache_growth(config)[0],
         context_bytes=cache_growth(config)[1],
+        cut=cut,
     )
 
 

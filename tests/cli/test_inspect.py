@@ -20,13 +20,15 @@ from gguf_files import GOLDEN, rewrite, unpacked, write_small
 from hub_files import read_raw, write_raw
 
 import ds4jax
+from ds4jax.bounds import SHIPPED
 from ds4jax.cli import inspect_paths, progress
 from ds4jax.cli import main as cli
 from ds4jax.cli.commands import model as models
 from ds4jax.errors import InputError
-from ds4jax.loading import contents, mtp_file
+from ds4jax.loading import contents, mtp_file, open_checkpoint
 from ds4jax.loading import plan as plans
 from ds4jax.loading.convert import convert
+from ds4jax.loading.plan import token_bytes
 from ds4jax.random_models import checkpoint as synthetic
 from ds4jax.random_models.hub import write_hub
 from pallas_kernels.core.dispatch import OPT_OUT
@@ -108,15 +110,20 @@ def test_plan_of_slots(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plan_of_two_cards(capsys: pytest.CaptureFixture[str]) -> None:
-    """Embedding, small tensors, cache and working memory are whole on each, the rest is cut."""
+    """Half of all large matrices but the low-rank ones; all of the rest, of cache and of working memory."""
     plan = json.loads(output(capsys, "--json", "--device", "h200x2"))["plan"]
     (pair,) = plan["devices"]
-    classes = plan["classes"]
-    whole = classes["embedding"]["device"] + classes["small"]["device"] + plan["cache"] + plan["working"]
-    assert pair["needed"] == whole + math.ceil((plan["needed"] - whole) / 2)
+    tensors = open_checkpoint(SHIPPED).tensors
+    ends = ("embed", "head", "wq_b", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj")
+    cut = [one for one in tensors if one.name.endswith(tuple(f"{end}.weight" for end in ends)) and "indexer" not in one.name]
+    halves = sum(one.device_nbytes for one in cut)
+    assert pair["needed"] == plan["needed"] - halves + math.ceil(halves / 2)
+    assert halves > 0.6 * sum(one.device_nbytes for one in tensors)
+    assert pair["whole"] == []
     assert (pair["cards"], pair["memory"], pair["modelled"], pair["fits"]) == (2, 141_000_000_000, True, True)
-    read = plan["cache_token"] + classes["embedding"]["token"] + classes["small"]["token"]
-    bound = pair["bandwidth"] / (read + (plan["token"] - read) / 2)
+    config = open_checkpoint(SHIPPED).config
+    read = sum(token_bytes(one, config) for one in cut if not one.name.startswith("mtp."))
+    bound = pair["bandwidth"] / (plan["token"] - read / 2)
     assert pair["tokens_per_second"] == pytest.approx(bound, abs=0.1)
     assert f"h200x2: 2 x 141 GB, modelled, {pair['needed'] / 1e6:,.1f} MB on each: fits" in output(capsys)
 
