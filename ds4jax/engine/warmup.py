@@ -19,6 +19,7 @@ from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.prefill import chunk_here, nbytes
 from ds4jax.errors import InputError
 from ds4jax.loading.checkpoint import Checkpoint
+from ds4jax.loading.placement import Devices, abstract, chosen
 from ds4jax.model.parameters import build
 
 
@@ -44,13 +45,13 @@ class Warm:
     kept: bool
 
 
-def without_weights(checkpoint: Checkpoint, *, max_draft: int | None = None) -> Loaded:
+def without_weights(checkpoint: Checkpoint, *, max_draft: int | None = None, devices: Devices = None) -> Loaded:
     """An opened model with `jax.ShapeDtypeStruct` as weights. Its programs can be compiled; nothing is read or allocated.
 
     Raises:
-        InputError: `max_draft` is outside 0 to 4.
+        InputError: `max_draft` is outside 0 to 4, or `devices` cannot be used, as for `ds4jax.load`.
     """
-    model = build(checkpoint.config, ((tensor.name, tensor.abstract) for tensor in checkpoint.tensors))
+    model = build(checkpoint.config, abstract(checkpoint, chosen(devices)))
     about = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.opened_with}
     return Loaded(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, **about)
 

@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +54,25 @@ def of_weights(config: Config, weights: Any) -> str:
     """
     digest = hashlib.sha256(json.dumps(_fields(config), sort_keys=True).encode())
     leaves, _ = jax.tree_util.tree_flatten_with_path(weights)
-    totals = [sums(leaf) for _, leaf in leaves]
-    for (path, leaf), total in zip(leaves, totals, strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        digest.update(f"\n{name} {leaf.dtype} {list(leaf.shape)} {np.asarray(total).tolist()}".encode())
+    totals = [_parts(leaf) for _, leaf in leaves]
+    for (path, leaf), parts in zip(leaves, totals, strict=True):
+        name, (added, other) = jax.tree_util.keystr(path, simple=True, separator="."), np.array(parts).T
+        total = [int(np.sum(added, dtype=np.uint32)), int(np.bitwise_xor.reduce(other))]
+        digest.update(f"\n{name} {leaf.dtype} {list(leaf.shape)} {total}".encode())
     return digest.hexdigest()
+
+
+def _parts(leaf: jax.Array) -> list[jax.Array]:
+    """`sums` of each device's part of an array, which is cut along one axis; of one device's where all have the whole."""
+    found = []
+    for shard in {str(shard.index): shard for shard in leaf.addressable_shards}.values():
+        place = EVERYWHERE
+        for axis, span in enumerate(shard.index):
+            if shard.data.shape[axis] < leaf.shape[axis]:
+                row = math.prod(leaf.shape[axis + 1 :])
+                place = Place(shard.data.shape[axis] * row, leaf.shape[axis] * row, (span.start or 0) * row)
+        found.append(sums(shard.data, place))
+    return found
 
 
 def _fields(config: Config) -> dict[str, Any]:
@@ -66,9 +81,26 @@ def _fields(config: Config) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if config.n_dspark or "dspark" not in name}
 
 
-@functools.partial(jax.jit, static_argnames="piece")
-def sums(leaf: jax.Array, piece: int = PIECE) -> jax.Array:
-    """Sum and exclusive or over an array's elements, each mixed with its index: uint32 [2], whatever the size of a piece."""
+class Place(NamedTuple):
+    """Where a part's elements lie in the whole array: runs of `run` elements, `step` apart, the first at index `first`."""
+
+    run: int = 0
+    step: int = 0
+    first: int = 0
+
+
+EVERYWHERE = Place()
+
+
+@functools.partial(jax.jit, static_argnames=("place", "piece"))
+def sums(leaf: jax.Array, place: Place = EVERYWHERE, piece: int = PIECE) -> jax.Array:
+    """Sum and exclusive or over an array's elements, each mixed with its index: uint32 [2], whatever the size of a piece.
+
+    Args:
+        leaf: an array, or a part of one.
+        place: static; where the part lies. Without runs the array is whole.
+        piece: static; elements mixed at once.
+    """
     word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[jnp.dtype(leaf.dtype).itemsize]
     words = leaf.astype(word) if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(leaf, word)
     words, size = words.reshape(-1), min(leaf.size, piece)
@@ -77,7 +109,11 @@ def sums(leaf: jax.Array, piece: int = PIECE) -> jax.Array:
         # The last piece overlaps the one before, so that all have one size. Elements that were counted before are masked.
         begin = jnp.minimum(i * size, leaf.size - size)
         index = (begin + jnp.arange(size, dtype=jnp.int32)).astype(jnp.uint32)
-        mixed = _mixed(jax.lax.dynamic_slice(words, (begin,), (size,)).astype(jnp.uint32), index)
+        inside = index
+        if place.run:
+            run, step, first = map(jnp.uint32, place)
+            inside = index // run * step + index % run + first
+        mixed = _mixed(jax.lax.dynamic_slice(words, (begin,), (size,)).astype(jnp.uint32), inside)
         new = jnp.where(index >= (i * size).astype(jnp.uint32), mixed, jnp.uint32(0))
         both = jax.lax.reduce(new, jnp.uint32(0), jax.lax.bitwise_xor, (0,))
         return jnp.stack([totals[0] + jnp.sum(new, dtype=jnp.uint32), totals[1] ^ both])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ds4jax.bounds import DEVICE_COUNT
 from ds4jax.config import Config
@@ -74,6 +75,13 @@ def read(checkpoint: Checkpoint, devices: Sequence[jax.Device]) -> Iterator[Iter
         yield (placement.joined(tensor.name, [next(values) for _ in of]) for tensor, of in parts)
 
 
+def abstract(checkpoint: Checkpoint, devices: Sequence[jax.Device]) -> Iterator[tuple[str, Any]]:
+    """Yield names and values of a checkpoint's parameters on these devices, with `jax.ShapeDtypeStruct` in place of arrays."""
+    placement = Placement.of(checkpoint.config, devices)
+    for tensor in checkpoint.tensors:
+        yield tensor.name, tensor.abstract if len(devices) == 1 else placement.abstract(tensor.name, tensor.abstract)
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """A mesh of several devices, and the parameters that are cut over it.
@@ -82,7 +90,7 @@ class Placement:
         cut: their names.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     cut: frozenset[str]
 
     @classmethod
@@ -108,16 +116,37 @@ class Placement:
     def joined(self, name: str, values: Sequence[Value]) -> Value:
         """The parameter on all devices, from what `parts` lists; no bytes of a cut one move."""
         if name not in self.cut:
-            whole: Value = jax.device_put(values[0], NamedSharding(self.mesh, PartitionSpec()))
+            whole: Value = jax.device_put(values[0], NamedSharding(self.mesh, WHOLE))
             return whole
-        axes = row_axes(type(values[0])) if isinstance(values[0], Quantized) else (-2,)
         planes = zip(*map(jax.tree.leaves, values), strict=True)
-        made = [self._plane(parts, axis) for parts, axis in zip(planes, axes, strict=True)]
+        made = [self._plane(parts, axis) for parts, axis in zip(planes, _axes(values[0]), strict=True)]
         value: Value = jax.tree.unflatten(jax.tree.structure(values[0]), made)
         return value
 
+    def abstract(self, name: str, value: Any) -> Any:
+        """The parameter as `joined` places it, with `jax.ShapeDtypeStruct` in place of arrays."""
+        planes, tree = jax.tree.flatten(value)
+        specs = [_spec(plane.ndim, axis) if name in self.cut else WHOLE for plane, axis in zip(planes, _axes(value), strict=True)]
+        made = [
+            jax.ShapeDtypeStruct(plane.shape, plane.dtype, sharding=NamedSharding(self.mesh, spec))
+            for plane, spec in zip(planes, specs, strict=True)
+        ]
+        return jax.tree.unflatten(tree, made)
+
     def _plane(self, parts: Sequence[jax.Array], axis: int) -> jax.Array:
-        shape, axis = list(parts[0].shape), axis % parts[0].ndim
+        shape = list(parts[0].shape)
         shape[axis] *= len(parts)
-        spec = PartitionSpec(*[None] * axis, AXIS)
-        return jax.make_array_from_single_device_arrays(tuple(shape), NamedSharding(self.mesh, spec), list(parts))
+        sharding = NamedSharding(self.mesh, _spec(len(shape), axis))
+        return jax.make_array_from_single_device_arrays(tuple(shape), sharding, list(parts))
+
+
+WHOLE = PartitionSpec()
+
+
+def _axes(value: Any) -> tuple[int, ...]:
+    """The axis of rows of each plane of a value, from the end."""
+    return row_axes(type(value)) if isinstance(value, Quantized) else (-2,)
+
+
+def _spec(dimensions: int, axis: int) -> PartitionSpec:
+    return PartitionSpec(*[None] * (dimensions + axis), AXIS)

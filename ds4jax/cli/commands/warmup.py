@@ -54,6 +54,7 @@ def add_parser(commands: Any) -> None:
     models.add_drafter(parser)
     models.add_dense(parser)
     models.add_rounding(parser)
+    models.add_devices(parser)
     models.add_strict(parser)
     models.add_chunk(parser)
     parser.add_argument(
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(f"{runtime.cache_dir()}: programs cannot be kept there; give another folder in DS4JAX_CACHE")
         checkpoint = models.open_checkpoint(options)
         max_draft = models.max_drafts(options, checkpoint, drafting=models.asks_for_drafts(options))
-        model = warmup.without_weights(checkpoint, max_draft=max_draft)
+        model = warmup.without_weights(checkpoint, max_draft=max_draft, devices=options.devices)
         context = options.context or min(CONTEXT, model.config.max_context)
         programs = warmup.programs(model, context, strict=options.strict, chunk=options.chunk)
     with progress.counting_status("compiling", len(programs)) as note:

@@ -1,0 +1,76 @@
+"""Kernels inside `shard_map`: a decode step and a prefill of V4-Flash's shapes, cut over two GPUs, lowered without any."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cuda import executed_calls, lowered_for_cuda
+from jax.sharding import AbstractMesh
+
+from ds4jax.config import Config
+from ds4jax.decode import loop as decode
+from ds4jax.decode.depth import Policy
+from ds4jax.decode.loop import Limits
+from ds4jax.decode.module import Graph, flat
+from ds4jax.decode.sampling import Filters, Sampling
+from ds4jax.loading.cuts import cut_names
+from ds4jax.loading.placement import Placement
+from ds4jax.model.parameters import build
+from ds4jax.random_models import checkpoint as synthetic
+from pallas_kernels.attention import decode as attention
+from pallas_kernels.experts import decode as experts
+from pallas_kernels.experts import prefill as grouped
+from pallas_kernels.linear.cut import AXIS
+
+# A layer of each kind, so that each jitted layer stands once in the text.
+FLASH = dataclasses.replace(Config(), n_layers=3, n_hash_layers=1, compress_ratios=(0, 4, 128), n_mtp=0)
+# After o_a, o_b, the hidden values and the outputs of the experts.
+A_LAYER = 4
+# Of the embedding and of the logits.
+ENDS = 2
+REDUCTIONS = ("all_reduce", "reduce_scatter", "all_to_all", "collective_permute", "collective_broadcast")
+
+
+def cut_model(devices: int) -> tuple[Graph, tuple[Any, ...]]:
+    """The model over a mesh that needs no devices."""
+    placement = Placement(AbstractMesh((devices,), (AXIS,)), cut_names(FLASH, devices))
+    tensors = synthetic.checkpoint(FLASH, "flash-q2").tensors
+    model = build(FLASH, ((tensor.name, placement.abstract(tensor.name, tensor.abstract)) for tensor in tensors))
+    graph, weights = Graph.split(model)
+    return graph, flat(weights)
+
+
+def exchanges(text: str) -> int:
+    assert not any(f"stablehlo.{name}" in text for name in REDUCTIONS)
+    return text.count("stablehlo.all_gather")
+
+
+@pytest.mark.parametrize("devices", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.long
+def test_a_step_of_two_gpus(devices: int) -> None:
+    graph, weights = cut_model(devices)
+    state = jax.eval_shape(lambda: decode.start(FLASH, 512, [0], drafter=None, max_draft=0))
+    policy = Policy(jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.float32))
+    arguments = (graph, weights, state, Limits.of([1], [1], [[0]]), Filters.of([Sampling()]), policy)
+    text = lowered_for_cuda(decode.run.__wrapped__, *arguments, drafter=None, max_draft=0, strict=False)
+    expected = {experts.GATE_UP: 3, experts.DOWN: 3, attention.SPLIT_NAME: 3}
+    assert {name: executed_calls(text, name) for name in expected} == expected
+    assert exchanges(text) == A_LAYER * FLASH.n_layers + ENDS
+
+
+@pytest.mark.long
+def test_a_prefill_of_two_gpus() -> None:
+    graph, weights = cut_model(2)
+    state = jax.eval_shape(lambda: decode.start(FLASH, 1024, [0], drafter=None, max_draft=0))
+    ids = jax.ShapeDtypeStruct((512,), jnp.int32)
+    arguments = (graph, weights, state.cache, None, ids, ids, jnp.int32(512))
+    text = lowered_for_cuda(decode.prefill.__wrapped__, *arguments, drafter=None, strict=False)
+    # The last layer's outputs are not used.
+    expected = {grouped.GATE_UP: 2, grouped.DOWN: 2}
+    assert {name: executed_calls(text, name) for name in expected} == expected
+    # The shared expert's hidden values are gathered apart from the routed ones.
+    assert exchanges(text) == (A_LAYER + 1) * 2 + 1
