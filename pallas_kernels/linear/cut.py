@@ -65,7 +65,7 @@ def spread(y: jax.Array, weight: Any, axis: int = -1) -> jax.Array:
         return y
     axis, size = axis % y.ndim, y.shape[axis]
     whole = jnp.zeros((*y.shape[:axis], size * weight.devices, *y.shape[axis + 1 :]), y.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(whole, y, jax.lax.axis_index(AXIS) * size, axis)
+    return _apart(jax.lax.dynamic_update_slice_in_dim(whole, _apart(y), jax.lax.axis_index(AXIS) * size, axis))
 
 
 def own_part(y: jax.Array, weight: Any, axis: int = -1) -> jax.Array:
@@ -73,7 +73,12 @@ def own_part(y: jax.Array, weight: Any, axis: int = -1) -> jax.Array:
     if not isinstance(weight, Cut):
         return y
     size = y.shape[axis] // weight.devices
-    return jax.lax.dynamic_slice_in_dim(y, jax.lax.axis_index(AXIS) * size, size, axis)
+    return _apart(jax.lax.dynamic_slice_in_dim(_apart(y), jax.lax.axis_index(AXIS) * size, size, axis))
+
+
+def _apart(y: jax.Array) -> jax.Array:
+    """Keeps a slice out of what XLA fuses: a sum over a row that is fused with a slice has another order."""
+    return jax.lax.optimization_barrier(y)
 
 
 def completed(y: jax.Array, weight: Any) -> jax.Array:
