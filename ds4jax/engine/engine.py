@@ -186,19 +186,21 @@ class Engine:
     def fingerprint(self) -> str:
         """A digest of everything that a reply's bits depend on, besides the request: 32 hexadecimal digits.
 
-        Weights, versions, kind of device, slots, context, chunk, type of cache, strict and drafter. Equal fingerprints and equal
-        requests have equal replies.
+        Weights, versions, kind and number of devices, slots, context, chunk, type of cache, strict and drafter. Equal
+        fingerprints and equal requests have equal replies.
         """
         return hashlib.sha256(json.dumps(self._mode(), sort_keys=True).encode()).hexdigest()[:32]
 
     def _mode(self) -> dict[str, Any]:
-        model, shape, device = self.model, self.shape, jax.devices()[0]
+        model, shape, device, mesh = self.model, self.shape, jax.devices()[0], self.model.graph.mesh
         return {
             "weights": model.fingerprint,
             "ds4jax": ds4jax.__version__,
             "jax": jax.__version__,
             "device": f"{device.platform} {device.device_kind} {_processor() if device.platform == 'cpu' else ''}",
             "environment": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "DS4JAX_NO_SHARE_WARP")},
+            # On a CPU they change no bit. On GPUs that is not shown for the prefill.
+            "devices": mesh.size if mesh and device.platform != "cpu" else 1,
             "slots": shape.slots,
             "capacity": shape.capacity,
             "chunk": shape.chunk,

@@ -12,6 +12,7 @@ from gguf_files import GOLDEN
 from numerics import assert_bits_equal
 
 from ds4jax.bounds import SHIPPED
+from ds4jax.cli import main as cli
 from ds4jax.config import Config
 from ds4jax.errors import InputError
 from ds4jax.loading import open_checkpoint
@@ -90,6 +91,20 @@ def test_devices_that_cannot_be_used(devices: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         chosen(devices)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("1000000", "devices is 1000000; there are"), ("0", "0 is out of range"), ("two", "'two' is not an integer")],
+)
+def test_the_option(word: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = cli.main(["generate", "--devices", word, "x"])
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr().err.strip()
+    assert code == 2
+    assert message in said.splitlines()[-1]
 
 
 def test_unlike_devices(monkeypatch: pytest.MonkeyPatch) -> None:
