@@ -67,7 +67,8 @@ def parts(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def options(model: Path, mtp: Path | None = None) -> argparse.Namespace:
-    return argparse.Namespace(model=model, drafter="auto", drafter_file=mtp, dense=None, qat=None, cache="float32")
+    common = {"dense": None, "qat": None, "cache": "float32", "devices": None}
+    return argparse.Namespace(model=model, drafter="auto", drafter_file=mtp, **common)
 
 
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
