@@ -21,7 +21,7 @@ from ds4jax.decode.drafters.named import named
 from ds4jax.decode.loop import DecodeState, Limits
 from ds4jax.decode.module import Graph
 from ds4jax.decode.sampling import Filters, Sampling
-from ds4jax.engine.compile import compile_all
+from ds4jax.engine import compile
 from ds4jax.random_models.checkpoint import spread_numbers
 from ds4jax.random_models.oracle import OracleDrafter
 from pallas_kernels.attention.stored_rows import NarrowKeys, NarrowRows, Stored, narrow_keys, narrow_rows
@@ -189,5 +189,7 @@ def compiled(
     lowers = [functools.partial(lower, program, graph, weights, start) for program, start in zip(programs, starts, strict=True)]
     return {
         program: Loop(program, config, one.executable, weights, start, one.lower_seconds, one.compile_seconds)
-        for program, start, one in zip(programs, starts, compile_all(lowers, len(programs)), strict=True)
+        for program, start, one in zip(
+            programs, starts, compile.compile_all(map(compile.Program, lowers), len(programs)), strict=True
+        )
     }

@@ -173,9 +173,7 @@ class Generation:
         return self._state
 
     def _key(self) -> tuple[Any, ...]:
-        """The key of the programs. Models of equal shapes share them."""
-        model = self._model
-        return model.graph, model.config, model.max_draft, self._capacity, self._options.strict, self._drafter
+        return self._model.program_key(self._capacity, self._drafter, strict=self._options.strict)
 
     def _compile_all(self) -> None:
         """Compile the prompt's programs, and start compiling the loop at the same time.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -203,6 +203,10 @@ class Loaded:
     def drafter(self, chosen: Drafter | None) -> Drafter | None:
         """The drafter of the decode loop: the chosen one, otherwise that of `drafter_name`; None at max_draft 0."""
         return (chosen or named(self.drafter_name)) if self.max_draft else None
+
+    def program_key(self, capacity: int, drafter: Drafter | None, *, strict: bool) -> tuple[Any, ...]:
+        """What the programs over a cache of `capacity` rows depend on. Models of equal shapes share them."""
+        return self.graph, self.config, self.max_draft, capacity, strict, drafter
 
     def state(self, capacity: int, last: int, drafter: Drafter | None) -> DecodeState:
         """A decode state with an empty cache of `capacity` rows, for a prompt with the last token `last`."""
