@@ -187,9 +187,8 @@ def compiled(
     """Compile all programs, each in its own thread while the next is traced."""
     starts = [filled(config, program, context, capacity) for program in programs]
     lowers = [functools.partial(lower, program, graph, weights, start) for program, start in zip(programs, starts, strict=True)]
+    made = compile.compile_all(map(compile.Program, lowers), len(programs))
     return {
         program: Loop(program, config, one.executable, weights, start, one.lower_seconds, one.compile_seconds)
-        for program, start, one in zip(
-            programs, starts, compile.compile_all(map(compile.Program, lowers), len(programs)), strict=True
-        )
+        for program, start, one in zip(programs, starts, made, strict=True)
     }

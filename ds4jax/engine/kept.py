@@ -1,6 +1,6 @@
 """Compiled programs on disk, found by facts alone: the next process neither traces nor lowers them.
 
-A program has two names ([program_key.py](program_key.py)). A file of the name by facts is a link to a file of the name by content,
+A program has two names, see `ds4jax.engine.program_key`. A file of the name by facts is a link to a file of the name by content,
 which holds the machine code. So a change of the source that leaves a program as it is costs one trace, and no compilation.
 
 JAX's own persistent cache needs the lowered program, so it cannot save the trace. It does not hold these programs: XLA cannot

@@ -23,6 +23,7 @@ from ds4jax.decode.drafters.named import named
 from ds4jax.decode.loop import DecodeState
 from ds4jax.decode.module import Graph, flat
 from ds4jax.decode.scoring import extend
+from ds4jax.engine import beginning
 from ds4jax.engine.draft_arrays import draft_arrays, draft_positions
 from ds4jax.engine.prefill import Progress, chunk_here, nbytes
 from ds4jax.errors import InputError
@@ -210,13 +211,14 @@ class Loaded:
 
     def state(self, capacity: int, last: int, drafter: Drafter | None) -> DecodeState:
         """A decode state with an empty cache of `capacity` rows, for a prompt with the last token `last`."""
-        return decode.start(self.config, capacity, [last], drafter=drafter, max_draft=self.max_draft)
+        return beginning.state(self.config, capacity, [last], drafter=drafter, max_draft=self.max_draft)
 
     def state_shapes(self, capacity: int, drafter: Drafter | None) -> DecodeState:
         """Shapes and types of `state`, without allocating it."""
         key = (capacity, drafter)
         if key not in self._shapes:
-            self._shapes[key] = jax.eval_shape(lambda: self.state(capacity, 0, drafter))
+            empty = functools.partial(decode.start, self.config, capacity, [0], drafter=drafter, max_draft=self.max_draft)
+            self._shapes[key] = jax.eval_shape(empty)
         return self._shapes[key]
 
 

@@ -1,4 +1,4 @@
-"""Names of compiled programs made of facts that are known before tracing: source, versions, device, settings and the caller's key.
+"""Names of compiled programs, made of facts that are known before tracing: source, versions, device, settings, caller's key.
 
 Two processes have the same name for a program only if they would compile the same code for it.
 """
