@@ -37,7 +37,7 @@ DIGEST_BYTES = 32
 MAX_BYTES = 1 << 30
 # With an option of its own, a program has another name in JAX's cache than the same function under `jax.jit`. The value is XLA's
 # default, so it changes no code.
-_APART = {"xla_embed_ir_in_executable": False}
+_APART: dict[str, str | bool] = {"xla_embed_ir_in_executable": False}
 
 
 def refusal() -> str | None:
@@ -81,10 +81,22 @@ def compiled(name: str | None, lowered: jax.stages.Lowered) -> tuple[Any, bool]:
         # JAX's cache takes no program that compiles in less time than this.
         with jax_settings.persistent_cache_min_compile_time_secs(float("inf")):
             executable = lowered.compile(_APART)
-        _write(content, CODE, zlib.compress(pickle.dumps(serialize(executable)), 1))
+        if not _keep(content, executable):
+            return executable, False
     _write(name, LINK, content.encode())
     _remove_oldest()
     return executable, loaded
+
+
+def _keep(content: str, executable: Any) -> bool:
+    """Keep a program by its content. False if it has something that cannot be serialised, such as large constants."""
+    try:
+        body = pickle.dumps(serialize(executable))
+    except Exception:
+        # As in `_loaded`. Every process then traces this program.
+        return False
+    _write(content, CODE, zlib.compress(body, 1))
+    return True
 
 
 def _loaded(content: str) -> Any:
@@ -93,7 +105,8 @@ def _loaded(content: str) -> Any:
     if body is None:
         return None
     try:
-        return deserialize_and_load(*pickle.loads(zlib.decompress(body)), execution_devices=jax.devices())
+        code, arguments, results = pickle.loads(zlib.decompress(body))
+        return deserialize_and_load(code, arguments, results, execution_devices=jax.devices())
     except Exception as error:
         # Pickle and XLA raise errors of many kinds. Whatever it is, the program is compiled again.
         _damaged(content, f"{type(error).__name__}: {error}")
@@ -115,7 +128,8 @@ def _read(name: str, kind: str) -> bytes | None:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or _is_foreign(status):
                 return None
-            os.utime(file.fileno())
+            with contextlib.suppress(OSError):
+                os.utime(file.fileno())
             found = file.read()
     except OSError:
         return None

@@ -19,8 +19,8 @@ from typing import Any
 
 import flax
 import jax
-import jaxlib
 import numpy as np
+from jaxlib.version import __version__ as jaxlib_version
 
 from ds4jax.decode.module import Graph
 from ds4jax.device import processor
@@ -61,7 +61,7 @@ def by_facts(key: Hashable) -> str | None:
 def by_content(lowered: jax.stages.Lowered) -> str:
     """The name of a lowered program, 64 hexadecimal digits."""
     code = io.BytesIO()
-    lowered.compiler_ir("stablehlo").operation.write_bytecode(file=code)
+    lowered.compiler_ir("stablehlo").operation.write_bytecode(file=code)  # type: ignore[union-attr]
     return digest(_process(), str(lowered.in_tree), str(lowered.out_tree), code.getvalue())
 
 
@@ -102,7 +102,7 @@ def _process() -> str:
 def _machine() -> list[str | int]:
     """Versions, and the device. XLA compiles for the features of the CPU, and divides work by the number of its cores."""
     device = jax.devices()[0]
-    versions = [sys.version, jax.__version__, jaxlib.__version__, flax.__version__, np.__version__]
+    versions = [sys.version, jax.__version__, jaxlib_version, flax.__version__, np.__version__]
     return [*versions, device.platform, device.device_kind, device.client.platform_version, processor(), os.cpu_count() or 1]
 
 
