@@ -6,6 +6,7 @@ A model of 43 layers has about 2,100 arrays. On every call, hashing an `nnx.Grap
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -40,6 +41,11 @@ class Graph(nnx.GraphDef):
             # The base class is frozen.
             object.__setattr__(graph, name, value)
         return graph, weights
+
+    @functools.cached_property
+    def text(self) -> str:
+        """All of the graph as text, equal in every process; computed once."""
+        return f"{self.nodes!r}\n{self.attributes!r}\n{self.structure}\n{self.shapes}"
 
     def __hash__(self) -> int:
         return self._hash

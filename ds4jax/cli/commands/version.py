@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -56,6 +55,8 @@ def probe() -> None:
 
 
 def _jax() -> str:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version("jax")
     except importlib.metadata.PackageNotFoundError:
