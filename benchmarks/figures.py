@@ -115,13 +115,15 @@ def decode() -> str:
         cells = f"{row['ms_per_step']:.2f}", speed, f"{row['bytes'] / 1e9:.2f}", f"{row['fraction']:.2f}"
         rows.append((PROGRAMS[row["name"]], *cells))
     plain, calls = content["profiles"][0], content["calls"]
+    kernels = f"{plain['kernels']:.0f} kernels, {plain['kernels_per_layer']} a layer, and {plain['kernel_ms']:.2f} ms in them"
+    no_weights, copy = f"{100 * plain['no_weights']:.0f} %", f"{content['copy_gbps']:,.0f} GB/s"
+    pieces, one_call = (f"{calls[name]:.1f} tokens/s" for name in ("in_pieces", "in_one_call"))
     return f"""\
 {_table(("", "ms a step", "tokens/s", "GB a step", "of the copy bandwidth"), rows)}
 
-The plain step is {plain["kernels"]:.0f} kernels, {plain["kernels_per_layer"]} a layer, and {plain["kernel_ms"]:.2f} ms in them; those
-that read no weights take {100 * plain["no_weights"]:.0f} % of it. The copy bandwidth of the run is {content["copy_gbps"]:,.0f} GB/s. Memory
-at its peak is {content["peak_bytes"] / 1e9:.1f} GB. Through `stream`, in pieces of 8 tokens, plain decode runs at
-{calls["in_pieces"]:.1f} tokens/s, and at {calls["in_one_call"]:.1f} tokens/s in one call of `generate`."""
+The plain step is {kernels}; those that read no weights take {no_weights} of it.
+The copy bandwidth of the run is {copy}. Memory at its peak is {content["peak_bytes"] / 1e9:.1f} GB.
+Through `stream`, in pieces of 8 tokens, plain decode runs at {pieces}, and at {one_call} in one call of `generate`."""
 
 
 def dspark() -> str:
@@ -163,9 +165,7 @@ def prompts() -> str:
     rows = []
     for row in result("h200-prefill")["rows"]:
         calls = (f"{row['call_ms'][i]:.0f}" for i in (0, -1))
-        rows.append(
-            (f"{row['tokens']:,}", f"{row['tokens_per_second']:,.0f}", *calls, f"{row['temporary_bytes'] / 1e9:.2f}")
-        )
+        rows.append((f"{row['tokens']:,}", f"{row['tokens_per_second']:,.0f}", *calls, f"{row['temporary_bytes'] / 1e9:.2f}"))
     head = "tokens", "tokens/s", "first call, ms", "last call, ms", "temporaries beside weights and cache, GB"
     return _table(head, rows)
 
@@ -188,10 +188,11 @@ def start_and_load() -> str:
     """The first token of a process, and the load rate."""
     runs, load = result("h200-start")["runs"], result("h200-load")
     cold, warm, again = (f"{runs[name]['without_load']:.1f} s" for name in ("cold", "warm", "warm again"))
+    size, rate = f"{load['bytes'] / 1e9:.1f} GB", f"{load['gbps']['load']:.1f} GB/s"
     return f"""\
 A process has its first token {cold} after it began when it has to compile everything, and {warm} after it when all is kept
-from an earlier one ({again} in a third), without the time to make the weights. Loading a file of {load["bytes"] / 1e9:.1f} GB from the page
-cache onto the H200 runs at {load["gbps"]["load"]:.1f} GB/s, {load["ratio"]:.2f} of what `cat` reads in the same run."""
+from an earlier one ({again} in a third), without the time to make the weights. Loading a file of {size} from the page
+cache onto the H200 runs at {rate}, {load["ratio"]:.2f} of what `cat` reads in the same run."""
 
 
 def _us(us: float) -> str:
@@ -211,7 +212,8 @@ def kernels() -> str:
             rows.append((f"{product} {shape}", card, *times, _us(dot["us"]) if dot else ""))
     bandwidths = " and ".join(f"{content['copy_gbps']:,.0f} GB/s on the {card}" for card, content in contents.items())
     head = "product", "device", *(f"M={m}" for m in KERNEL_ROWS), "`jnp.dot` bf16, M=4"
-    return f"{_table(head, rows)}\n\nThe copy bandwidth is {bandwidths}. A read alone is faster than the copy, hence the fractions above 1."
+    above = "A read alone is faster than the copy, hence the fractions above 1."
+    return f"{_table(head, rows)}\n\nThe copy bandwidth is {bandwidths}. {above}"
 
 
 FIGURES: dict[str, Callable[[], str]] = {
@@ -250,7 +252,11 @@ def age(commit: str) -> str:
         return "unknown: no git"
     if done.returncode == 0:
         return done.stdout.strip()
-    return "unknown: no history of git here" if "not a git repository" in done.stderr else "unknown: its commit is not in this history"
+    return (
+        "unknown: no history of git here"
+        if "not a git repository" in done.stderr
+        else "unknown: its commit is not in this history"
+    )
 
 
 def ages() -> dict[str, tuple[str, str]]:

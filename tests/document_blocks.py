@@ -1,8 +1,8 @@
 """Code blocks of the README and the documentation: what they need, how they run, and what they have to print.
 
-A block's first line may be `# needs: SOMETHING`. What CI does not have is in `ELSEWHERE`; such blocks are counted and not run. Blocks
-that need a server run against one server of the tiny model. Everything else runs: Python blocks of a page in one namespace, commands
-of console blocks in the page's folder. `...` in an output stands for any text, and `# numbers vary` for other numbers.
+A block's first line may be `# needs: SOMETHING`. What CI does not have is in `ELSEWHERE`; such blocks are counted and not run.
+Blocks that need a server run against one server of the tiny model. All others run: Python blocks of a page in one namespace,
+commands of console blocks in the page's folder. `...` in an output stands for any text, `# numbers vary` for other numbers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any
 from ds4jax.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SERVER = "a server"
-ELSEWHERE = ("a GPU", "weights", "minutes", "a checkout", "a container", "a look at your own machine", "other engines")
+ELSEWHERE = ("a GPU", "weights", "minutes", "a checkout", "a look at your own machine")
 VARY = "# numbers vary"
 ADDRESS = "http://127.0.0.1:8000"
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -126,7 +126,7 @@ def run_python(block: Block, names: dict[str, Any], folder: Path) -> str:
 
 
 def differences(page: str, folder: Path, *, server: str | None = None) -> list[str]:
-    """Run the blocks of a page, those for a server if one is given, else the others. Returns outputs that are not the shown ones."""
+    """Run the blocks of a page: those for a server if one is given, else the others. Returns outputs that are not as shown."""
     names: dict[str, Any] = {"__name__": "block"}
     found = []
     for block in blocks(page):

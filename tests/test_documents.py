@@ -27,7 +27,7 @@ from ds4jax.evaluation.trace import LAYER, MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = (*PAGES, "GLOSSARY.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/LEDGER.md")
+DOCUMENTS = (*PAGES, "GLOSSARY.md", "CHANGELOG.md", "benchmarks/LEDGER.md")
 KINDS = {"python", "console", "bibtex"}
 MOST_README_LINES = 200
 MOST_PICTURE_BYTES = 150_000
@@ -66,7 +66,7 @@ def test_most_blocks_run(record_property: pytest.RecordProperty) -> None:
     ran = counted["nothing else"] + counted[SERVER]
     others = ", ".join(f"{count} need {needs}" for needs, count in counted.most_common() if needs in ELSEWHERE)
     record_property("summary", f"code blocks of README and docs: {ran} run in CI; not there: {others}")
-    assert ran > 2 * (counted.total() - ran)
+    assert ran > 1.5 * (counted.total() - ran)
 
 
 def test_options_of_commands_that_do_not_run_exist() -> None:
@@ -77,7 +77,8 @@ def test_options_of_commands_that_do_not_run_exist() -> None:
             for command, _ in commands(block) if block.kind == "console" and block.needs else ():
                 rest = re.sub(r"\s{2,}# .*$", "", installed(command)).removesuffix(" &").split("; ")[0]
                 rest = re.sub(r"^(\w+=\S* )+", "", rest)
-                rest = re.sub(r"(?<! --export )(?<=\s)\S+\.(gguf|txt)", str(SHIPPED), rest)
+                rest = re.sub(r"(?<! --export )(?<=\s)\S+\.gguf", str(SHIPPED), rest)
+                rest = re.sub(r"(?<=\s)\S+\.txt", str(ROOT / "LICENSE"), rest)
                 if rest.startswith("ds4jax ") and "--version" not in rest:
                     try:
                         cli.build_parser().parse_args(shlex.split(rest)[1:])
@@ -124,7 +125,10 @@ def test_a_block_that_prints_something_else_is_found(tmp_path: Path, monkeypatch
     """Of the kinds Python and console, with a command of this package and with one of the shell."""
     page = tmp_path / "page.md"
     wrong = ("```python\nprint(1)\n```\n\n```text\n2\n```\n", "```console\n$ echo 1 | cat\n2\n```\n")
-    right = ("```python\nx = 3\nprint(x, 12)\n```\n\n```text\n3 ...\n```\n", "```console\n# numbers vary\n$ echo 5 6 | cat\n7 8\n```\n")
+    right = (
+        "```python\nx = 3\nprint(x, 12)\n```\n\n```text\n3 ...\n```\n",
+        "```console\n# numbers vary\n$ echo 5 6 | cat\n7 8\n```\n",
+    )
     page.write_text("\n".join(wrong + right))
     monkeypatch.setattr("document_blocks.ROOT", tmp_path)
     assert len(blocks("page.md")) == 4
