@@ -30,6 +30,22 @@ def cache_dir() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "ds4jax" / "jax"
 
 
+def programs_folder() -> str | Path:
+    """The folder that compiled programs are kept in: JAX's own, unless `DS4JAX_CACHE` names another. JAX's may be a URL."""
+    kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    return kept if kept and not os.environ.get("DS4JAX_CACHE") else cache_dir()
+
+
+def require_writable(folder: Path) -> None:
+    """Create a folder unless it exists, and write to it. Permissions do not show a read-only file system, and root has all.
+
+    Raises:
+        OSError: the folder cannot be created or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
 def configure() -> None:
     """Set up memory and compilation before the first computation. Environment variables of the user take precedence.
 
@@ -78,9 +94,7 @@ def _keep_programs() -> None:
         return
     try:
         folder = cache_dir()
-        folder.mkdir(parents=True, exist_ok=True)
-        # Permissions do not show a read-only file system, and root has all permissions: try to write.
-        tempfile.TemporaryFile(dir=folder).close()
+        require_writable(folder)
     except (OSError, RuntimeError) as error:
         print(f"ds4jax: note: nothing compiled is kept for the next run: {error}", file=sys.stderr)
         return

@@ -14,10 +14,29 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ds4jax.cli.commands import batch, bench, chat, check, convert, generate, inspect, logits, serve, train, vectors, warmup
+from ds4jax.cli.commands import (
+    batch,
+    bench,
+    chat,
+    check,
+    completion,
+    convert,
+    doctor,
+    generate,
+    inspect,
+    logits,
+    serve,
+    train,
+    vectors,
+    warmup,
+)
 from ds4jax.cli.commands import eval as evaluation
 from ds4jax.cli.commands.version import Version
 from ds4jax.errors import InputError
+
+COMMANDS = (
+    generate, chat, serve, batch, logits, inspect, convert, evaluation, vectors, check, doctor, warmup, train, bench
+)  # fmt: skip
 
 EXAMPLES = """\
 examples:
@@ -53,8 +72,25 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action=Version, help="print the versions, the device and its kernel path")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (generate, chat, serve, batch, logits, inspect, convert, evaluation, vectors, check, warmup, train, bench):
+    for module in (
+        generate,
+        chat,
+        serve,
+        batch,
+        logits,
+        inspect,
+        convert,
+        evaluation,
+        vectors,
+        check,
+        doctor,
+        warmup,
+        train,
+        bench,
+    ):
         module.add_parser(commands)
+    # It writes down the options of all others.
+    completion.add_parser(commands, parser)
     return parser
 
 
