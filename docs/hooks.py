@@ -49,7 +49,7 @@ def _place(target: str) -> str:
     for uri, source in ROOT_DOCUMENTS.items():
         if source == target:
             return uri
-    if target.startswith("docs/"):
+    if target.startswith("docs/") and not target.endswith(".py"):
         return target.removeprefix("docs/")
     shown = target.endswith((".py", ".ipynb", ".md")) or (ROOT / target).is_dir()
     return f"source/{target}.md" if shown else f"source/{target}"

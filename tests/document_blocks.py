@@ -1,8 +1,9 @@
 """Code blocks of the README and the documentation: what they need, how they run, and what they have to print.
 
 A block's first line may be `# needs: SOMETHING`. What CI does not have is in `ELSEWHERE`; such blocks are counted and not run.
-Blocks that need a server run against one server of the tiny model. All others run: Python blocks of a page in one namespace,
-commands of console blocks in the page's folder. `...` in an output stands for any text, `# numbers vary` for other numbers.
+Blocks that need a server, or start one, run against one server of the tiny model. All others run: Python blocks of a page in
+one namespace, commands of console blocks in the page's folder. `...` in an output stands for any text, `# numbers vary` for
+other numbers.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def blocks(page: str) -> list[Block]:
             while body.startswith(("# needs: ", VARY)):
                 line, _, body = body.partition("\n")
                 needs, vary = (needs, True) if line == VARY else (line.removeprefix("# needs: "), vary)
+            if "$ ds4jax serve" in body or "&& ds4jax serve" in body:
+                needs = needs or SERVER
             found.append(Block(kind, body, needs, vary))
         end = fence.end()
     return found
@@ -127,7 +130,7 @@ def run_python(block: Block, names: dict[str, Any], folder: Path) -> str:
 
 def differences(page: str, folder: Path, *, server: str | None = None) -> list[str]:
     """Run the blocks of a page: those for a server if one is given, else the others. Returns outputs that are not as shown."""
-    names: dict[str, Any] = {"__name__": "block"}
+    names: dict[str, Any] = {"__name__": "__main__"}
     found = []
     for block in blocks(page):
         if block.needs != (SERVER if server else "") or block.kind not in ("python", "console"):
