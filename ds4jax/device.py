@@ -7,8 +7,6 @@ import dataclasses
 import platform
 from pathlib import Path
 
-import jax
-
 
 @dataclasses.dataclass(frozen=True)
 class DeviceMemory:
@@ -27,6 +25,9 @@ class DeviceMemory:
 
 def device_memory() -> DeviceMemory | None:
     """Memory of the default device; None on a CPU, and where the device does not report it."""
+    # Late: `ds4jax doctor` reads the host's memory where JAX does not start.
+    import jax
+
     device = jax.devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats or "bytes_limit" not in stats:

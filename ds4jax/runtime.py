@@ -21,6 +21,8 @@ YOUNG_OBJECTS = 20_000
 KEPT_BYTES = 1 << 29
 # glibc's numbers of the two bounds in `mallopt`.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+# Whether the process runs one command and nothing else, so that nobody has replaced a function of the package in it.
+process_of_a_command = False
 # Warnings of JAX about programs that it cannot read or write, and the notes printed instead.
 _WARNING = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (.*)", re.DOTALL)
 _NOTES = {"reading": "holds programs that are damaged; they are compiled again", "writing": "programs cannot be kept"}
@@ -33,6 +35,22 @@ def cache_dir() -> Path:
         return Path(chosen).expanduser()
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "ds4jax" / "jax"
+
+
+def programs_folder() -> str | Path:
+    """The folder that compiled programs are kept in: JAX's own, unless `DS4JAX_CACHE` names another. JAX's may be a URL."""
+    kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    return kept if kept and not os.environ.get("DS4JAX_CACHE") else cache_dir()
+
+
+def require_writable(folder: Path) -> None:
+    """Create a folder unless it exists, and write to it. Permissions do not show a read-only file system, and root has all.
+
+    Raises:
+        OSError: the folder cannot be created or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def configure() -> None:
@@ -101,9 +119,7 @@ def _keep_programs() -> None:
         return
     try:
         folder = cache_dir()
-        folder.mkdir(parents=True, exist_ok=True)
-        # Permissions do not show a read-only file system, and root has all permissions: try to write.
-        tempfile.TemporaryFile(dir=folder).close()
+        require_writable(folder)
     except (OSError, RuntimeError) as error:
         print(f"ds4jax: note: nothing compiled is kept for the next run: {error}", file=sys.stderr)
         return

@@ -92,6 +92,7 @@ def _once(options: Options) -> dict[str, float]:
     startup.watch()
     from ds4jax import runtime
 
+    runtime.process_of_a_command = True
     runtime.configure()
     import jax
     import numpy as np

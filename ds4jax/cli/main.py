@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from ds4jax import runtime
 from ds4jax.cli.commands.version import Version
 from ds4jax.errors import InputError
 
@@ -29,7 +30,8 @@ examples:
 
 # Modules of `ds4jax.cli.commands` in the order of --help.
 COMMANDS = (
-    "generate", "chat", "serve", "batch", "logits", "inspect", "convert", "eval", "vectors", "check", "warmup", "train", "bench",
+    "generate", "chat", "serve", "batch", "logits", "inspect", "convert", "eval", "vectors", "check", "doctor", "warmup", "train", "bench",
+    "completion",
 )  # fmt: skip
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -62,6 +64,8 @@ def build_parser(names: Sequence[str] = COMMANDS) -> Parser:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name in names:
         importlib.import_module(f"ds4jax.cli.commands.{name}").add_parser(commands)
+    # For the completion of shells, which writes down the options of all commands.
+    parser.set_defaults(whole=build_parser)
     return parser
 
 
@@ -87,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _speak_utf8()
     words = sys.argv[1:] if argv is None else argv
+    runtime.process_of_a_command = runtime.process_of_a_command or argv is None
     parser = build_parser([words[0]] if words and words[0] in COMMANDS else COMMANDS)
     try:
         try:

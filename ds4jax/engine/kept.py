@@ -25,6 +25,7 @@ import jax
 from jax._src import config as jax_settings
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
+from ds4jax import runtime
 from ds4jax.engine.program_key import by_content, by_facts
 from ds4jax.files import temporary_name
 
@@ -42,6 +43,8 @@ _APART: dict[str, str | bool] = {"xla_embed_ir_in_executable": False}
 
 def refusal() -> str | None:
     """Why this process keeps no programs; None if it does."""
+    if not runtime.process_of_a_command:
+        return "functions that programs are made of may have been replaced in this process, which no fact tells of"
     root = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if not root or "://" in root or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return "JAX has no local cache folder"

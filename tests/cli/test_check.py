@@ -19,7 +19,6 @@ from gguf_files import SMALL, write_small
 import ds4jax
 from ds4jax.cli import main as cli
 from ds4jax.decode import loop as decode
-from ds4jax.engine import kept
 from ds4jax.engine.compile import programs
 from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.options import Options, Result
@@ -216,8 +215,6 @@ def test_drafts_that_stand_without_being_right_are_found(
         return depth_S, jnp.where(depth_S > 0, best_S, follower_S)
 
     monkeypatch.setattr(decode, "accept", credulous)
-    # The source does not show this fault, so no other process may find the program.
-    monkeypatch.setattr(kept, "PLATFORMS", ())
     # A shape of its own: the loop that is compiled with this fault serves no other test.
     path = folder / "credulous.gguf"
     write_small(path, dataclasses.replace(SMALL, max_context=777))

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from gguf_files import write_small
 
+from ds4jax import runtime
 from ds4jax.decode.drafters.ngram import NgramDrafter
 from ds4jax.engine import kept, program_key
 
@@ -33,6 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setattr(program_key, "_source", lambda: "source")
     monkeypatch.setattr(kept, "_reported", [])
+    monkeypatch.setattr(runtime, "process_of_a_command", True)
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     yield tmp_path / "programs"
     jax.config.update("jax_compilation_cache_dir", before)
@@ -269,6 +271,10 @@ def test_each_fact_is_in_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_no_program_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept.refusal() is None
     with monkeypatch.context() as patch:
+        patch.setattr(runtime, "process_of_a_command", False)
+        assert kept.refusal().startswith("functions that programs are made of may have been replaced")
+        assert kept.name_of(KEY) is None
+    with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
         assert kept.refusal() == "no test has loaded a program for gpu without tracing it"
         assert kept.name_of(KEY) is None
@@ -287,7 +293,7 @@ from ds4jax.cli.main import main
 
 events = collections.Counter()
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.update([event.rsplit("/")[-1]]))
-code = main(["generate", *sys.argv[1:]])
+code = main()
 print(json.dumps(events), file=sys.stderr)
 sys.exit(code)
 """
@@ -302,7 +308,7 @@ def test_a_warm_process_traces_no_program(tmp_path: Path) -> None:
 
     def start() -> tuple[dict[str, Any], dict[str, int]]:
         environment = os.environ | {"DS4JAX_CACHE": str(tmp_path / "kept")}
-        command = [sys.executable, "-c", STARTS, *map(str, line)]
+        command = [sys.executable, "-c", STARTS, "generate", *map(str, line)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout)
