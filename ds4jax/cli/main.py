@@ -30,8 +30,8 @@ examples:
 
 # Modules of `ds4jax.cli.commands` in the order of --help.
 COMMANDS = (
-    "generate", "chat", "serve", "batch", "logits", "inspect", "convert", "eval", "vectors", "check", "doctor", "warmup", "train", "bench",
-    "completion",
+    "generate", "chat", "serve", "batch", "logits", "inspect", "convert", "eval", "vectors", "check", "doctor", "warmup", "train",
+    "bench", "completion",
 )  # fmt: skip
 INTERRUPTED = 130
 PIPE_CLOSED = 141
