@@ -73,15 +73,21 @@ def test_how_old_the_results_are(record_property: pytest.RecordProperty) -> None
     record_property("summary", f"age of the figures, in commits that changed pallas_kernels: {told}")
 
 
-def test_an_age_counts_commits_of_kernels() -> None:
+def test_an_age_counts_commits_of_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip("no history of git here")
-        return done.stdout.strip()
+        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *author, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
 
-    latest = git("log", "-1", "--format=%H", "--", "pallas_kernels")
-    assert figures.age(latest) == "0"
-    assert figures.age(f"{latest}-dirty") == "0"
-    assert figures.age(f"{latest}~1") == "1"
+    def committed(name: str) -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        git("add", ".")
+        git("commit", "-qm", name)
+        return git("rev-parse", "HEAD")
+
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    assert figures.age("0" * 40) == "unknown: no history of git here"
+    git("init", "-q")
+    first, second, third = map(committed, ("pallas_kernels/a", "pallas_kernels/b", "README.md"))
+    assert [figures.age(commit) for commit in (first, f"{first}-dirty", second, third)] == ["1", "1", "0", "0"]
     assert figures.age("0" * 40) == "unknown: its commit is not in this history"
