@@ -186,6 +186,26 @@ def long_contexts() -> str:
 Weights take {content["weight_bytes"] / 1e9:.1f} GB; the run's peak is {peak / 1e9:.1f} GB."""
 
 
+def ratios() -> str:
+    """Steps with drafts beside the plain step."""
+    two, five = result("h200-decode")["rows"], result("h200-decode-0731")["rows"]
+    mtp, dspark = (rows[-1]["ms_per_step"] / two[0]["ms_per_step"] for rows in (two, five))
+    return (
+        f"On an H200 the step with two MTP drafts takes {mtp:.1f} times as long as the plain one, and the step with five DSpark "
+        f"drafts {dspark:.1f} times."
+    )
+
+
+def slots() -> str:
+    """What eight slots take beside the weights."""
+    content = result("h200-long")
+    sizes = {row["context"]: 8 * row["cache_bytes"] / 1e9 for row in content["rows"] if row["cache"] == "narrow"}
+    return (
+        f"Weights take {content['weight_bytes'] / 1e9:.1f} GB. Eight slots of 131,072 tokens take {sizes[131072]:.0f} GB as "
+        f"`narrow`, and eight of a million {sizes[1000000]:.0f} GB."
+    )
+
+
 def start_and_load() -> str:
     """The first token of a process, and the load rate."""
     runs, load = result("h200-start")["runs"], result("h200-load")
@@ -226,6 +246,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "another layout": another_layout,
     "prompts": prompts,
     "long contexts": long_contexts,
+    "ratios": ratios,
+    "slots": slots,
     "start and load": start_and_load,
     "kernels": kernels,
 }
