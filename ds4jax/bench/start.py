@@ -1,7 +1,7 @@
 """Measures the time from the start of a process to its first token, with an empty and with a filled compilation cache.
 
-Each run is a separate process that works like `generate`, with the tiny model or with random weights made on the device. Making the
-weights counts as load, and totals are also given without it, because loading has its own benchmark.
+Each run is a separate process that works like `generate`, with the tiny model or with random weights made on the device. Making
+the weights counts as load, and totals are also given without it, because loading has its own benchmark.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def measure(options: Options, note: Callable[[str], None]) -> Row:
     """Run the processes one after the other, the first with an empty compilation cache.
 
     Returns:
-        The options and `runs`: for each of `RUNS` the seconds of `ds4jax.timing.PARTS`, their total, and `without_load`; `cpu`, the
-        seconds of all cores; and how many programs were `traced`, and `compiled` or read from JAX's cache.
+        The options and `runs`: for each of `RUNS` the seconds of `ds4jax.timing.PARTS`, their total, and `without_load`; `cpu`,
+        the seconds of all cores; and how many programs were `traced`, and `compiled` or read from JAX's cache.
 
     Raises:
         InputError: a process failed.
