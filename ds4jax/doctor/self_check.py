@@ -9,8 +9,9 @@ from ds4jax.doctor.child import ChildError, objects, say
 from ds4jax.doctor.row import Row
 
 PROMPT, NEW_TOKENS = "In the beginning", 48
-# Seconds until the model is loaded, until its programs are compiled or found in the cache, and for each comparison.
-LOADING, COMPILING, COMPARING = 120.0, 600.0, 20.0
+# Seconds until the model is loaded, until its programs are compiled or found in the cache, and for each of the two comparisons
+# that follow the first.
+LOADING, COMPILING, COMPARING = 120.0, 1200.0, 10.0
 # Loading and the comparisons: draft 0 with itself, the drafter's depth with draft 0, and with itself.
 PARTS = 4
 PROGRAM = "from ds4jax.doctor.self_check import main; main()"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from ds4jax.bounds import DRAFTERS
 from ds4jax.cli import main as cli
+from ds4jax.cli.commands import completion
 from ds4jax.cli.commands.completion import SHELLS
 
 
@@ -48,6 +50,13 @@ def test_bash(script: str, tmp_path: Path) -> None:
     assert completed(script, tmp_path, "generate", "--temperature", "") & {"model.gguf"} == set()
     assert completed(script, tmp_path, "bench", "dec") == {"decode"}
     assert completed(script, tmp_path, "bench", "decode", "--synth") == {"--synthetic"}
+
+
+def test_every_option_with_a_file_or_folder_completes_it() -> None:
+    named = re.compile(r"(FILE|DIR|PATH|MODEL|IN|OUT)(\.\w+)?")
+    actions = [action for action in completion.actions(cli.build_parser()) if named.fullmatch(str(action.metavar))]
+    assert len(actions) > 40
+    assert [action.dest for action in actions if completion.kind(action) is None] == []
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -47,26 +47,26 @@ def run(options: argparse.Namespace) -> int:
     import shtab
 
     whole = options.whole()
-    for action in _actions(whole):
-        kind = _kind(action)
-        if kind is not None:
+    for action in actions(whole):
+        found = kind(action)
+        if found is not None:
             # shtab reads this attribute.
-            action.complete = getattr(shtab, kind)  # type: ignore[attr-defined]
+            action.complete = getattr(shtab, found)  # type: ignore[attr-defined]
     print(shtab.complete(whole, options.shell))
     return 0
 
 
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     """All actions of a parser and of its sub-commands, except the choice of a sub-command."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for child in action.choices.values():
-                yield from _actions(child)
+                yield from actions(child)
         else:
             yield action
 
 
-def _kind(action: argparse.Action) -> str | None:
+def kind(action: argparse.Action) -> str | None:
     """The name in shtab of what an action takes: FILE or DIRECTORY; None for any other word."""
     if action.type in FOLDERS or (action.type is Path and action.metavar == "DIR"):
         return "DIRECTORY"

@@ -20,8 +20,8 @@ Look at this installation: versions, device, driver, kernels, the cache of compi
 tiny model, whose greedy text has to have equal bits with drafts and without. Prints a line for each, and at the end one line for
 each thing that is wrong, with what to do. Exit code 1 if something is wrong, 0 if all is well.
 
-The first self-check compiles the tiny model's programs; each later one takes seconds. With --json, stdout is one object: well
-(the verdict) and rows with name, value, todo (null if nothing is wrong) and figures."""
+The first self-check compiles the tiny model's programs, which may take minutes on a busy machine; a later one takes seconds.
+With --json, stdout is one object: well (the verdict) and rows with name, value, todo (null if nothing is wrong) and figures."""
 
 EXAMPLES = """\
 examples:
