@@ -75,8 +75,8 @@ def test_how_old_the_results_are(record_property: pytest.RecordProperty) -> None
 
 def test_an_age_counts_commits_of_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:
-        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        return subprocess.run(["git", *author, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
 
     def committed(name: str) -> str:
         (tmp_path / name).parent.mkdir(exist_ok=True)
