@@ -82,14 +82,18 @@ def speed() -> str:
         (
             f"{reference['engine']} ({reference['state']}), default; fastest flags",
             f"{reference['default']}; {reference['fastest']}",
-            "measured, same layout, random weights",
+            "measured once, same layout, random weights",
         ),
-        ("the same with MTP", str(reference["mtp"]), f"measured, {reference['mtp_tokens_per_step']} tokens a step *simulated*"),
+        (
+            "the same with MTP",
+            str(reference["mtp"]),
+            f"measured once, {reference['mtp_tokens_per_step']} tokens a step *simulated*",
+        ),
         *((f"{one['engine']}, {one['what']}", one["tokens_per_second"], f"[reported]({one['source']})") for one in _reported()),
         (
             f"llama.cpp ({llama['state']}), {llama['what']} alone",
             str(llama["plain"]),
-            f"measured; ds4jax {llama['ds4jax']:,} with the same layers",
+            f"measured once; ds4jax {llama['ds4jax']:,} with the same layers",
         ),
         (
             f"prompt of {prompt['tokens']:,} tokens: ds4jax; {reference['engine']}",

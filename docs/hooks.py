@@ -6,14 +6,12 @@ file is copied.
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
 import os
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -83,29 +81,13 @@ def _shown(target: str) -> str:
     return f"{HIDDEN}# `{target}`\n\n````python\n{path.read_text()}````\n"
 
 
-def _module(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for one in action.choices.values():
-                yield from _parsers(one)
-
-
 def _help() -> str:
     """The help of every command."""
     from ds4jax.cli.main import build_parser
+    from ds4jax.cli.options import parsers
 
     os.environ["COLUMNS"] = "110"
-    parts = [f"## {one.prog}\n\n```text\n{one.format_help()}```" for one in _parsers(build_parser())]
+    parts = [f"## {one.prog}\n\n```text\n{one.format_help()}```" for one in parsers(build_parser())]
     return "\n\n".join(["# Help of every command", "Made from the commands themselves when this site is built.", *parts])
 
 
@@ -134,7 +116,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if uri.startswith("source/"):
         return markdown
     if AGES in markdown:
-        markdown = markdown.replace(AGES, _module("benchmarks/figures.py").ages_table())
+        markdown = markdown.replace(AGES, runpy.run_path(str(ROOT / "benchmarks" / "figures.py"))["ages_table"]())
     places = {written: _place(target) for written, target in _linked(markdown, _source_of(uri))}
 
     def moved(found: re.Match[str]) -> str:

@@ -46,6 +46,7 @@ def main() -> None:
     """In the child: load the tiny model, compare, and print an object for each part."""
     from ds4jax import runtime
 
+    runtime.process_of_a_command = True
     runtime.configure()
     from ds4jax.evaluation import check
     from ds4jax.language_model import load

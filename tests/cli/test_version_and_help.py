@@ -17,6 +17,7 @@ import pytest
 import ds4jax
 from ds4jax.cli import main as cli
 from ds4jax.cli.commands import version
+from ds4jax.cli.options import parsers
 from ds4jax.doctor import probe
 
 
@@ -58,16 +59,6 @@ def test_version_where_jax_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - began < 20
 
 
-def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """A parser and all of its sub-commands'."""
-    found = [parser]
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in action.choices.values():
-                found += parsers(child)
-    return found
-
-
 @pytest.mark.parametrize("parser", [*parsers(cli.build_parser())], ids=lambda parser: parser.prog)
 def test_every_help_has_an_example(parser: argparse.ArgumentParser) -> None:
     text = parser.format_help()
@@ -82,6 +73,6 @@ def test_every_help_has_an_example(parser: argparse.ArgumentParser) -> None:
 def test_the_documentation_knows_every_command(root: Path) -> None:
     table = (root / "docs" / "reference" / "commands.md").read_text()
     names = [
-        parser.prog for parser in parsers(cli.build_parser())[1:] if "bench" not in parser.prog or parser.prog.count(" ") > 1
+        parser.prog for parser in [*parsers(cli.build_parser())][1:] if "bench" not in parser.prog or parser.prog.count(" ") > 1
     ]
     assert [name for name in names if not re.search(rf"`{name}[ `]", table)] == []

@@ -58,12 +58,8 @@ def run(options: argparse.Namespace) -> int:
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     """All actions of a parser and of its sub-commands, except the choice of a sub-command."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in action.choices.values():
-                yield from actions(child)
-        else:
-            yield action
+    for one in cli_options.parsers(parser):
+        yield from (action for action in one._actions if not isinstance(action, argparse._SubParsersAction))
 
 
 def kind(action: argparse.Action) -> str | None:

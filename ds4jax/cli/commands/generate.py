@@ -116,7 +116,8 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     model, session, generation = _begin(options)
     startup.begin("decode")
-    earlier, before = generation.result(), len(generation.ids)
+    earlier = generation.result()
+    before = len(earlier.ids)
     reading = _reading(model.tokenizer, options)
     first = list(reading.skip(generation.ids, session.unshown if session else "")) if reading else []
     first_token: dict[str, float] = {}
