@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ds4jax.training.dspark import dspark_loss
     from ds4jax.training.mtp import mtp_loss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ChatPrompt",
     "Config",

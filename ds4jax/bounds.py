@@ -32,6 +32,9 @@ DRAFTERS = ("auto", "mtp", "dspark", "ngram", f"mtp{AND_NGRAM}", f"dspark{AND_NG
 # No token has this id: the only stop token of a generation that ignores the end of the text.
 NO_STOP = -1
 MAX_TOKENS = 2**31 - 1
+# Reserved for the temporary arrays of a program: the logits of a prefill of 512 rows take 0.3 GB, the rest is for activations,
+# dequantised experts and the program itself.
+WORKING_BYTES = 2_000_000_000
 
 # Types of dense matrices that a checkpoint directory can be read as, and their GGUF names.
 DENSE_FORMS = {"q8_0": "Q8_0", "bf16": "BF16", "f32": "F32"}

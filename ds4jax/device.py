@@ -1,11 +1,11 @@
-"""Memory of the default device and of the host."""
+"""Memory of the default device and of the host, and what the host's processor can do."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import platform
 from pathlib import Path
-
-import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,9 @@ class DeviceMemory:
 
 def device_memory() -> DeviceMemory | None:
     """Memory of the default device; None on a CPU, and where the device does not report it."""
+    # Late: `ds4jax doctor` reads the host's memory where JAX does not start.
+    import jax
+
     device = jax.devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats or "bytes_limit" not in stats:
@@ -54,3 +57,15 @@ def host_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/
         # No limit ("max" is not a number), or no control groups.
         pass
     return DeviceMemory(total, total - free, None)
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What decides the instructions that XLA compiles for a CPU: its model and features, where the system lists them.
+
+    Source: Linux documentation, proc(5).
+    """
+    with contextlib.suppress(OSError):
+        lines = dict.fromkeys(cpuinfo.read_text().splitlines())
+        named = [line for line in lines if line.lower().startswith(("model", "stepping", "flags", "features", "cpu part"))]
+        return "\n".join(named) or platform.machine()
+    return platform.machine()

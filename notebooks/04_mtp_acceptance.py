@@ -15,8 +15,8 @@
 # # 4 · When drafts stand
 #
 # The MTP block drafts tokens. The model verifies them in one pass and accepts the drafts that equal its own tokens: they stand.
-# The number of accepted drafts decides whether drafting is faster. This notebook shows acceptance by depth, by kind of text, by
-# drafter and along a text; the break-even; and the loop that chooses its depth itself.
+# The number of accepted drafts decides whether drafting is faster. This notebook shows acceptance by depth, by kind of text and
+# along a text; the break-even; and the loop that chooses its depth itself. Notebook 8 compares this block with other drafters.
 
 # %%
 import matplotlib.pyplot as plt
@@ -103,48 +103,6 @@ right.set(title="In the model's continuation")
 right.legend([f"after {name}" for name in chains], fontsize=8, loc="lower left")
 plt.show()
 assert stood["held out (Revelation)"].mean() > stood["random letters"].mean()
-
-# %% [markdown]
-# ## Other drafters
-#
-# A drafter needs no weights: `ngram` finds the last tokens earlier in the text, and drafts what followed them there. This cell
-# takes every drafter that these weights can be opened with. Each drafts as many tokens a step as it does by default.
-
-# %%
-COMPARED = ("learnt (Genesis)", "one verse, repeated", "program")
-
-
-def opened(name: str) -> ds4jax.LanguageModel | None:
-    """The model with this drafter; None if the weights lack it."""
-    try:
-        return ds4jax.load(drafter=name)
-    except ds4jax.InputError:
-        print(f"no {name} in these weights")
-        return None
-
-
-models = {name: found for name in ("mtp", "dspark", "ngram") if (found := opened(name))}
-drafted = {
-    (name, kind): one.generate(one.encode(texts[kind])[:120], max_new_tokens=64, ignore_eos=True)
-    for name, one in models.items()
-    for kind in COMPARED
-}
-for (name, kind), run in drafted.items():
-    counts = ", ".join(f"{stood} of {tried}" for stood, tried in zip(run.stood, run.tried, strict=True))
-    print(f"{name:6} {kind:20} {run.tokens_per_step:.2f} tokens a step; stood by depth: {counts}")
-
-# %%
-figure, axes = plt.subplots(figsize=(7.6, 2.9))
-for i, name in enumerate(models):
-    place = np.arange(len(COMPARED)) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
-    bars = axes.bar(place, [drafted[name, kind].tokens_per_step for kind in COMPARED], width=0.75 / len(models), label=name)
-    axes.bar_label(bars, fmt="%.1f")
-axes.set_xticks(range(len(COMPARED)), COMPARED)
-axes.set(ylabel="tokens a step", title="After the first 120 tokens of each text")
-axes.margins(y=0.15)
-axes.grid(axis="x", visible=False)
-axes.legend()
-plt.show()
 
 # %% [markdown]
 # ## Along a text

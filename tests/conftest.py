@@ -61,7 +61,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Count skipped tests by reason, a line each; `-rs` lists them one by one."""
+    """Print what tests noted as "summary", and count skipped tests by reason, a line each; `-rs` lists them one by one."""
+    for report in terminalreporter.stats.get("passed", []):
+        for line in (value for name, value in report.user_properties if name == "summary"):
+            terminalreporter.write_line(line)
     if "s" in terminalreporter.reportchars:
         return
     # Where, which line, and "Skipped: " before the reason.

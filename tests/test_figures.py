@@ -1,131 +1,93 @@
-"""The README's figures of the H200 and H100 are those of benchmarks/results, rounded."""
+"""Figures of the README and the documentation: those of benchmarks/results, or with a link to where they are from."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+import subprocess
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-PROGRAMS = {
-    "plain": "plain, `max_draft` 0",
-    "plain in max_draft 2": "plain in the program for two drafts",
-    "draft 1 in max_draft 2": "one draft a step",
-    "draft 2 in max_draft 2": "two drafts a step",
-}
-SHAPES = {
-    "q_b": "32768×1024",
-    "o_a": "8×1024×4096",
-    "o_b": "4096×8192",
-    "gate + up": "2×2048×4096",
-    "down": "4096×2048",
-    "q_a + kv": "(1024+512)×4096",
-    "head": "129280×4096",
-}
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+SPEED = re.compile(r"\d[\d.,]*(?: |-)?(?:tokens/s|t/s|ms|µs|GB/s|TB/s)\b")
 
 
-def _result(name: str) -> Any:
-    return json.loads((ROOT / "benchmarks" / "results" / f"nvidia-{name}.json").read_text())
+def _figures() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks" / "figures.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def _missing(lines: list[str]) -> list[str]:
-    """Those of `lines` that the README does not have, wherever its own lines break."""
-    flowing = " ".join(README.split())
-    return [line for line in lines if line not in flowing]
+figures = _figures()
+DOCUMENTS = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in figures.documents()]
 
 
-def _us(us: float) -> str:
-    return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_figures_are_those_of_the_results(path: Path) -> None:
+    """Otherwise write them again: `python benchmarks/figures.py`."""
+    text = path.read_text()
+    assert figures.filled(text) == text
+    assert len(figures.MARKED.findall(text)) == text.count("<!-- figures: ") == text.count("<!-- end of figures -->")
 
 
-def test_decode() -> None:
-    content = _result("h200-decode")
-    simulated = {row["name"]: row for row in content["simulated"]}
-    lines = []
-    for row in content["rows"]:
-        speed = f"{row['tokens_per_second']:.1f}" if row["tokens_per_second"] else ""
-        if row["name"] in simulated:
-            guess = simulated[row["name"]]
-            speed = f"{guess['tokens_per_second']:.0f} at a *simulated* acceptance of {'/'.join(map(str, guess['acceptance']))}"
-        size, fraction = f"{row['bytes'] / 1e9:.2f}", f"{row['fraction']:.2f}"
-        lines.append(f"| {PROGRAMS[row['name']]} | {row['ms_per_step']:.2f} | {speed} | {size} | {fraction} |")
-    plain = content["profiles"][0]
-    lines.append(f"{plain['kernels']:.0f} kernels, {plain['kernels_per_layer']} a layer, and {plain['kernel_ms']:.2f} ms in them")
-    lines.append(f"read no weights take {100 * plain['no_weights']:.0f} % of it")
-    lines.append(f"copy bandwidth of the run {content['copy_gbps']:,.0f} GB/s")
-    lines.append(f"Memory at its peak {content['peak_bytes'] / 1e9:.1f} GB")
-    assert _missing(lines) == []
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_a_speed_outside_of_them_has_its_source(path: Path) -> None:
+    """In its line, as a link. Outputs of code blocks have tests of their own."""
+    text = FENCE.sub("", figures.MARKED.sub("", path.read_text()))
+    assert [line for line in text.splitlines() if SPEED.search(line) and "](http" not in line] == []
 
 
-def test_calls() -> None:
-    calls = _result("h200-decode")["calls"]
-    lines = [f"runs at {calls['in_pieces']:.1f} tokens/s, and at {calls['in_one_call']:.1f} in one call"]
-    assert _missing(lines) == []
+def test_the_documents_show_every_table() -> None:
+    shown = {name for path in figures.documents() for _, name, _, _ in figures.MARKED.findall(path.read_text())}
+    assert shown == set(figures.FIGURES)
 
 
-def test_dspark() -> None:
-    content = _result("h200-decode-0731")
-    assert content["drafter"] == "dspark"
-    assert content["lossless"]["equal"]
-    speeds = {row["tokens_per_step"]: f"{row['tokens_per_second']:.0f}" for row in content["simulated_per_step"]}
-    first, second, third = (speeds[tokens] for tokens in (4.42, 3.3, 2.5))
-    lines = [f"{content['rows'][-1]['ms_per_step']:.2f} ms, its five drafts included"]
-    lines.append(f"{first}, {second} and {third} tokens/s if a step commits 4.42, 3.3 and 2.5 tokens")
-    assert _missing(lines) == []
+def test_another_result_is_another_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = figures.result
+
+    def faster(name: str) -> object:
+        content = json.loads(json.dumps(known(name)))
+        for row in content["rows"]:
+            row["ms_per_step"] = 1.23
+        return content
+
+    before = (ROOT / "docs" / "performance" / "figures.md").read_text()
+    monkeypatch.setattr(figures, "result", faster)
+    monkeypatch.setattr(figures, "FIGURES", dict.fromkeys(figures.FIGURES, figures.FIGURES["decode"]))
+    assert "| 1.23 |" in figures.filled(before)
 
 
-def test_several_sequences() -> None:
-    content = _result("h200-batch")
-    rows = [row for row in content["rows"] if row["context"] == 2048 and not row["sampled"]]
-    lines = []
-    for row in rows:
-        cells = f"{row['sequences']} | {row['ms_per_step']:.2f} | {row['tokens_per_second']:.0f} | {row['bytes'] / 1e9:.2f}"
-        lines.append(f"| {cells} |")
-    assert len(lines) == 5
-    assert _missing(lines) == []
+def test_how_old_the_results_are(record_property: pytest.RecordProperty) -> None:
+    """Reported and not judged: an old figure is true of its commit."""
+    ages = figures.ages()
+    assert len(ages) == len(list((ROOT / "benchmarks" / "results").glob("*.json")))
+    assert [old for _, old in ages.values() if not (old.isdigit() or old.startswith("unknown: "))] == []
+    told = ", ".join(f"{name.removeprefix('nvidia-')} {old}" for name, (_, old) in ages.items())
+    record_property("summary", f"age of the figures, in commits that changed pallas_kernels: {told}")
 
 
-def test_decode_of_another_layout() -> None:
-    content = _result("h200-decode-ud-iq3-xxs")
-    [row] = content["rows"]
-    size = f"UD-IQ3_XXS ({content['weight_bytes'] / 1e9:.1f} GB on the device)"
-    assert _missing([f"{size} a plain step takes {row['ms_per_step']:.2f} ms: {row['tokens_per_second']:.1f} tokens/s"]) == []
+def test_an_age_counts_commits_of_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
 
+    def committed(name: str) -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        git("add", ".")
+        git("commit", "-qm", name)
+        return git("rev-parse", "HEAD")
 
-def test_kernels() -> None:
-    lines = []
-    for card, name in {"H100": "h100-80gb-hbm3", "H200": "h200"}.items():
-        content = _result(f"{name}-kernels")
-        rows = {(row["name"], row["kind"], row["m"]): row for row in content["rows"]}
-        for product, shape in SHAPES.items():
-            ours = (rows[product, "share_warp", m] for m in (1, 2, 3, 4, 8))
-            cells = " | ".join(f"{_us(row['us'])}, {row['fraction']:.2f}" for row in ours)
-            dot = rows.get((product, "dot_bf16", 4))
-            lines.append(f"| {product} {shape} | {card} | {cells} |" + (f" {_us(dot['us'])} |" if dot else " |"))
-        lines.append(f"{content['copy_gbps']:,.0f} GB/s on the {card}")
-    lines.append(f"the head's {rows['head', 'share_warp', 1]['fraction']:.2f}")
-    assert _missing(lines) == []
-
-
-def test_prompts_and_long_contexts() -> None:
-    lines = []
-    for row in _result("h200-prefill")["rows"]:
-        cells = (f"{row['tokens']:,}", f"{row['tokens_per_second']:,.0f}", *(f"{row['call_ms'][i]:.0f}" for i in (0, -1)))
-        lines.append(f"| {' | '.join(cells)} | {row['temporary_bytes'] / 1e9:.2f} |")
-    content = _result("h200-long")
-    for row in content["rows"]:
-        cells = (f"{row['context']:,}", row["cache"], f"{row['ms_per_step']:.2f}", f"{row['tokens_per_second']:.1f}")
-        lines.append(f"| {' | '.join(cells)} | {row['relative']:.2f} | {row['cache_bytes'] / 1e9:.2f} |")
-    lines.append(f"Beside {content['weight_bytes'] / 1e9:.1f} GB of weights")
-    lines.append(f"peak is {max(row['peak_bytes'] for row in content['rows']) / 1e9:.1f} GB")
-    assert _missing(lines) == []
-
-
-def test_start_and_load() -> None:
-    runs, load = _result("h200-start")["runs"], _result("h200-load")
-    cold, warm, again = (f"{runs[name]['without_load']:.1f} s" for name in ("cold", "warm", "warm again"))
-    lines = [f"{cold} after it began", f"{warm} when all is kept from an earlier one ({again} in a third)"]
-    lines.append(f"runs at {load['gbps']['load']:.1f} GB/s, {load['ratio']:.2f} of what `cat` reads")
-    lines.append(f"{load['bytes'] / 1e9:.1f} GB ([figures]")
-    assert _missing(lines) == []
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    assert figures.age("0" * 40) == "unknown: no history of git here"
+    git("init", "-q")
+    first, second, third = map(committed, ("pallas_kernels/a", "pallas_kernels/b", "README.md"))
+    assert [figures.age(commit) for commit in (first, f"{first}-dirty", second, third)] == ["1", "1", "0", "0"]
+    assert figures.age("0" * 40) == "unknown: its commit is not in this history"

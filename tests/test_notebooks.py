@@ -41,7 +41,7 @@ def generated(source: Path) -> dict:
 
 
 def test_there_are_pairs() -> None:
-    assert len(SOURCES) >= 6
+    assert len(SOURCES) >= 8
     assert {path.stem for path in SOURCES} == {path.stem for path in FOLDER.glob("*.ipynb")}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ds4jax.errors import InputError
+from ds4jax.nvidia import cards
 
 ROOT = Path(__file__).resolve().parents[2]
 COPY_FLOATS = 2**28
@@ -50,12 +51,6 @@ def _printed(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _driver() -> str | None:
-    """Version of the NVIDIA driver."""
-    lines = (_printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "").splitlines()
-    return lines[0].strip() if lines else None
 
 
 def commit() -> str | None:
@@ -97,9 +92,10 @@ def describe() -> dict[str, Any]:
     """The fields of every result file: device, driver, versions, commit, hash of the kernels and command line."""
     import jax
 
+    found = cards()
     return {
         "device": jax.devices()[0].device_kind,
-        "driver": _driver(),
+        "driver": found[0].driver if found else None,
         "jax": jax.__version__,
         "jaxlib": importlib.metadata.version("jaxlib"),
         "python": platform.python_version(),

@@ -23,7 +23,7 @@ from ds4jax.decode import loop as decode
 from ds4jax.decode.depth import Acceptance
 from ds4jax.decode.loop import DecodeState
 from ds4jax.decode.module import Graph
-from ds4jax.engine.compile import compile_all
+from ds4jax.engine import compile
 from ds4jax.engine.prefill import nbytes
 from ds4jax.errors import InputError
 from ds4jax.model.parameters import build
@@ -103,7 +103,7 @@ def _compiled(options: Options, config: Config, graph: Graph, weights: Weights) 
         capacity = _capacity(options, config, context)
         starts.append(jax.eval_shape(lambda capacity=capacity: decode.start(config, capacity, [0], drafter=None, max_draft=0)))
     lowers = [functools.partial(lower, PLAIN, graph, weights, start) for start in starts]
-    made = compile_all(lowers, len(lowers))
+    made = compile.compile_all(map(compile.Program, lowers), len(lowers))
     return [(context, one.executable) for context, one in zip(options.contexts, made, strict=True)]
 
 

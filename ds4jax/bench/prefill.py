@@ -21,7 +21,7 @@ from ds4jax.cache.capacity import capacity_for
 from ds4jax.cache.state import Cache
 from ds4jax.config import Config
 from ds4jax.decode import loop as decode
-from ds4jax.engine.compile import compile_all
+from ds4jax.engine import compile
 from ds4jax.engine.prefill import nbytes
 from ds4jax.errors import InputError
 from ds4jax.random_models import checkpoint as synthetic
@@ -142,7 +142,7 @@ def _compiled(options: Options, model: WholeModel) -> list[Prompt]:
         lowers.append(lower)
     return [
         Prompt(config, tokens, width, one.executable, model.weights, one.lower_seconds, one.compile_seconds)
-        for (tokens, width), one in zip(calls, compile_all(lowers, len(lowers)), strict=True)
+        for (tokens, width), one in zip(calls, compile.compile_all(map(compile.Program, lowers), len(lowers)), strict=True)
     ]
 
 

@@ -21,7 +21,7 @@ from ds4jax.decode.drafters.named import named
 from ds4jax.decode.loop import DecodeState, Limits
 from ds4jax.decode.module import Graph
 from ds4jax.decode.sampling import Filters, Sampling
-from ds4jax.engine.compile import compile_all
+from ds4jax.engine import compile
 from ds4jax.random_models.checkpoint import spread_numbers
 from ds4jax.random_models.oracle import OracleDrafter
 from pallas_kernels.attention.stored_rows import NarrowKeys, NarrowRows, Stored, narrow_keys, narrow_rows
@@ -187,7 +187,8 @@ def compiled(
     """Compile all programs, each in its own thread while the next is traced."""
     starts = [filled(config, program, context, capacity) for program in programs]
     lowers = [functools.partial(lower, program, graph, weights, start) for program, start in zip(programs, starts, strict=True)]
+    made = compile.compile_all(map(compile.Program, lowers), len(programs))
     return {
         program: Loop(program, config, one.executable, weights, start, one.lower_seconds, one.compile_seconds)
-        for program, start, one in zip(programs, starts, compile_all(lowers, len(programs)), strict=True)
+        for program, start, one in zip(programs, starts, made, strict=True)
     }

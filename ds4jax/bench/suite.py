@@ -160,7 +160,7 @@ def start_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     """Measure the time to the first token of V4-Flash, cold and warm. Writes `<slug>-start.json` and prints it."""
     from ds4jax.bench import report, start
 
-    measured = start.measure(start.Options(), note)
+    measured = start.measure(start.Options("flash-q2"), note)
     content = {**environment.describe(), **measured}
     report.write(out / f"{slug}-start.json", content)
     start.show(content)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import importlib
 import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ds4jax.cli.commands import batch, bench, chat, check, convert, generate, inspect, logits, serve, train, vectors, warmup
-from ds4jax.cli.commands import eval as evaluation
+from ds4jax import runtime
 from ds4jax.cli.commands.version import Version
 from ds4jax.errors import InputError
 
@@ -28,6 +28,11 @@ examples:
 
 `ds4jax COMMAND --help` shows the options and examples of a command."""
 
+# Modules of `ds4jax.cli.commands` in the order of --help.
+COMMANDS = (
+    "generate", "chat", "serve", "batch", "logits", "inspect", "convert", "eval", "vectors", "check", "doctor", "warmup", "train",
+    "bench", "completion",
+)  # fmt: skip
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 
@@ -44,8 +49,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"ds4jax: error: {line}\n")
 
 
-def build_parser() -> Parser:
-    """The parser of the command and its sub-commands. Each sub-command sets `run`, a function of the options."""
+def build_parser(names: Sequence[str] = COMMANDS) -> Parser:
+    """The parser of the command and its sub-commands. Each sub-command sets `run`, a function of the options.
+
+    Args:
+        names: the sub-commands. Only their modules are imported.
+    """
     parser = Parser(
         prog="ds4jax",
         description="DeepSeek-V4-Flash inference in JAX. Without --model, every command uses the tiny model in the package.",
@@ -53,8 +62,10 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action=Version, help="print the versions, the device and its kernel path")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (generate, chat, serve, batch, logits, inspect, convert, evaluation, vectors, check, warmup, train, bench):
-        module.add_parser(commands)
+    for name in names:
+        importlib.import_module(f"ds4jax.cli.commands.{name}").add_parser(commands)
+    # For the completion of shells, which writes down the options of all commands.
+    parser.set_defaults(whole=build_parser)
     return parser
 
 
@@ -79,10 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: after --help, --version or a printed error.
     """
     _speak_utf8()
-    parser = build_parser()
+    words = sys.argv[1:] if argv is None else argv
+    runtime.process_of_a_command = runtime.process_of_a_command or argv is None
+    parser = build_parser([words[0]] if words and words[0] in COMMANDS else COMMANDS)
     try:
         try:
-            options = parser.parse_args(argv)
+            options = parser.parse_args(words)
             code: int = options.run(options)
             return code
         finally:

@@ -9,15 +9,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
-
-import numpy as np
+from typing import TYPE_CHECKING, BinaryIO
 
 from ds4jax import bounds
 from ds4jax.bounds import MAX_TOKENS, Integers, Numbers
 from ds4jax.files import open_regular, temporary_name
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parser and those of all its sub-commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from parsers(child)
 
 
 def integer(allowed: Integers) -> Callable[[str], int]:
@@ -139,6 +149,8 @@ def ids_file(word: str) -> np.ndarray:
 
     The file is memory-mapped. So a header that claims more data than the file has is refused, and so are pickled objects.
     """
+    import numpy as np
+
     try:
         with _opened(word):
             array = np.lib.format.open_memmap(word, mode="r")

@@ -114,6 +114,13 @@ def start(
     )
 
 
+def lower_start(config: Config, capacity: int, sequences: int, *, drafter: Drafter | None, max_draft: int) -> jax.stages.Lowered:
+    """Lower `start` as one program, a function of int32 [S] alone, for S = `sequences`."""
+    make = functools.partial(start, config, capacity, drafter=drafter, max_draft=max_draft)
+    with LOWERING:
+        return jax.jit(make).lower(jax.ShapeDtypeStruct((sequences,), jnp.int32))
+
+
 @precise
 @functools.partial(jax.jit, static_argnames=("graph", "drafter", "strict"), donate_argnames=("cache", "drafting"))
 @on_devices

@@ -54,6 +54,12 @@ class Graph(nnx.GraphDef):
             object.__setattr__(graph, name, value)
         return graph, weights
 
+    @functools.cached_property
+    def text(self) -> str:
+        """All of the graph as text, equal in every process; computed once."""
+        parts = f"{self.nodes!r}\n{self.attributes!r}\n{self.structure}\n{self.shapes}"
+        return parts if self.mesh is None else f"{parts}\n{self.mesh!r}\n{self.specs}"
+
     def __hash__(self) -> int:
         return self._hash
 

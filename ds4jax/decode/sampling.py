@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ds4jax import bounds
 
@@ -50,13 +52,35 @@ class Sampling:
         for field, allowed in _ALLOWED.items():
             object.__setattr__(self, field, allowed.checked(field.replace("_", "-"), getattr(self, field)))
 
+    def numbers(self) -> Numbers:
+        """The values as numpy scalars of the device's types."""
+        seed = int(self.seed or 0)
+        return Numbers(
+            np.float32(min(self.temperature, MAX_TEMPERATURE)),
+            np.int32(min(self.top_k, 2**31 - 1)),
+            np.float32(self.top_p),
+            np.float32(self.min_p),
+            np.array([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF], np.uint32),
+        )
+
     def arrays(self) -> Filters:
         """The values on the device, for one sequence. They are traced, so other values need no compilation."""
-        limit, seed = min(self.top_k, 2**31 - 1), int(self.seed or 0)
-        low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-        key = jax.random.fold_in(jax.random.key(low), jnp.uint32(high))
-        temperature = jnp.float32(min(self.temperature, MAX_TEMPERATURE))
-        return Filters(temperature, jnp.int32(limit), jnp.float32(self.top_p), jnp.float32(self.min_p), key)
+        return _one(self.numbers())
+
+
+class Numbers(NamedTuple):
+    """`Filters` before the seed is a key: its words uint32 [2], the lower one first, or [S, 2] for S sequences."""
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    seed: Any
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling]) -> Numbers:
+        """Numpy arrays of S sequences."""
+        return cls(*map(np.stack, zip(*(sampling.numbers() for sampling in samplings), strict=True)))
 
 
 @jax.tree_util.register_dataclass
@@ -72,9 +96,8 @@ class Filters:
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling]) -> Filters:
-        """Stack the values of S sequences; every field is [S]."""
-        stacked: Filters = jax.tree.map(lambda *fields: jnp.stack(fields), *(sampling.arrays() for sampling in samplings))
-        return stacked
+        """The values of S sequences; every field is [S]."""
+        return with_keys(Numbers.of(samplings))
 
     @property
     def sampled(self) -> jax.Array:
@@ -84,6 +107,16 @@ class Filters:
     def usable(self) -> Filters:
         """Replace temperature 0 by 1. The sampled result of a greedy sequence is computed but not read."""
         return dataclasses.replace(self, temperature=jnp.where(self.sampled, self.temperature, jnp.float32(1)))
+
+
+def _with_key(numbers: Numbers) -> Filters:
+    low, high = numbers.seed
+    return Filters(*numbers[:-1], jax.random.fold_in(jax.random.key(low), high))
+
+
+_one = jax.jit(_with_key)
+# Function of `Numbers` of S sequences: their `Filters`.
+with_keys = jax.jit(jax.vmap(_with_key))
 
 
 def filtered(logits_V: jax.Array, filters: Filters) -> jax.Array:

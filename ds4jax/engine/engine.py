@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
-import platform
 import weakref
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +19,7 @@ from ds4jax import bounds
 from ds4jax.cache.capacity import BUCKETS, capacity_for
 from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.drafters.named import name_of
+from ds4jax.device import processor
 from ds4jax.engine.costs import engine_costs
 from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.options import Options, require_drafter
@@ -197,7 +196,7 @@ class Engine:
             "weights": model.fingerprint,
             "ds4jax": ds4jax.__version__,
             "jax": jax.__version__,
-            "device": f"{device.platform} {device.device_kind} {_processor() if device.platform == 'cpu' else ''}",
+            "device": f"{device.platform} {device.device_kind} {processor() if device.platform == 'cpu' else ''}",
             "environment": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "DS4JAX_NO_SHARE_WARP")},
             # On a CPU they change no bit. On GPUs that is not shown for the prefill.
             "devices": mesh.size if mesh and device.platform != "cpu" else 1,
@@ -210,14 +209,6 @@ class Engine:
             # Depths that are automatic depend on them, and with them what is drawn.
             "costs": engine_costs(model, strict=shape.strict, drafter=shape.drafter),
         }
-
-
-def _processor() -> str:
-    """What decides the instructions that XLA compiles for a CPU: its features, where the system lists them."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.machine())
-    return platform.machine()
 
 
 def _require_fit(model: Loaded, shape: Shape, context: int) -> None:

@@ -20,6 +20,7 @@ from ds4jax.decode.depth import AUTO, Policy
 from ds4jax.decode.drafters.named import name_of
 from ds4jax.decode.loop import DecodeState, Limits
 from ds4jax.decode.sampling import Filters, Sampling
+from ds4jax.engine import beginning
 from ds4jax.engine.compile import begin, wait
 from ds4jax.engine.host_copy import HostCopy
 from ds4jax.engine.loaded import Loaded
@@ -173,9 +174,7 @@ class Generation:
         return self._state
 
     def _key(self) -> tuple[Any, ...]:
-        """The key of the programs. Models of equal shapes share them."""
-        model = self._model
-        return model.graph, model.config, model.max_draft, self._capacity, self._options.strict, self._drafter
+        return self._model.program_key(self._capacity, self._drafter, strict=self._options.strict)
 
     def _compile_all(self) -> None:
         """Compile the prompt's programs, and start compiling the loop at the same time.
@@ -288,8 +287,8 @@ class Generation:
 
 @functools.lru_cache(256)
 def _filters(sampling: Sampling) -> Filters:
-    """The filters on the device. Cached, because making a key runs several small programs."""
-    return Filters.of([sampling])
+    """The filters on the device, in the same buffers every time."""
+    return beginning.filters([sampling])
 
 
 @functools.lru_cache(256)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from ds4jax.decode.drafters.named import named
 from ds4jax.decode.loop import DecodeState
 from ds4jax.decode.module import Graph, flat
 from ds4jax.decode.scoring import extend
+from ds4jax.engine import beginning
 from ds4jax.engine.draft_arrays import draft_arrays, draft_positions
 from ds4jax.engine.prefill import Progress, chunk_here, nbytes
 from ds4jax.errors import InputError
@@ -208,9 +209,14 @@ class Loaded:
         """The drafter of the decode loop: the chosen one, otherwise that of `drafter_name`; None at max_draft 0."""
         return (chosen or named(self.drafter_name)) if self.max_draft else None
 
+    def program_key(self, capacity: int, drafter: Drafter | None, *, strict: bool) -> tuple[Any, ...]:
+        """What the programs over a cache of `capacity` rows depend on. Models of equal shapes share them."""
+        return self.graph, self.config, self.max_draft, capacity, strict, drafter
+
     def state(self, capacity: int, last: int, drafter: Drafter | None) -> DecodeState:
         """A decode state with an empty cache of `capacity` rows, for a prompt with the last token `last`."""
-        return self.placed(decode.start(self.config, capacity, [last], drafter=drafter, max_draft=self.max_draft))
+        state = beginning.state(self.config, capacity, [last], drafter=drafter, max_draft=self.max_draft)
+        return self.placed(state)
 
     def placed(self, arrays: Arrays) -> Arrays:
         """The arrays on each of the model's devices; on one device they stay as they are."""
@@ -224,9 +230,8 @@ class Loaded:
         """Shapes and types of `state`, without allocating it."""
         key = (capacity, drafter)
         if key not in self._shapes:
-            self._shapes[key] = jax.eval_shape(
-                lambda: decode.start(self.config, capacity, [0], drafter=drafter, max_draft=self.max_draft)
-            )
+            empty = functools.partial(decode.start, self.config, capacity, [0], drafter=drafter, max_draft=self.max_draft)
+            self._shapes[key] = jax.eval_shape(empty)
         return self._shapes[key]
 
 

@@ -77,6 +77,24 @@ class Result:
         """Time (ms) of the decode loop per step."""
         return 1e3 * self.decode_seconds / self.steps if self.steps else 0.0
 
+    def since(self, earlier: Result, text: str) -> Result:
+        """What came after an earlier result of the same continuation; `text` is its text. What was said before is prompt."""
+        begun, steps, seconds = len(earlier.ids), self.steps - earlier.steps, self.decode_seconds - earlier.decode_seconds
+        count = len(self.fingerprints) - len(earlier.fingerprints)
+        return dataclasses.replace(
+            self,
+            prompt_ids=self.prompt_ids + self.ids[:begun],
+            ids=self.ids[begun:],
+            text=text,
+            fingerprints=self.fingerprints[begun:],
+            steps=steps,
+            tokens_per_step=count / steps if steps else 0.0,
+            tried=tuple(now - then for now, then in zip(self.tried, earlier.tried, strict=True)),
+            stood=tuple(now - then for now, then in zip(self.stood, earlier.stood, strict=True)),
+            decode_seconds=seconds,
+            tokens_per_second=count / seconds if seconds else 0.0,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:

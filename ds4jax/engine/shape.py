@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 
@@ -10,6 +11,7 @@ from ds4jax.cache.capacity import PREFILL
 from ds4jax.decode import loop
 from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.loop import DecodeState
+from ds4jax.engine import beginning
 from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.prefill import nbytes
 
@@ -43,18 +45,17 @@ class Shape:
 
 def fresh(model: Loaded, shape: Shape) -> DecodeState:
     """The state of free slots."""
-    return model.placed(_start(model, shape))
+    last_S = [0] * shape.slots
+    state = beginning.state(model.config, shape.capacity, last_S, drafter=shape.drafter, max_draft=model.max_draft)
+    return model.placed(state)
 
 
 def shapes(model: Loaded, shape: Shape) -> DecodeState:
     """Shapes and types of the state of the slots, without allocating it."""
-    found: DecodeState = jax.eval_shape(lambda: _start(model, shape))
-    return found
-
-
-def _start(model: Loaded, shape: Shape) -> DecodeState:
     last_S = [0] * shape.slots
-    return loop.start(model.config, shape.capacity, last_S, drafter=shape.drafter, max_draft=model.max_draft)
+    empty = functools.partial(loop.start, model.config, shape.capacity, last_S, drafter=shape.drafter, max_draft=model.max_draft)
+    found: DecodeState = jax.eval_shape(empty)
+    return found
 
 
 def state_bytes(model: Loaded, shape: Shape) -> int:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 
 from ds4jax.cache.capacity import BUCKETS, MIN_REAL, capacities, widths
@@ -14,7 +13,7 @@ from ds4jax.decode import loop as decode
 from ds4jax.decode.depth import Policy
 from ds4jax.decode.loop import Limits
 from ds4jax.decode.sampling import Filters, Sampling
-from ds4jax.engine.compile import compile_all
+from ds4jax.engine import compile
 from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.prefill import chunk_here, nbytes
 from ds4jax.errors import InputError
@@ -24,11 +23,10 @@ from ds4jax.model.parameters import build
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """A program's name, and a function that lowers it."""
+class Program(compile.Program):
+    """A program with a name for people."""
 
-    name: str
-    lower: Callable[[], jax.stages.Lowered]
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +72,15 @@ def programs(model: Loaded, context: int, *, strict: bool, chunk: int | None = N
     loop = (limits, Filters.of([Sampling()]), policy)
     made = []
     for capacity in capacities(context, maximum):
-        state = model.state_shapes(capacity, drafter)
+        state, key = model.state_shapes(capacity, drafter), model.program_key(capacity, drafter, strict=strict)
         arguments = (model.graph, model.arrays, state)
         for width in widths(chunk or chunk_here(model.config, capacity, model.nbytes + nbytes(state))):
             # A prompt that fits this cache needs no wider call.
             if width == BUCKETS[0] or width < MIN_REAL * capacity:
                 lower = functools.partial(decode.lower_prefill, *arguments, width, drafter=drafter, strict=strict)
-                made.append(Program(f"prefill of {width} rows, cache of {capacity}", lower))
+                made.append(Program(lower, (*key, width), f"prefill of {width} rows, cache of {capacity}"))
         run = functools.partial(decode.lower_run, *arguments, *loop, drafter=drafter, max_draft=depth, strict=strict)
-        made.append(Program(f"decode, cache of {capacity}", run))
+        made.append(Program(run, key, f"decode, cache of {capacity}"))
     return made
 
 
@@ -90,16 +88,16 @@ def warm(programs: Sequence[Program], note: Callable[[str], None]) -> Iterator[W
     """Compile programs, several at a time, while others are traced.
 
     Args:
-        note: called with the name of each program before it is traced.
+        note: called with the name of each program before it is found or traced.
 
     Yields:
         The programs in this order, each as soon as it and all earlier ones are compiled.
     """
 
-    def lower(program: Program) -> jax.stages.Lowered:
-        note(program.name)
-        return program.lower()
+    def noted() -> Iterator[Program]:
+        for program in programs:
+            note(program.name)
+            yield program
 
-    made = compile_all(functools.partial(lower, program) for program in programs)
-    for program, one in zip(programs, made, strict=True):
+    for program, one in zip(programs, compile.compile_all(noted()), strict=True):
         yield Warm(program.name, one.lower_seconds, one.compile_seconds, one.kept)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -235,7 +236,18 @@ def _decode(stored: jax.Array, type: str, form: str, skip: int, shape: tuple[int
     return jax.lax.bitcast_convert_type(stored[skip:].reshape(*shape, -1), _PLAIN[type]).astype(_PLAIN[form])
 
 
-_decoded = functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))(_decode)
+def _decoded(stored: jax.Array, *how: Any) -> jax.Array | Quantized:
+    """As `_decode`, compiled."""
+    # Late, so that a file that cannot be used is refused before large imports.
+    from ds4jax.engine.compile import begin, wait
+
+    def lower() -> jax.stages.Lowered:
+        program = jax.jit(_decode, static_argnums=(1, 2, 3, 4))
+        return program.lower(jax.ShapeDtypeStruct(stored.shape, stored.dtype), *how)
+
+    (program,) = wait([begin(("decode", stored.shape, *how), lower)])
+    value: jax.Array | Quantized = program(stored)
+    return value
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6), donate_argnums=0)

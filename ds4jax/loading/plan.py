@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ds4jax.bounds import DEVICES, SLOTS, Device, drafts_of, own_drafter
+from ds4jax.bounds import DEVICES, SLOTS, WORKING_BYTES, Device, drafts_of, own_drafter
 from ds4jax.cache import state as caches
 from ds4jax.cache.capacity import MIN_CAPACITY, capacity_for
 from ds4jax.cache.state import OVERLAP_RATIO, Cache
@@ -26,9 +26,6 @@ from ds4jax.loading.cuts import cut_names
 from ds4jax.loading.gguf_names import DENSE
 
 GB = 1e9
-# Reserved for the temporary arrays of a program: the logits of a prefill of 512 rows take 0.3 GB, the rest is for activations,
-# dequantised experts and the program itself.
-WORKING_BYTES = 2_000_000_000
 # The default context.
 USUAL_CONTEXT = 32768
 CLASSES = ("routed experts", "dense", "embedding", "head", "small", "MTP", "DSpark")

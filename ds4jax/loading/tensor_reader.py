@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.formats import Quantized
 
@@ -53,7 +53,7 @@ def read_ahead(readings: Sequence[Reading]) -> Iterator[Iterator[jax.Array | Qua
     when the block is left.
     """
     # A thread does not inherit its parent's `jax.default_device`.
-    device = jnp.zeros(()).devices().pop()
+    device = jax.device_put(np.zeros(())).devices().pop()
 
     def fetched(piece: Callable[[], jax.Array], place: jax.Device) -> jax.Array:
         with jax.default_device(place):

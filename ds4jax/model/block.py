@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ds4jax.cache.state import LayerCache, Rows
 from ds4jax.config import Config
 from ds4jax.model.attention import Attention
-from ds4jax.model.layers import RMSNorm, Rngs, parameter
+from ds4jax.model.layers import RMSNorm, Rngs, constant, parameter
 from ds4jax.model.moe import MoE
 from ds4jax.model.tape import Record, ignore, under
 from pallas_kernels.hyper_connections import meaning as hc
 
 
-def initial_base(config: Config, layer: int) -> jax.Array:
+def initial_base(config: Config, layer: int) -> np.ndarray:
     """Initial biases [M] for training: each sub-layer reads mostly one stream, and streams mix little.
 
     Without them, equal streams would stay equal.
     """
     n = config.hc_mult
-    pre = jnp.where(jnp.arange(n) == layer % n, 2.0, -2.0)
-    return jnp.concatenate([pre, jnp.zeros(n), (4.0 * jnp.eye(n)).reshape(-1)]).astype(jnp.float32)
+    pre = np.where(np.arange(n) == layer % n, 2.0, -2.0)
+    return np.concatenate([pre, np.zeros(n), (4.0 * np.eye(n)).reshape(-1)]).astype(np.float32)
 
 
 class Block(nnx.Module):
@@ -32,7 +32,7 @@ class Block(nnx.Module):
         streams = config.hc_mult * config.dim
         for part in ("attn", "ffn"):
             setattr(self, f"hc_{part}_fn", parameter(rngs, config.hc_mixes, streams, scale=streams**-0.5))
-            setattr(self, f"hc_{part}_base", nnx.Param(initial_base(config, layer)))
+            setattr(self, f"hc_{part}_base", constant(rngs, initial_base(config, layer)))
             setattr(self, f"hc_{part}_scale", parameter(rngs, 3, mean=0.1))
         self.attn_norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, rngs=rngs)

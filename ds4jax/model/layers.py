@@ -6,6 +6,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pallas_kernels import ops
@@ -14,16 +15,27 @@ from pallas_kernels.formats import Quantized
 from pallas_kernels.linear.cut import Cut, gathered, rows_taken
 
 
-class Rngs(Protocol):
+class Keys(Protocol):
     """A source of random keys for parameters, such as `nnx.Rngs`."""
 
     def params(self) -> jax.Array:
         """The next key."""
 
 
+# None makes parameters that have a shape and a type instead of a value. A checkpoint that is loaded gives them values.
+Rngs = Keys | None
+
+
 def parameter(rngs: Rngs, *shape: int, scale: float = 0.0, mean: float = 0.0) -> nnx.Param:
     """A float32 parameter of `shape` with normal random values; loading a checkpoint replaces them."""
+    if rngs is None:
+        return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
     return nnx.Param(mean + scale * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def constant(rngs: Rngs, value: np.ndarray) -> nnx.Param:
+    """A parameter whose first value is not random."""
+    return nnx.Param(jax.ShapeDtypeStruct(value.shape, value.dtype) if rngs is None else jnp.asarray(value))
 
 
 class RMSNorm(nnx.Module):

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ds4jax.config import Config
 from ds4jax.model import paths
-from ds4jax.model.layers import Linear, Rngs, parameter, together
+from ds4jax.model.layers import Linear, Rngs, constant, parameter, together
 from ds4jax.model.tape import Record, ignore
 from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.experts import meaning, prefill
@@ -34,7 +35,7 @@ class Router(nnx.Module):
     def __init__(self, config: Config, hashed: bool, *, rngs: Rngs):
         self.weight = parameter(rngs, config.n_experts, config.dim, scale=config.dim**-0.5)
         if hashed:
-            self.tid2eid = nnx.Param(jnp.zeros((config.vocab_size, config.n_active), jnp.int32))
+            self.tid2eid = constant(rngs, np.zeros((config.vocab_size, config.n_active), np.int32))
         else:
             self.bias = parameter(rngs, config.n_experts)
         self.config, self.hashed = config, hashed

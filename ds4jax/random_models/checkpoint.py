@@ -127,7 +127,7 @@ def value(config: Config, slot: Slot, layout: str) -> Value:
         return _expert_ids(slot.shape, config.n_experts, seed)
     if slot.name.endswith(("hc_attn_base", "hc_ffn_base")):
         part, number = slot.name.removeprefix("dspark.").split(".")[:2]
-        return initial_base(config, int(number) + (0 if part == "layers" else config.n_layers))
+        return jnp.asarray(initial_base(config, int(number) + (0 if part == "layers" else config.n_layers)))
     for suffix, constant in _CONSTANT.items():
         if slot.name.endswith(suffix):
             return jnp.full(slot.shape, constant, ON_DEVICE[form])

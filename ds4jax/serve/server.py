@@ -69,8 +69,9 @@ def serve(runner: Runner, host: str, port: int) -> None:
 
 def server(runner: Runner) -> Server:
     """A server for this runner; to be made in the event loop."""
+    # Without a `log_config`: to set one up ends the log handlers of all other packages, and absl's then closes stderr.
     config = uvicorn.Config(
-        application(runner), lifespan="off", access_log=False, log_level="warning", server_header=False,
+        application(runner), lifespan="off", access_log=False, log_config=None, log_level="warning", server_header=False,
         timeout_graceful_shutdown=GRACE,
     )  # fmt: skip
     return Server(config, runner)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ds4jax.config import Config
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def tiny_config(vocab_size: int) -> Config:
@@ -41,6 +44,8 @@ def tiny_config(vocab_size: int) -> Config:
 
 def hash_table(config: Config, seed: int) -> np.ndarray:
     """A random table int32 [V, K] of experts for each token: distinct in a row, and balanced in each column."""
+    import numpy as np
+
     rng = np.random.default_rng(seed)
     first_V = rng.permutation(np.arange(config.vocab_size) % config.n_experts)
     table = np.empty((config.vocab_size, config.n_active), np.int32)

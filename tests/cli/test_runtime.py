@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,31 @@ def test_a_cache_that_jax_has_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path:
     runtime.configure()
     assert jax.config.jax_compilation_cache_dir == before
     assert list(tmp_path.iterdir()) == []
+
+
+def new_pages(chosen: dict[str, str]) -> int:
+    """What the second of two arrays of 64 MB costs in a process that is set up."""
+    code = "\n".join(
+        [
+            "import resource",
+            "from ds4jax import runtime",
+            "runtime.configure()",
+            "faults = []",
+            "for _ in range(3):",
+            "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt",
+            "    bytes([len(faults)]) * (1 << 26)",
+            "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)",
+            "print(min(faults[1:]))",
+        ]
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment | chosen, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_freed_memory_is_kept_unless_the_user_has_chosen() -> None:
+    assert 10 * new_pages({}) < new_pages({"MALLOC_MMAP_THRESHOLD_": "131072"})
 
 
 def test_memory_is_claimed_unless_the_user_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ def test_a_text_goes_on(capsys: pytest.CaptureFixture[str], folder: Path) -> Non
     first = printed(capsys, PROMPT, "--max-new-tokens", "12", "--save", "kept")
     second = json.loads(printed(capsys, "--restore", "kept", "--max-new-tokens", "11", "--save", "kept", "--json"))
     assert (second["prompt_tokens"], second["tokens"]) == (whole["prompt_tokens"] + 12, whole["tokens"][12:23])
+    assert (second["steps"], second["tokens_per_step"]) == (11, 1), "of the added part"
     third = printed(capsys, "--restore", "kept", "--max-new-tokens", "13", "--save", "kept")
     assert first + second["text"] + third == greedy
     longer = PROMPT + greedy + " And so"

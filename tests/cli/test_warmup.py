@@ -20,7 +20,8 @@ from ds4jax.engine.warmup import programs, without_weights
 from ds4jax.loading import open_checkpoint
 
 HUB = GOLDEN / "hub"
-LARGE = ("jit_prefill-", "jit_run-")
+# Names of the large programs in JAX's cache, and the least size of one that is kept to be found without tracing.
+LARGE, LARGE_BYTES = ("jit_prefill-", "jit_run-"), 100_000
 GENERATE = """
 import sys
 import jax
@@ -65,6 +66,12 @@ def test_every_call_of_a_prompt_that_fits_has_its_program() -> None:
     assert "prefill of 4096 rows, cache of 2048" in [program.name for program in programs(model, 2048, strict=False, chunk=4096)]
 
 
+def large(folder: Path) -> set[str]:
+    """The large programs in a folder."""
+    cached = {path.name for path in folder.glob("*-cache") if path.name.startswith(LARGE)}
+    return cached | {path.name for path in folder.glob("programs/*") if path.stat().st_size > LARGE_BYTES}
+
+
 @pytest.mark.long
 def test_what_was_warmed_up_is_not_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command is a process of its own, and the second text is longer than the first."""
@@ -77,14 +84,14 @@ def test_what_was_warmed_up_is_not_compiled_again(tmp_path: Path, monkeypatch: p
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
 
     told = json.loads(run("warmup", str(model), "--context", "512").stdout)
-    large = {file.name for file in kept.iterdir() if file.name.startswith(LARGE)}
+    made = large(kept)
     assert [program["name"] for program in told["programs"]] == ["prefill of 32 rows, cache of 512", "decode, cache of 512"]
     assert not any(program["kept"] for program in told["programs"])
     assert told["folder"] == str(kept)
     generate = ("generate", "--model", str(model), "--max-new-tokens", "3", "--ignore-eos")
     run(*generate, "In the beginning")
-    assert {file.name for file in kept.iterdir() if file.name.startswith(LARGE)} == large
-    assert sum(name.endswith("-cache") for name in large) == 2
+    assert large(kept) == made
+    assert len(made) == 2
     again = run(*generate, "And it came to pass in those days that there went out a decree")
     assert again.stderr.splitlines()[-1] == "0"
 
@@ -108,8 +115,8 @@ def test_a_context_that_the_model_does_not_have(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.slow
-def test_the_second_start_of_the_tiny_model_takes_less_than_eight_seconds() -> None:
+def test_the_second_start_of_the_tiny_model_takes_less_than_four_seconds() -> None:
     """From the process's start to the first token, on a CPU that has nothing else to do."""
     command = [sys.executable, "-m", "ds4jax", "generate", "In the beginning", "--max-new-tokens", "1", "--json", "--stats"]
     starts = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["start"] for _ in range(3)]
-    assert min(start["total"] for start in starts[1:]) < 8, starts
+    assert min(start["total"] for start in starts[1:]) < 4, starts

@@ -451,26 +451,29 @@ def test_the_least_recently_used_beginnings_go_first(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_short_requests_for_long_lose_no_slot_and_no_memory() -> None:
-    """Four times 100 requests with random cancellations, after which the process is not larger than after the first 100."""
+    """2,000 requests with random cancellations: the process grows by less than 2 % after the first 400."""
     dice, sizes = random.Random(5), []
     with engine(prefix_bytes=10**6) as one:
-        for _ in range(4):
-            requests = []
-            for _ in range(100):
-                requests.append(
-                    one.submit(text(dice.randrange(200), dice.randrange(1, 60)), max_new_tokens=dice.randrange(1, 12))
-                )
-                if dice.random() < 0.3:
-                    dice.choice(requests).cancel()
-            for request in requests:
-                request.result(600)
-            del requests
+        for _ in range(5):
+            short_requests(one, dice, 400)
             gc.collect()
             assert one.running == one.waiting == 0
             sizes.append((len(jax.live_arrays()), resident_bytes()))
-        arrays, memory = zip(*sizes, strict=True)
-        assert arrays[-1] < arrays[0] + 100, "less than one for each request of a round"
-        assert memory[-1] < memory[0] + 30_000_000, memory
+    arrays, memory = zip(*sizes, strict=True)
+    assert arrays[-1] < arrays[0] + 100, "less than one for four requests of a round"
+    assert memory[-1] < 1.02 * memory[0], memory
+
+
+def short_requests(one: Engine, dice: random.Random, count: int) -> None:
+    requests = []
+    for _ in range(count):
+        while one.waiting > 50:
+            time.sleep(0.01)
+        requests.append(one.submit(text(dice.randrange(200), dice.randrange(1, 60)), max_new_tokens=dice.randrange(1, 12)))
+        if dice.random() < 0.3:
+            dice.choice(requests[-30:]).cancel()
+    for request in requests:
+        request.result(600)
 
 
 def resident_bytes() -> int:

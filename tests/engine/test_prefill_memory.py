@@ -12,13 +12,13 @@ import pytest
 from flax import nnx
 from numerics import assert_bits_equal
 
+from ds4jax.bounds import WORKING_BYTES
 from ds4jax.cache import state as caches
 from ds4jax.cache.capacity import BUCKETS, PREFILL
 from ds4jax.cache.state import LayerCache, Rows
 from ds4jax.config import Config
 from ds4jax.device import DeviceMemory
 from ds4jax.engine import prefill
-from ds4jax.loading.plan import WORKING_BYTES
 from ds4jax.model import row_slices
 from ds4jax.model.attention import Attention
 

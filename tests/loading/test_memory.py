@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -18,8 +18,9 @@ from q2_files import WIDER
 
 from ds4jax.bench.q2_file import WIDE, write_q2
 from ds4jax.loading import open_checkpoint
-from ds4jax.loading.gguf_header import read_header
+from ds4jax.loading.gguf_header import TensorInfo, read_header
 from ds4jax.loading.gguf_names import slots
+from ds4jax.loading.tensor_reader import read_ahead
 from pallas_kernels.formats import FORMATS, Quantized
 
 # Memory of JAX, the model's structure and compiling, without tensors.
@@ -27,9 +28,9 @@ ALLOWED = 1_500_000_000
 # The same in practice, for a file that would fit into the allowance whole.
 USUAL = 250_000_000
 MIN_RATE = 0.5
-ROUNDS = 3
+ROUNDS = 5
 # Where a block of a file falls into parts.
-PARTS = {"Q8_0": (2,), "IQ2_XXS": (2,), "Q2_K": (16, 80, 82)}
+PARTS = {"Q8_0": (2,), "Q2_K": (16, 80, 82)}
 
 LOADING = """
 import json, sys, threading
@@ -107,15 +108,23 @@ def test_one_tensor_at_a_time_of_four_gigabytes(tmp_path: Path) -> None:
     assert found["over"] <= largest + ALLOWED
 
 
+def moved(path: Path) -> list[TensorInfo]:
+    """Tensors that a loader only moves, in the order of the file. The signs of IQ2_XXS get other places, which is arithmetic."""
+    return sorted((info for info in read_header(path).tensors.values() if info.type != "IQ2_XXS"), key=lambda info: info.offset)
+
+
 def loaded(path: Path) -> list[object]:
-    """Every tensor as the loader reads it."""
-    return [jax.block_until_ready(tensor.read()) for tensor in open_checkpoint(path).tensors]
+    """These tensors as the loader reads them."""
+    chosen = {info.name for info in moved(path)}
+    names = {slot.name for slot in slots(WIDE) if slot.gguf_name in chosen}
+    with read_ahead([tensor.start() for tensor in open_checkpoint(path).tensors if tensor.name in names]) as values:
+        return list(values)
 
 
 def copied(path: Path) -> list[list[np.ndarray]]:
     """The minimum work of a loader, in numpy: map the file, split blocks into parts, and copy these."""
     header, values = read_header(path), []
-    for info in sorted(header.tensors.values(), key=lambda info: info.offset):
+    for info in moved(path):
         raw = header.raw(info)
         if info.type in FORMATS:
             blocks = raw.reshape(-1, FORMATS[info.type].BLOCK_BYTES)
@@ -127,7 +136,11 @@ def copied(path: Path) -> list[list[np.ndarray]]:
 
 
 def seconds(work: Callable[[Path], object], path: Path) -> float:
-    """Seconds of one pass; its result is dropped before the next begins."""
+    """Seconds of one pass; its result is dropped before the next begins.
+
+    A process loads a model once, into pages that the system clears first. So nothing of the pass before may be kept for this one.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
     start = time.perf_counter()
     kept = work(path)
     taken = time.perf_counter() - start
@@ -136,12 +149,15 @@ def seconds(work: Callable[[Path], object], path: Path) -> float:
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the reference runs on the host; GPUs have a benchmark of their own")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="freed memory is given back by glibc's call")
 def test_rate(q2: Path) -> None:
     # From here on programs are compiled and the file is in memory.
     loaded(q2)
     rounds = [(seconds(loaded, q2), seconds(copied, q2)) for _ in range(ROUNDS)]
-    ours, reference = (statistics.median(column) for column in zip(*rounds, strict=True))
-    print(f"{q2.stat().st_size / ours / 1e9:.2f} GB/s, reference {q2.stat().st_size / reference / 1e9:.2f} GB/s")
+    # The other workers of a run can only add to a time, so the least of several is the loader's own.
+    ours, reference = (min(column) for column in zip(*rounds, strict=True))
+    size = sum(info.nbytes for info in moved(q2))
+    print(f"{size / ours / 1e9:.2f} GB/s, reference {size / reference / 1e9:.2f} GB/s")
     assert reference / ours >= MIN_RATE
 
 

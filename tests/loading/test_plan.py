@@ -11,6 +11,7 @@ from gguf_files import SMALL, write_small
 from q2_files import q2_checkpoint
 
 import ds4jax
+from ds4jax.bounds import WORKING_BYTES
 from ds4jax.cache import state as caches
 from ds4jax.config import Config
 from ds4jax.decode.drafters.mtp import MTPDrafter
@@ -83,7 +84,7 @@ def test_cache_bytes_of_slots_are_those_of_an_engine() -> None:
     checkpoint, memory = q2_checkpoint(FLASH), plans.DEVICES["h200"].memory
     made = plans.plan(checkpoint, 131072, slots=8)
     assert made.cache == pytest.approx(8 * plans.cache_bytes(FLASH, 131072), rel=0.01)
-    assert made.needed == made.device + made.cache + plans.WORKING_BYTES
+    assert made.needed == made.device + made.cache + WORKING_BYTES
     count = plans.most_slots(checkpoint, made.device, memory, 131072)
     assert 8 < count < 64
     fits = [plans.plan(checkpoint, 131072, slots=slots).needed <= memory for slots in (count, count + 1)]
@@ -134,7 +135,7 @@ def test_bound_and_fit() -> None:
     assert plans.largest_context(checkpoint, made.device, h100.memory) == 0
     assert plans.largest_context(checkpoint, made.device, h200.memory) == 1048576
     for context in (512, 32768):
-        exactly = made.device + plans.WORKING_BYTES + plans.cache_bytes(FLASH, context)
+        exactly = made.device + WORKING_BYTES + plans.cache_bytes(FLASH, context)
         assert plans.largest_context(checkpoint, made.device, exactly) == context
         assert plans.largest_context(checkpoint, made.device, exactly - 1) == (context // 2 if context > 512 else 0)
 

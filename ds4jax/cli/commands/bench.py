@@ -97,11 +97,12 @@ examples:
 
 START = """\
 Start a process three times, the first time with an empty compilation cache, and print the time to its first token, in parts:
-import, load (here, making random weights on the device), compile (tracing, and compiling or reading programs from the cache),
-prefill, decode."""
+import, load (with --synthetic, making random weights on the device), compile (tracing, and compiling or reading programs from the
+cache), prefill, decode. Also print the time of all CPU cores, and how many programs were traced and compiled."""
 
 START_EXAMPLES = """\
 examples:
+  ds4jax bench start --prompt 8
   ds4jax bench start --synthetic flash-q2
   ds4jax bench start --synthetic small-q2 --prompt 32 --json start.json"""
 
@@ -145,7 +146,7 @@ def add_parser(commands: Any) -> None:
     bench_serve.add_parser(targets)
     _add_prefill(targets)
     start = targets.add_parser("start", help="the first token of a process", description=START, epilog=START_EXAMPLES)
-    start.add_argument("--synthetic", choices=LAYOUT_NAMES, required=True, help="the model of the shapes")
+    start.add_argument("--synthetic", choices=LAYOUT_NAMES, help="a model of these shapes with random weights (the tiny model)")
     start.add_argument("--layers", type=cli_options.token_count, metavar="N", help="only the first N layers: a slice")
     start.add_argument("--prompt", type=cli_options.token_count, default=512, metavar="N", help="tokens of the prompt (512)")
     start.add_argument("--max-draft", type=cli_options.draft_count, default=0, metavar="D", help="maximum drafts of the loop (0)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import urllib.request
 from typing import Any
 
 from ds4jax import bounds
@@ -110,6 +109,8 @@ def _engine(options: argparse.Namespace) -> Any:
 
 
 def _of_url(options: argparse.Namespace, asked: Any) -> dict[str, Any]:
+    import urllib.request
+
     from ds4jax.bench import serve
     from ds4jax.serve.settings import keys_of
 

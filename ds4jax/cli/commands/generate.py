@@ -116,21 +116,15 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     model, session, generation = _begin(options)
     startup.begin("decode")
-    before = len(generation.ids)
+    earlier = generation.result()
+    before = len(earlier.ids)
     reading = _reading(model.tokenizer, options)
     first = list(reading.skip(generation.ids, session.unshown if session else "")) if reading else []
     first_token: dict[str, float] = {}
     shown = _stream(generation, reading, first, first_token, silent=options.json)
     result = generation.result()
     if before:
-        prompt_ids, ids = result.prompt_ids + result.ids[:before], result.ids[before:]
-        result = dataclasses.replace(
-            result,
-            prompt_ids=prompt_ids,
-            ids=ids,
-            text=reading.text if reading else "",
-            fingerprints=result.fingerprints[before:],
-        )
+        result = result.since(earlier, reading.text if reading else "")
     if reading and reading.stopped:
         marks = result.fingerprints[: len(reading.ids)]
         result = dataclasses.replace(result, ids=tuple(reading.ids), text=reading.text, finish_reason="stop", fingerprints=marks)

@@ -278,7 +278,7 @@ def planned(checkpoint: Checkpoint, context: int | None = None, device: str | No
         "cache_token": made.cache_token,
         "token": made.token,
         "draft": made.draft,
-        "working": plans.WORKING_BYTES,
+        "working": bounds.WORKING_BYTES,
         "needed": made.needed,
         "devices": [_on(made, checkpoint, one) for one in ([present] if present else []) + chosen],
     }

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ds4jax.cli import options as cli_options
 from ds4jax.cli import progress
 from ds4jax.cli.commands import model as models
 from ds4jax.errors import InputError
 from ds4jax.files import replacing
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DESCRIPTION = """\
 Score a sequence and write a .npz file with `ids` int32 [T] and `logits` float32 [T, V]. With --mtp it also has `mtp_logits`
@@ -78,5 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write the file. It is either complete or unchanged."""
+    import numpy as np
+
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]

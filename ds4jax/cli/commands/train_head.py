@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from ds4jax import runtime
 from ds4jax.bounds import SHIPPED
@@ -20,6 +19,8 @@ from ds4jax.training.head_recipe import HeadRecipe
 from ds4jax.training.recipe import Recipe, flag_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ds4jax.model.transformer import Transformer
     from ds4jax.training.head_file import HeadFile
     from ds4jax.training.head_run import HeadTraining, Lesson
@@ -57,6 +58,8 @@ def run(options: argparse.Namespace, command: str, started: float) -> None:
     """
     recipe, path = recipe_of(options), options.model or SHIPPED
     try:
+        import numpy as np
+
         from ds4jax.training import data, heads
         from ds4jax.training.head_file import HeadFile
         from ds4jax.training.head_run import HeadTraining
@@ -101,7 +104,7 @@ def _steps(
     said = time.monotonic()
     figures: dict[str, float] = {}
     for step, latest in training.steps():
-        if not np.isfinite(latest["loss"]):
+        if not math.isfinite(latest["loss"]):
             raise FloatingPointError(f"the loss is {latest['loss']} at step {step}; lower --learning-rate")
         last = step == training.recipe.steps or stopping.asked
         if step % options.evaluate_every == 0 or last:
