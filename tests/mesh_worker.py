@@ -1,6 +1,6 @@
-"""A process with several devices: one model of random weights on some of them. Prints what it computed as JSON.
+"""A process with several devices: one model on some of them. Prints what it computed as JSON.
 
-Usage: mesh_worker.py NAME DEVICES...
+Usage: mesh_worker.py NAME PARTS DEVICES...; NAME is one of `CASES`, PARTS are names of `PARTS` with commas between.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ import dataclasses
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from gguf_files import MAIN, MTP
+from numerics import GOLDEN
 
 from ds4jax import runtime
+from ds4jax.bounds import SHIPPED
 from ds4jax.config import Config
 from ds4jax.decode import loop
 from ds4jax.decode.depth import Policy
@@ -24,22 +28,36 @@ from ds4jax.decode.sampling import Filters, Sampling
 from ds4jax.engine.engine import Engine
 from ds4jax.engine.session import Session
 from ds4jax.language_model import LanguageModel, from_checkpoint, restore
+from ds4jax.loading import open_checkpoint
+from ds4jax.loading.checkpoint import Checkpoint
 from ds4jax.random_models import checkpoint as synthetic
 from ds4jax.random_models.layouts import SMALL_Q2, with_dspark
 
-DRAFTS = 2
 # Eight heads and groups, so that eight devices divide all that can be cut.
 SMALL = dataclasses.replace(
     SMALL_Q2, n_layers=2, n_hash_layers=1, compress_ratios=(0, 4, 0), n_heads=8, o_groups=8, max_context=256
 )
 NO_MTP = dataclasses.replace(SMALL, n_layers=3, compress_ratios=(0, 4, 128), n_mtp=0)
-CONFIGS: dict[str, tuple[Config, str]] = {
+RANDOM: dict[str, tuple[Config, str]] = {
     "mtp": (SMALL, "small-q2"),
+    # A layer for quick tests, without drafts.
+    "layer": (dataclasses.replace(SMALL, n_layers=1, compress_ratios=(4,), n_mtp=0), "small-q2"),
     # Four devices do not divide the two groups, so attention is whole on each.
     "whole-heads": (dataclasses.replace(SMALL, n_heads=4, o_groups=2), "small-ud-iq3-xxs"),
     "dspark": (with_dspark(NO_MTP, noise_id=5, rank=32), "small-0731-q2"),
 }
-PROMPT = (np.arange(44) * 7 + 5) % SMALL.vocab_size
+FILES: dict[str, tuple[Path, Path | None]] = {
+    "tiny": (SHIPPED, None),
+    "hub": (GOLDEN / "hub", None),
+    "gguf": (MAIN, MTP),
+    "mxfp4": (GOLDEN / "mainline" / "mxfp4_moe.gguf", None),
+}
+LENGTH, NEW_TOKENS = 44, 8
+
+
+def opened(name: str) -> Checkpoint:
+    """The checkpoint of a case."""
+    return synthetic.checkpoint(*RANDOM[name]) if name in RANDOM else open_checkpoint(*FILES[name])
 
 
 def bits(array: Any) -> str:
@@ -47,42 +65,59 @@ def bits(array: Any) -> str:
     return np.ascontiguousarray(array).tobytes().hex()
 
 
-def continued(model: LanguageModel) -> dict[str, Any]:
+def prompt(model: LanguageModel) -> np.ndarray:
+    """Token ids int32 [LENGTH]."""
+    return (np.arange(LENGTH, dtype=np.int32) * 7 + 5) % model.config.vocab_size
+
+
+def logits(model: LanguageModel, folder: Path) -> dict[str, Any]:
+    """Logits of a prefill and of two decode steps, strict and not."""
+    return {
+        f"strict {strict}": bits(model.logits(prompt(model), decode_from=LENGTH - 2, strict=strict)["logits"])
+        for strict in (False, True)
+    }
+
+
+def tokens(model: LanguageModel, folder: Path) -> dict[str, Any]:
     """Tokens and fingerprints of greedy continuations, by mode and depth."""
+    options = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
     made = {}
     for strict in (False, True):
-        for draft in (0, model.max_draft):
-            result = model.generate(PROMPT, max_new_tokens=8, strict=strict, draft=draft, ignore_eos=True)
+        for draft in range(model.max_draft + 1):
+            result = model.generate(prompt(model), strict=strict, draft=draft, **options)
             made[f"strict {strict}, draft {draft}"] = [list(result.ids), bits(result.fingerprints)]
     return made
 
 
-def batched(model: LanguageModel) -> list[Any]:
-    """Tokens and fingerprints of two requests at once, with a sampled one."""
-    with Engine(model, slots=2, context=128, chunk=64) as engine:
-        options = {"max_new_tokens": 8, "ignore_eos": True}
-        requests = [
-            engine.submit(PROMPT, **options),
-            engine.submit(PROMPT[::-1], sampling=Sampling(temperature=1.0, seed=3), **options),
-        ]
+def engine(model: LanguageModel, folder: Path) -> list[Any]:
+    """Tokens and fingerprints of four requests at once, two of them sampled."""
+    ids, options = prompt(model), {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    samplings = [Sampling(), Sampling(temperature=1.0, seed=3), Sampling(), Sampling(temperature=0.7, seed=4)]
+    with Engine(model, slots=4, context=128, chunk=64) as made:
+        requests = [made.submit(np.roll(ids, i), sampling=sampling, **options) for i, sampling in enumerate(samplings)]
         results = [request.result() for request in requests]
-    return [[list(result.ids), bits(result.fingerprints)] for result in results]
+    return [made.fingerprint, *([list(result.ids), bits(result.fingerprints)] for result in results)]
 
 
-def saved(model: LanguageModel, path: Path) -> None:
-    """Save a session after half of its tokens."""
-    session = Session(model, ignore_eos=True, max_new_tokens=4)
-    stream = session.stream(PROMPT)
-    stream.advance(4)
-    session.save(path)
-
-
-def resumed(model: LanguageModel, path: Path) -> list[Any]:
-    """The other half."""
+def session(model: LanguageModel, folder: Path) -> list[Any]:
+    """A session that the first number of devices saves after half of its tokens: the other half."""
+    path, half = folder / "session", NEW_TOKENS // 2
+    if not path.exists():
+        begun = Session(model, ignore_eos=True, max_new_tokens=half)
+        begun.stream(prompt(model)).advance(half)
+        begun.save(path)
     stream = restore(path, model).resume()
-    stream.advance(4)
+    stream.advance(half)
     result = stream.result()
     return [list(result.ids), bits(result.fingerprints)]
+
+
+PARTS: dict[str, Callable[[LanguageModel, Path], Any]] = {
+    "logits": logits,
+    "tokens": tokens,
+    "engine": engine,
+    "session": session,
+}
 
 
 def lowered(model: LanguageModel) -> dict[str, int]:
@@ -96,35 +131,24 @@ def lowered(model: LanguageModel) -> dict[str, int]:
     return {word: text.count(f'"stablehlo.{word}"') for word in words}
 
 
-def measured(name: str, count: int, folder: Path) -> dict[str, Any]:
-    """All that is compared between numbers of devices, and the share of each device."""
-    config, layout = CONFIGS[name]
-    model = from_checkpoint(synthetic.checkpoint(config, layout), devices=count, max_draft=None if config.n_dspark else DRAFTS)
+def measured(name: str, parts: list[str], count: int, folder: Path) -> dict[str, Any]:
+    """All that is compared between numbers of devices, and the bytes that each device holds."""
+    model = from_checkpoint(opened(name), devices=count)
     held = dict.fromkeys(jax.devices()[:count], 0)
     for array in model.arrays:
         for shard in array.addressable_shards:
             held[shard.device] += shard.data.nbytes
-    found: dict[str, Any] = {"held": list(held.values()), "fingerprint": model.fingerprint, "equal": {}}
-    found["equal"]["logits"] = bits(model.logits(PROMPT, decode_from=42)["logits"])
-    found["equal"]["continued"] = continued(model)
-    if count > 1:
-        found["lowered"] = lowered(model)
-    if name == "mtp":
-        found["equal"]["batched"] = batched(model)
-        if count == 2:
-            saved(model, folder / "session")
-        if (folder / "session").exists():
-            found["resumed"] = resumed(model, folder / "session")
-    return found
+    equal = {"fingerprint": model.fingerprint} | {part: PARTS[part](model, folder) for part in parts}
+    return {"held": list(held.values()), "equal": equal, "lowered": lowered(model) if count > 1 else {}}
 
 
-def main(name: str, counts: list[int]) -> None:
+def main(name: str, parts: str, counts: list[int]) -> None:
     """Measure on each number of devices and print one object; the session is saved on the first."""
     runtime.configure()
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps({count: measured(name, count, Path(folder)) for count in counts}))
+        print(json.dumps({count: measured(name, parts.split(","), count, Path(folder)) for count in counts}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [int(word) for word in sys.argv[2:]])
+    main(sys.argv[1], sys.argv[2], [int(word) for word in sys.argv[3:]])

@@ -236,17 +236,25 @@ def _decode(stored: jax.Array, type: str, form: str, skip: int, shape: tuple[int
     return jax.lax.bitcast_convert_type(stored[skip:].reshape(*shape, -1), _PLAIN[type]).astype(_PLAIN[form])
 
 
+_decode_there = jax.jit(_decode, static_argnums=(1, 2, 3, 4))
+
+
 def _decoded(stored: jax.Array, *how: Any) -> jax.Array | Quantized:
-    """As `_decode`, compiled."""
+    """As `_decode`, compiled for the device of the bytes."""
     # Late, so that a file that cannot be used is refused before large imports.
     from ds4jax.engine.compile import begin, wait
 
+    value: jax.Array | Quantized
+    # The programs of `begin` run on the first device.
+    if stored.device != jax.devices()[0]:
+        value = _decode_there(stored, *how)
+        return value
+
     def lower() -> jax.stages.Lowered:
-        program = jax.jit(_decode, static_argnums=(1, 2, 3, 4))
-        return program.lower(jax.ShapeDtypeStruct(stored.shape, stored.dtype), *how)
+        return _decode_there.lower(jax.ShapeDtypeStruct(stored.shape, stored.dtype), *how)
 
     (program,) = wait([begin(("decode", stored.shape, *how), lower)])
-    value: jax.Array | Quantized = program(stored)
+    value = program(stored)
     return value
 
 

@@ -20,6 +20,7 @@ from ds4jax.bench.q2_file import WIDE, write_q2
 from ds4jax.loading import open_checkpoint
 from ds4jax.loading.gguf_header import TensorInfo, read_header
 from ds4jax.loading.gguf_names import slots
+from ds4jax.loading.plan import share_bytes
 from ds4jax.loading.tensor_reader import read_ahead
 from pallas_kernels.formats import FORMATS, Quantized
 
@@ -108,6 +109,57 @@ def test_one_tensor_at_a_time_of_four_gigabytes(tmp_path: Path) -> None:
     assert found["over"] <= largest + ALLOWED
 
 
+LOADING_ON_FOUR = """
+import collections, contextlib, json, sys, threading
+import jax
+import ds4jax
+
+most, done = collections.Counter(), threading.Event()
+
+def held():
+    # A shard is an array of its own over the same buffer.
+    buffers = {}
+    for array in jax.live_arrays():
+        # Between the listing and this line an array may be donated.
+        with contextlib.suppress(RuntimeError):
+            for shard in array.addressable_shards:
+                buffers[shard.device.id, shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+    found = collections.Counter()
+    for (device, _), count in buffers.items():
+        found[device] += count
+    return found
+
+def watch():
+    while not done.wait(0.005):
+        for device, count in held().items():
+            most[device] = max(most[device], count)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = ds4jax.load(sys.argv[1], devices=4)
+done.set()
+watcher.join()
+print(json.dumps([[count for _, count in sorted(found.items())] for found in (most, held())]))
+"""
+
+
+@pytest.mark.slow
+def test_a_device_never_holds_more_than_its_share_of_four_gigabytes(tmp_path: Path) -> None:
+    path = tmp_path / "q2.gguf"
+    write_q2(path, WIDER)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    try:
+        share = share_bytes(open_checkpoint(path), 4)
+        words = [sys.executable, "-c", LOADING_ON_FOUR, path]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    finally:
+        path.unlink()
+    most, end = json.loads(done.stdout)
+    assert len(end) == 4
+    assert all(share <= count <= 1.01 * share for count in end)
+    assert max(most) <= 1.1 * share
+
+
 def moved(path: Path) -> list[TensorInfo]:
     """Tensors that a loader only moves, in the order of the file. The signs of IQ2_XXS get other places, which is arithmetic."""
     return sorted((info for info in read_header(path).tensors.values() if info.type != "IQ2_XXS"), key=lambda info: info.offset)
@@ -117,7 +169,7 @@ def loaded(path: Path) -> list[object]:
     """These tensors as the loader reads them."""
     chosen = {info.name for info in moved(path)}
     names = {slot.name for slot in slots(WIDE) if slot.gguf_name in chosen}
-    with read_ahead([tensor.start() for tensor in open_checkpoint(path).tensors if tensor.name in names]) as values:
+    with read_ahead([tensor.start(None) for tensor in open_checkpoint(path).tensors if tensor.name in names]) as values:
         return list(values)
 
 
