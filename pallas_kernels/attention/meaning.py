@@ -58,7 +58,7 @@ def attend(q_THQ: jax.Array, segments: list[Segment], sink_H: jax.Array, scale: 
     weights = [jnp.exp(score - top) for score in scores]
     total = jnp.exp(sink_H[None, :, None] - top) + sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
     sink = (jnp.exp(sink_H[None, :, None] - top) / total)[..., 0]
-    # XLA may make a product with the reciprocal of a division, and does so in some programs only. So the text says which.
+    # On one device XLA makes this of a division, too, but not everywhere in a program of several devices.
     weights = [w * (1.0 / total) for w in weights]
     out = jnp.zeros_like(q_THQ)
     for (rows, _), weight in zip(segments, weights, strict=True):

@@ -74,3 +74,11 @@ def test_a_prefill_of_two_gpus() -> None:
     assert {name: executed_calls(text, name) for name in expected} == expected
     # The shared expert's hidden values are gathered apart from the routed ones.
     assert exchanges(text) == (A_LAYER + 1) * 2 + 1
+
+
+def test_a_cut_model_has_programs_of_its_own() -> None:
+    """The graph is part of the key of every program that holds weights, in a process and on disk."""
+    abstract = ((tensor.name, tensor.abstract) for tensor in synthetic.checkpoint(FLASH, "flash-q2").tensors)
+    graphs = [Graph.split(build(FLASH, abstract))[0], cut_model(2)[0], cut_model(4)[0], cut_model(4)[0]]
+    assert graphs[0].mesh is None
+    assert len(set(graphs)) == len({graph.text for graph in graphs}) == 3
