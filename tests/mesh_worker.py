@@ -40,7 +40,7 @@ SMALL = dataclasses.replace(
 NO_MTP = dataclasses.replace(SMALL, n_layers=3, compress_ratios=(0, 4, 128), n_mtp=0)
 RANDOM: dict[str, tuple[Config, str]] = {
     "mtp": (SMALL, "small-q2"),
-    # A layer for quick tests, without drafts.
+    # One layer, without drafts: the fewest programs.
     "layer": (dataclasses.replace(SMALL, n_layers=1, compress_ratios=(4,), n_mtp=0), "small-q2"),
     # Four devices do not divide the two groups, so attention is whole on each.
     "whole-heads": (dataclasses.replace(SMALL, n_heads=4, o_groups=2), "small-ud-iq3-xxs"),

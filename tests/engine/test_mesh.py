@@ -32,8 +32,8 @@ def measured(name: str, parts: str, *counts: int) -> dict[int, Any]:
 @pytest.mark.parametrize(
     ("name", "parts", "counts"),
     [
-        ("layer", "logits", (1, 2)),
-        pytest.param("hub", "logits,tokens", (1, 2), marks=pytest.mark.long),
+        pytest.param("layer", "logits", (1, 2), marks=pytest.mark.long),
+        pytest.param("hub", "logits,tokens", (1, 2), marks=pytest.mark.slow),
         # A session is saved on the first number of devices, and goes on there and on the others.
         pytest.param("mtp", ALL, (2, 1), marks=pytest.mark.slow),
         pytest.param("mtp", ALL, (1, 4, 8), marks=pytest.mark.slow),
