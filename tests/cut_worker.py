@@ -18,11 +18,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import ops
 from pallas_kernels.attention.meaning import attend
+from pallas_kernels.core.norm import rms_scale
 from pallas_kernels.experts.meaning import gathered as experts
 from pallas_kernels.experts.meaning import one_by_one
 from pallas_kernels.formats import Q8_0, Quantized
 from pallas_kernels.formats.base import row_axes
-from pallas_kernels.linear.cut import AXIS, Cut, gathered, rows_taken
+from pallas_kernels.linear.cut import AXIS, Cut, gathered, own_part, rows_taken, spread
 
 ROWS, OUTPUTS, INPUTS, EXPERTS = 5, 256, 64, 3
 
@@ -60,6 +61,12 @@ def cases() -> Iterator[tuple[str, Callable[..., jax.Array], tuple[Any, ...], tu
 
             yield f"{route.__name__} {form}", routed, stacks, (x, chosen, share)
         yield f"rows {form}", taken, (weight,), (chosen[:, 0] + 90,)
+
+    def heads(w: Any, x: jax.Array) -> jax.Array:
+        q = ops.matmul(x, w, strict=False, decoding=True).reshape(len(x), -1, 128)
+        return gathered((q * own_part(rms_scale(spread(q, w, 1), 1e-6), w, 1)).reshape(len(x), -1), w)
+
+    yield "norm of heads", heads, (stored(numbers((1024, INPUTS)), "Q8_0"),), (numbers((6, INPUTS)),)
     segments = numbers((24, INPUTS)), numbers((ROWS, 16, INPUTS))
     seen = np.tril(np.ones((ROWS, 24), bool)), np.ones((ROWS, 16), bool)
 

@@ -56,7 +56,9 @@ class Attention(nnx.Module):
         record("q_low", q_low_TL)
         by_heads = self.wq_b.weight.get_value()
         q_THQ = self.wq_b.part(q_low_TL, strict=rows.strict, decoding=rows.decoding).reshape(x_TD.shape[0], -1, config.head_dim)
-        q_THQ = rotate(q_THQ * rms_scale(q_THQ, config.norm_eps), rows.position, frequencies)
+        # The sum over a head has the shape of all heads: XLA may sum in another order for fewer.
+        scale_TH1 = own_part(rms_scale(spread(q_THQ, by_heads, 1), config.norm_eps), by_heads, 1)
+        q_THQ = rotate(q_THQ * scale_TH1, rows.position, frequencies)
         kv_TQ = self._key_rows(kv_TQ, rows)
         record("kv", kv_TQ)
 
