@@ -16,8 +16,8 @@
 #
 # A drafter guesses tokens, and the model verifies them in one step. ds4jax has four kinds: the MTP block of V4-Flash, the DSpark
 # drafter of V4-Flash-0731, n-grams, which copy earlier text and need no weights, and pairs of n-grams with one of the others.
-# Pairs are left out here, to compile less. The others draft on five kinds of text. The text never changes; what changes is how many
-# tokens a step commits.
+# Pairs are left out here, to compile less. The others draft on five kinds of text. The text never changes; what changes is how
+# many tokens a step commits.
 # Notebook 4 looks at the MTP block alone.
 
 # %%
