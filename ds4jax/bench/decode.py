@@ -154,29 +154,28 @@ def _ways(options: Options) -> list[Way]:
     depths = options.drafts if options.max_draft else ()
     drafting = [Way(f"{f'draft {depth}' if depth else 'plain'} in {inside.name}", inside, depth) for depth in depths]
     strict = [Way("strict plain", STRICT, 0)] if options.strict else []
-    sampled = [plain, *(way for way in drafting if way.draft == options.max_draft)]
-    return [
-        plain,
-        *drafting,
-        *strict,
-        *(dataclasses.replace(way, name=f"{way.name}, sampled", sampling=SAMPLED) for way in sampled),
-    ]
+    most = [plain, *(way for way in drafting if way.draft == options.max_draft)]
+    sampled = [dataclasses.replace(way, name=f"{way.name}, sampled", sampling=SAMPLED) for way in most]
+    return [plain, *drafting, *strict, *sampled]
 
 
 def _timed(
     options: Options, loops: dict[Program, Loop], planned: Plan, bandwidth: float | None, problems: list[str], note: Note
 ) -> list[Row]:
     """A row for each way to decode."""
-    rows: dict[Way, Row] = {}
+    rows: list[Row] = []
+    greedy: dict[tuple[Program, int], Row] = {}
     for way in _ways(options):
         loop = loops[way.program]
         samples, state = loop.timed(options.steps, way.draft, way.sampling)
         problems += [f"{way.name}: {words}" for words in _unusable(state, options.steps)]
         count = step_bytes(planned, loop.config, way.draft)
-        greedy = next((row for one, row in rows.items() if (one.program, one.draft) == (way.program, way.draft)), None)
-        rows[way] = _row(way, samples, count, bandwidth, next(iter(rows.values()), None), greedy)
-        note(f"{way.name}: {rows[way]['ms_per_step']:.3f} ms a step")
-    return list(rows.values())
+        place = (way.program, way.draft)
+        row = _row(way, samples, count, bandwidth, rows[0] if rows else None, greedy.get(place))
+        greedy.setdefault(place, row)
+        rows.append(row)
+        note(f"{way.name}: {row['ms_per_step']:.3f} ms a step")
+    return rows
 
 
 def _row(way: Way, samples: Sequence[float], count: int, bandwidth: float | None, plain: Row | None, greedy: Row | None) -> Row:
