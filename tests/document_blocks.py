@@ -32,7 +32,7 @@ ELSEWHERE = ("a GPU", "weights", "minutes", "a checkout", "a look at your own ma
 VARY = "# numbers vary"
 ADDRESS = "http://127.0.0.1:8000"
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-PIP = re.compile(r'^pip install (?:-e )?(?:\.|"\.\[([\w,]+)\]"|"?ds4jax(?:\[([\w,]+)\])?"?)(?: pytest)?(?: && |$)')
+PIP = re.compile(r'^pip install (?:-e )?(?:\.|"\.\[([\w,]+)\]"|"?ds4jax(?:\[([\w,]+)\])?"?)(?: && |$)')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from document_blocks import ADDRESS, ELSEWHERE, PAGES, SERVER, agree, blocks, commands, differences, installed
+from document_blocks import ADDRESS, ELSEWHERE, EXTRAS, PAGES, PIP, SERVER, agree, blocks, commands, differences, installed
 from serving_process import Process, process
 
 import ds4jax
@@ -64,6 +64,19 @@ def test_most_blocks_run(record_property: pytest.RecordProperty) -> None:
     others = ", ".join(f"{count} need {needs}" for needs, count in counted.most_common() if needs in ELSEWHERE)
     record_property("summary", f"code blocks of README and docs: {ran} run in CI; not there: {others}")
     assert ran > 1.5 * (counted.total() - ran)
+
+
+def test_blocks_that_install_and_run_pytest_install_its_plugins() -> None:
+    """The project's options of pytest need pytest-xdist, so a block that installs something has to name an extra with it."""
+    with_it = {name for name, needed in EXTRAS.items() if any(one.startswith(("pytest-xdist", "ds4jax[test]")) for one in needed)}
+    checked = 0
+    for block in (block for page in PAGES for block in blocks(page) if block.kind == "console"):
+        found = [PIP.match(command) for command, _ in commands(block)]
+        extras = {extra for one in found if one for group in one.groups() if group for extra in group.split(",")}
+        if any(found) and re.search(r"^\$ pytest\b", block.text, re.MULTILINE):
+            assert extras & with_it, block.text
+            checked += 1
+    assert checked
 
 
 def test_options_of_commands_that_do_not_run_exist() -> None:

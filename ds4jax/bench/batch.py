@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ds4jax.bench import profile
-from ds4jax.bench.programs import GREEDY, RUNS, Loop, Program, compiled
+from ds4jax.bench.programs import GREEDY, RUNS, SAMPLED, Loop, Program, compiled
 from ds4jax.bench.traffic import distinct_experts, step_bytes
 from ds4jax.bench.whole_model import Note, Row, WholeModel, finite, peak_bytes
 from ds4jax.cache.capacity import capacity_for
@@ -29,7 +29,6 @@ SCHEMA = 1
 # Where a step is also sampled and profiled, and where it is also timed at a long context.
 LOOKED_AT = (8, 32)
 LONG_SEQUENCES, LONG_CONTEXT = 8, 32768
-SAMPLED = Sampling(temperature=1.0, top_p=0.95)
 MAX_SEQUENCES = 64
 
 Result = tuple[np.ndarray, np.ndarray]

@@ -84,7 +84,9 @@ def from_result(path: Path) -> Row:
             entry(result)
             return result
         layout, part, rows = result["layout"], result["slice"], result["rows"]
-        times = {(row["program"], row["draft"]): row["ms_per_step"] for row in rows if not row["strict"]}
+        # Results of earlier versions have no sampled rows.
+        greedy = [row for row in rows if not row["strict"] and not row.get("sampled")]
+        times = {(row["program"], row["draft"]): row["ms_per_step"] for row in greedy}
         most = max(row["draft"] for row in rows)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: is no result of `ds4jax bench decode` or `bench costs` ({error})") from None

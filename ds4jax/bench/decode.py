@@ -14,12 +14,13 @@ import jax
 import numpy as np
 
 from ds4jax.bench import calls, profile
-from ds4jax.bench.programs import RUNS, Loop, Program, compiled, with_truth
+from ds4jax.bench.programs import GREEDY, RUNS, SAMPLED, Loop, Program, compiled, with_truth
 from ds4jax.bench.traffic import step_bytes
 from ds4jax.bench.whole_model import Note, Row, WholeModel, finite, peak_bytes
 from ds4jax.bounds import drafts_of, own_drafter
 from ds4jax.cache.capacity import capacity_for
 from ds4jax.decode.loop import DecodeState
+from ds4jax.decode.sampling import Sampling
 from ds4jax.errors import InputError
 from ds4jax.loading.plan import Plan, plan
 from ds4jax.random_models import checkpoint as synthetic
@@ -137,37 +138,55 @@ def _compiled(loop: Loop) -> Row:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to decode: a program, its drafts a step, and how tokens are chosen."""
+
+    name: str
+    program: Program
+    draft: int
+    sampling: Sampling = GREEDY
+
+
+def _ways(options: Options) -> list[Way]:
+    """Plain in its own program, each depth in the drafting program, strict plain; then plain and the largest depth sampled."""
+    plain, inside = Way("plain", PLAIN, 0), options.drafting
+    depths = options.drafts if options.max_draft else ()
+    drafting = [Way(f"{f'draft {depth}' if depth else 'plain'} in {inside.name}", inside, depth) for depth in depths]
+    strict = [Way("strict plain", STRICT, 0)] if options.strict else []
+    most = [plain, *(way for way in drafting if way.draft == options.max_draft)]
+    sampled = [dataclasses.replace(way, name=f"{way.name}, sampled", sampling=SAMPLED) for way in most]
+    return [plain, *drafting, *strict, *sampled]
+
+
 def _timed(
     options: Options, loops: dict[Program, Loop], planned: Plan, bandwidth: float | None, problems: list[str], note: Note
 ) -> list[Row]:
-    """A row for each way to decode: plain in its own program, each depth in the drafting program, strict plain."""
-    ways = [("plain", PLAIN, 0)]
-    if options.max_draft:
-        inside = options.drafting
-        ways += [(f"{f'draft {depth}' if depth else 'plain'} in {inside.name}", inside, depth) for depth in options.drafts]
-    if options.strict:
-        ways.append(("strict plain", STRICT, 0))
+    """A row for each way to decode."""
     rows: list[Row] = []
-    for name, program, depth in ways:
-        loop = loops[program]
-        samples, state = loop.timed(options.steps, depth)
-        problems += [f"{name}: {words}" for words in _unusable(state, options.steps)]
-        count = step_bytes(planned, loop.config, depth)
-        rows.append(_row(name, program, depth, samples, count, bandwidth, rows[0] if rows else None))
-        note(f"{name}: {rows[-1]['ms_per_step']:.3f} ms a step")
+    greedy: dict[tuple[Program, int], Row] = {}
+    for way in _ways(options):
+        loop = loops[way.program]
+        samples, state = loop.timed(options.steps, way.draft, way.sampling)
+        problems += [f"{way.name}: {words}" for words in _unusable(state, options.steps)]
+        count = step_bytes(planned, loop.config, way.draft)
+        place = (way.program, way.draft)
+        row = _row(way, samples, count, bandwidth, rows[0] if rows else None, greedy.get(place))
+        greedy.setdefault(place, row)
+        rows.append(row)
+        note(f"{way.name}: {row['ms_per_step']:.3f} ms a step")
     return rows
 
 
-def _row(
-    name: str, program: Program, depth: int, samples: Sequence[float], count: int, bandwidth: float | None, plain: Row | None
-) -> Row:
+def _row(way: Way, samples: Sequence[float], count: int, bandwidth: float | None, plain: Row | None, greedy: Row | None) -> Row:
     """One row. Tokens/s are given for plain steps only, because random weights accept hardly any drafts."""
-    ms = statistics.median(samples)
+    ms, depth = statistics.median(samples), way.draft
     made: Row = {
-        "name": name,
-        "program": program.name,
+        "name": way.name,
+        "program": way.program.name,
         "draft": depth,
-        "strict": program.strict,
+        "strict": way.program.strict,
+        "sampled": way.sampling is not GREEDY,
         "ms_per_step": round(ms, 4),
         "samples": [round(sample, 4) for sample in samples],
         "tokens_per_second": round(1e3 / ms, 2) if depth == 0 else None,
@@ -180,6 +199,8 @@ def _row(
         made["extra_ms"] = round(extra, 4)
         made["extra_floor_ms"] = round(floor, 4) if floor else None
         made["extra_over_floor"] = round(extra / floor, 2) if floor else None
+    if greedy:
+        made["over_greedy_ms"] = round(ms - greedy["ms_per_step"], 4)
     return made
 
 
@@ -195,7 +216,7 @@ def _simulated(rows: Sequence[Row], acceptance: Sequence[float]) -> list[Row]:
     made = []
     for row in rows:
         depth = row["draft"]
-        if acceptance and depth:
+        if acceptance and depth and not row["sampled"]:
             tokens = 1 + sum(math.prod(acceptance[: i + 1]) for i in range(depth))
             made.append(
                 {

@@ -39,7 +39,7 @@ def table(content: Mapping[str, Any]) -> Table:
 
     made = Table(title=title(content), box=box.SIMPLE)
     made.add_column("", no_wrap=True)
-    for heading in ("ms a step", "tokens/s", "GB a step", "of the bandwidth", "extra ms", "over its floor"):
+    for heading in ("ms a step", "tokens/s", "GB a step", "of the bandwidth", "extra ms", "over its floor", "over greedy, ms"):
         made.add_column(heading, justify="right", no_wrap=True)
     simulated = {row["name"]: row for row in content["simulated"]}
     made.add_column("tokens/s, simulated", justify="right", no_wrap=True)
@@ -54,6 +54,8 @@ def table(content: Mapping[str, Any]) -> Table:
             _number(row["fraction"], 3),
             _number(row.get("extra_ms"), 3),
             _number(row.get("extra_over_floor"), 2),
+            # Results of earlier versions have no sampled rows.
+            _number(row.get("over_greedy_ms"), 3),
             f"{assumed['tokens_per_second']:.1f} at {shares}" if assumed else "",
         )
     return made

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import difflib
 import importlib
 import io
 import os
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 
 from ds4jax import runtime
 from ds4jax.cli.commands.version import Version
+from ds4jax.cli.options import parsers
 from ds4jax.errors import InputError
 
 EXAMPLES = """\
@@ -69,6 +71,13 @@ def build_parser(names: Sequence[str] = COMMANDS) -> Parser:
     return parser
 
 
+def _unknown(words: Sequence[str], parser: Parser) -> str:
+    """The message for words that no option takes, with the option that the first one may stand for."""
+    options = [option for one in parsers(parser) for option in one._option_string_actions]
+    close = difflib.get_close_matches(words[0].partition("=")[0], options, n=1)
+    return f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {close[0]}?" if close else "")
+
+
 def _speak_utf8() -> None:
     """Read and write UTF-8 if the locale is ASCII, as in many containers."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -95,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser([words[0]] if words and words[0] in COMMANDS else COMMANDS)
     try:
         try:
-            options = parser.parse_args(words)
+            options, unknown = parser.parse_known_args(words)
+            if unknown:
+                parser.error(_unknown(unknown, parser))
             code: int = options.run(options)
             return code
         finally:

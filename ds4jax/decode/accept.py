@@ -46,7 +46,7 @@ def accept(logits_SWV: jax.Array, drafts: Drafts, depth_S: jax.Array, filters: F
     def greedy(logits_SWV: jax.Array) -> Decision:
         return jax.vmap(_greedy)(logits_SWV, drafts, depth_S)
 
-    # One condition for all sequences: if all are greedy, no vocabulary is sorted.
+    # One condition for all sequences: if all are greedy, no probabilities are computed.
     return jax.lax.cond(jnp.any(filters.sampled), sampled, greedy, logits_SWV)
 
 

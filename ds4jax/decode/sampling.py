@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax import bounds
+from ds4jax.decode.selection import kept
 
 # Higher temperatures overflow float32; at this one the distribution is already uniform.
 MAX_TEMPERATURE = 1e30
@@ -131,15 +132,8 @@ def filtered(logits_V: jax.Array, filters: Filters) -> jax.Array:
     """
     # Subtract the maximum first. Otherwise a small temperature could give infinite values.
     probabilities = jax.nn.softmax((logits_V - jnp.max(logits_V)) / filters.temperature)
-    order = jnp.argsort(-probabilities, stable=True)
-    ranked = probabilities[order]
-    rank = jnp.arange(ranked.shape[0], dtype=jnp.int32)
-    before = jnp.cumsum(ranked) - ranked
-    keep = (filters.top_k == 0) | (rank < filters.top_k)
-    keep &= (before < filters.top_p) | (filters.top_p >= 1.0)
-    keep &= ranked >= filters.min_p * ranked[0]
-    kept = jnp.where(keep | (rank == 0), ranked, 0.0)
-    return jnp.zeros_like(probabilities).at[order].set(kept / jnp.sum(kept))
+    kept_V = jnp.where(kept(probabilities, filters.top_k, filters.top_p, filters.min_p), probabilities, 0.0)
+    return kept_V / jnp.sum(kept_V)
 
 
 # Purposes of a draw. Each has its own key at each position.
@@ -196,5 +190,5 @@ def propose(logits_SV: jax.Array, filters: Filters, position_S: jax.Array) -> tu
     def greedy(logits_SV: jax.Array) -> tuple[jax.Array, jax.Array]:
         return most_likely(logits_SV), jnp.zeros_like(logits_SV)
 
-    # One condition for all sequences: if all are greedy, no vocabulary is sorted.
+    # One condition for all sequences: if all are greedy, no probabilities are computed.
     return jax.lax.cond(jnp.any(filters.sampled), drawn, greedy, logits_SV)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -105,7 +106,10 @@ def _bound(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        raise InputError(f"--host {host} --port {port}: {error.strerror or error}") from error
+        # `create_server` adds the address to the system's words.
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        other = "; give another --port, or 0 for any" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
+        raise InputError(f"--host {host} --port {port}: {reason}{other}") from error
 
 
 def _log() -> None:

@@ -6,6 +6,7 @@ type `Any` at the end of a shape are known and refused where they ask for someth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ Shape = TypeVar("Shape", bound=msgspec.Struct)
 
 # Values with which a field asks for nothing.
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})
+# What msgspec says of a field of the body itself; shapes inside of it demand none.
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
 class StreamOptions(msgspec.Struct):
@@ -148,6 +151,8 @@ def read(body: bytes, shape: type[Shape]) -> Shape:
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$")
         field = where.strip("`").removeprefix(".") or None
+        if missing := _MISSING.fullmatch(what):
+            field, what = missing[1], "is missing"
         raise bad(f"{field or 'the body'}: {what}", field) from None
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         raise ApiError(400, f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from None

@@ -107,6 +107,13 @@ def test_a_result_becomes_an_entry(capsys: pytest.CaptureFixture[str], tmp_path:
     assert cost_table.read(tmp_path / "other.json") == [dataclasses.replace(first, note="in a quiet hour")]
 
 
+def test_the_times_of_sampled_steps_are_not_taken(tmp_path: Path) -> None:
+    result, path = json.loads(RESULT.read_text()), tmp_path / "result.json"
+    slower = [row | {"sampled": True, "ms_per_step": 2 * row["ms_per_step"]} for row in result["rows"]]
+    path.write_text(json.dumps(result | {"rows": [row | {"sampled": False} for row in result["rows"]] + slower}))
+    assert bench.from_result(path)["ms"] == bench.from_result(RESULT)["ms"]
+
+
 def test_other_files_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     result, path = json.loads(RESULT.read_text()), tmp_path / "result.json"
     for changes, says in (

@@ -15,6 +15,7 @@ from quantized import as_float
 from ds4jax import runtime
 from ds4jax.bench import decode, decode_report, environment, profile, traffic
 from ds4jax.bench import suite as module
+from ds4jax.bench.programs import SAMPLED
 from ds4jax.cli import main as cli
 from ds4jax.config import Config
 from ds4jax.errors import InputError
@@ -180,15 +181,18 @@ def content() -> dict[str, Any]:
     """A result as a GPU gives it, with made-up times."""
     where = {"program": "max_draft 0", "draft": 0}
     kernels = profile.rows([("q8_share_warp", 60.0), ("swiglu", 5.0)], 1, 4000.0)
-    plain = decode._row("plain", decode.PLAIN, 0, [4.0, 5.0, 6.0], 10**10, 4000.0, None)
-    drafted = decode._row("draft 1 in max_draft 1", decode.Program(1), 1, [7.0, 7.0, 8.0], 14 * 10**9, 4000.0, plain)
+    plain = decode._row(decode.Way("plain", decode.PLAIN, 0), [4.0, 5.0, 6.0], 10**10, 4000.0, None, None)
+    way = decode.Way("draft 1 in max_draft 1", decode.Program(1), 1)
+    drafted = decode._row(way, [7.0, 7.0, 8.0], 14 * 10**9, 4000.0, plain, None)
+    way = decode.Way("draft 1 in max_draft 1, sampled", decode.Program(1), 1, SAMPLED)
+    sampled = decode._row(way, [7.25, 7.25, 8.0], 14 * 10**9, 4000.0, plain, drafted)
     return {
         "device": "A [GPU]", "jax": "0.0", "copy_gbps": 4000.0, "layout": "flash-q2", "layers": 4, "slice": True,
         "whole_layers": 43, "context": 2048, "weight_bytes": 10**10, "build_seconds": 1.0, "peak_bytes": 2 * 10**10,
         "compiled": [{"program": "max_draft 0", "trace_seconds": 1.0, "compile_seconds": 2.0}],
-        "rows": [plain, drafted],
+        "rows": [plain, drafted, sampled],
         "calls": {"advance": [], "call_ms": 1.25, "step_ms": 4.4, "in_pieces": 215.0, "in_one_call": 220.0},
-        "simulated": decode._simulated([plain, drafted], (0.5,)),
+        "simulated": decode._simulated([plain, drafted, sampled], (0.5,)),
         "lossless": None,
         "profiles": [{**where, "steps": 1, **profile.summary(kernels, 4)}],
         "kernels": [{**where, **row} for row in kernels],
@@ -197,10 +201,12 @@ def content() -> dict[str, Any]:
 
 
 def test_rows_and_simulated_figures() -> None:
-    plain, drafted = content()["rows"]
+    plain, drafted, sampled = content()["rows"]
     assert (plain["ms_per_step"], plain["tokens_per_second"], plain["fraction"]) == (5.0, 200.0, 0.5)
     assert drafted["tokens_per_second"] is None
     assert (drafted["extra_ms"], drafted["extra_floor_ms"], drafted["extra_over_floor"]) == (2.0, 1.0, 2.0)
+    assert [row["sampled"] for row in (plain, drafted, sampled)] == [False, False, True]
+    assert (sampled["over_greedy_ms"], "over_greedy_ms" in drafted) == (0.25, False)
     [told] = content()["simulated"]
     assert (told["simulated"], told["acceptance"], told["tokens_per_step"]) == (True, [0.5], 1.5)
     assert told["tokens_per_second"] == pytest.approx(1500 / 7, abs=0.01)
@@ -283,7 +289,8 @@ def test_a_whole_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert cli.main(["bench", "decode", "--synthetic", "small-q2", *how, *files]) == 0
     told = json.loads((tmp_path / "d.json").read_text())
     assert (told["slice"], told["layers"], told["whole_layers"]) == (True, 3, 6)
-    assert [row["name"] for row in told["rows"]] == ["plain", "plain in max_draft 1", "draft 1 in max_draft 1"]
+    greedy = ["plain", "plain in max_draft 1", "draft 1 in max_draft 1"]
+    assert [row["name"] for row in told["rows"]] == [*greedy, "plain, sampled", "draft 1 in max_draft 1, sampled"]
     assert all(row["ms_per_step"] > 0 and row["fraction"] is None for row in told["rows"])
     assert [row["simulated"] for row in told["simulated"]] == [True]
     calls = told["calls"]

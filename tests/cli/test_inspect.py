@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import io
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +18,6 @@ from hub_files import read_raw, write_raw
 
 import ds4jax
 from ds4jax.bounds import SHIPPED
-from ds4jax.cli import inspect_paths, progress
 from ds4jax.cli import main as cli
 from ds4jax.cli.commands import model as models
 from ds4jax.errors import InputError
@@ -29,7 +25,6 @@ from ds4jax.loading import contents, mtp_file, open_checkpoint
 from ds4jax.loading import plan as plans
 from ds4jax.loading.convert import convert
 from ds4jax.loading.plan import token_bytes
-from ds4jax.random_models import checkpoint as synthetic
 from ds4jax.random_models.hub import write_hub
 from pallas_kernels.core.dispatch import OPT_OUT
 
@@ -267,77 +262,6 @@ def test_commands_load_the_mtp_file(parts: tuple[Path, Path]) -> None:
         model.logits([1, 2, 3], mtp=True)
 
 
-def test_decode_step_of_the_published_types() -> None:
-    checkpoint = synthetic.checkpoint(synthetic.config_of("flash-q2", 5), "flash-q2")
-    (layers, mtp, head) = inspect_paths.decode_step(checkpoint)
-    kernels = {"rows": 64, "cuda": "kernels", "default": "modules", "reason": "widths and types fit"}
-    assert layers == {"part": "layers", "layers": "0-4", "count": 5, **kernels}
-    assert mtp == {"part": "mtp", "layers": "mtp", "count": 1, **kernels}
-    assert head == {"part": "head", "layers": "", "count": 1, **kernels}
-    assert inspect_paths.costs(checkpoint) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "form", "reasons"),
-    [
-        (
-            "layers.1.attn.wq_b.weight",
-            "BF16",
-            {"0, 2": None, "1": "attn.wq_b is bfloat16, which has no kernel", "mtp": None, "": None},
-        ),
-        (
-            "mtp.0.ffn.experts.w2.weight",
-            "F32",
-            {"0-2": None, "mtp": "ffn.experts.w2 is float32, which has no kernel", "": None},
-        ),
-        ("head.weight", "F16", {"0-2": None, "mtp": None, "": "head is float16, which has no kernel"}),
-    ],
-)
-def test_decode_step_say_why_not(name: str, form: str, reasons: dict[str, str | None]) -> None:
-    """The type on the device of one weight of a block decides for the whole of it, and for no other."""
-    whole = synthetic.checkpoint(synthetic.config_of("small-q2", 3), "small-q2")
-    tensors = tuple(dataclasses.replace(one, form=form) if one.name == name else one for one in whole.tensors)
-    rows = inspect_paths.decode_step(dataclasses.replace(whole, tensors=tensors))
-    assert [row["layers"] for row in rows] == list(reasons)
-    for row in rows:
-        reason = reasons[row["layers"]]
-        assert (row["cuda"], row["reason"]) == ("modules" if reason else "kernels", reason or "widths and types fit")
-
-
-def test_costs_of_types_without_kernel_and_of_small_matrices() -> None:
-    whole = synthetic.checkpoint(synthetic.config_of("small-q2", 3), "small-q2")
-    config = whole.config
-    down = next(one for one in whole.tensors if one.name == "layers.1.ffn.experts.w2.weight")
-    indexer = next(one for one in whole.tensors if one.name == "layers.2.attn.indexer.wq_b.weight")
-    values, numbers = math.prod(down.shape), math.prod(indexer.shape)
-    changed = {
-        down.name: dataclasses.replace(down, stored="IQ1_S", form="IQ1_S", device_nbytes=values // 256 * 50),
-        indexer.name: dataclasses.replace(
-            indexer, stored="Q8_0", form="F32", nbytes=numbers // 32 * 34, device_nbytes=4 * numbers
-        ),
-    }
-    tensors = tuple(changed.get(one.name, one) for one in whole.tensors)
-    share = config.n_active / config.n_experts
-    assert inspect_paths.costs(dataclasses.replace(whole, tensors=tensors)) == [
-        {
-            "kind": "experts down",
-            "stored": "IQ1_S",
-            "why": "no kernel",
-            "read": values // 256 * 50 * share,
-            "expanded": 4 * values * share,
-            "layers": "1",
-        },
-        {
-            "kind": "indexer",
-            "stored": "Q8_0",
-            "why": "float32 in memory",
-            "read": 4 * numbers,
-            "expanded": 4 * numbers - numbers // 32 * 34,
-            "layers": "2",
-        },
-    ]
-
-
 def test_decode_step_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = json.loads(output(capsys, "--dispatch", "--json"))["decode_step"]
     said = {"modules": "modules", "kernels": "kernels / modules"}
@@ -457,62 +381,3 @@ def test_large_models_say_what_they_take(
     assert told.startswith(f"ds4jax: {path}: 0.0 GB of weights, ")
     assert told.count("\n") == 1
     assert told.endswith("read per decoded token; prompts in calls of 512 tokens\n")
-
-
-class Terminal(io.StringIO):
-    """Takes what a terminal would show."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("after", [0.0, 60.0])
-def test_bar(after: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(progress, "BAR_AFTER", after)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    with progress.loading_bar("loading the model") as show:
-        show(1_000_000_000, 4_000_000_000)
-        show(2_000_000_000, 4_000_000_000)
-    shown = terminal.getvalue()
-    assert "loading the model" in shown
-    assert ("/4.0 GB" in shown) == (after == 0)
-
-
-def test_bar_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(progress, "BAR_AFTER", 0.0)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    with progress.reading_bar("reading the prompt") as show:
-        for done in (512, 1024, 1536):
-            show(done, 4096)
-            time.sleep(0.15)
-    shown = terminal.getvalue()
-    assert "1536/4096" in shown
-    assert "tokens/s" in shown
-
-
-def test_no_bar_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.loading_bar("loading the model") as show:
-        assert show is None
-    assert capsys.readouterr() == ("", "")
-
-
-def test_bar_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    with progress.step_bar("training", 300, 100) as bar:
-        assert bar
-        bar.say("[a line] above the bar")
-        bar.update(300, "loss 1.234")
-    shown = terminal.getvalue()
-    assert "[a line] above the bar" in shown
-    assert "100/300" in shown
-    assert "300/300" in shown
-    assert "loss 1.234" in shown

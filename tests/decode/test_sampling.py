@@ -79,6 +79,56 @@ def test_draws_follow_the_filtered_distribution(sampling):
     assert 0.5 * np.abs(observed - by_definition(np.asarray(logits), sampling)).sum() < 0.01
 
 
+@pytest.mark.parametrize(
+    ("sampling", "count"),
+    [
+        (Sampling(1.0), 16),
+        (Sampling(1.0, top_k=1), 1),
+        (Sampling(1.0, top_k=5), 5),
+        (Sampling(1.0, top_k=2**31 - 1), 16),
+        (Sampling(1.0, top_p=1 / 16), 1),
+        (Sampling(1.0, top_p=0.5), 8),
+        (Sampling(1.0, top_p=float(np.nextafter(np.float32(0.5), np.float32(1)))), 9),
+        (Sampling(1.0, top_p=1e-30), 1),
+        (Sampling(1.0, top_k=7, top_p=0.5), 7),
+        (Sampling(1.0, top_k=9, top_p=0.5), 8),
+        (Sampling(1.0, min_p=1.0), 16),
+    ],
+)
+def test_the_first_of_equals_stay(sampling, count):
+    """Sixteen tokens of probability 1/16: the sums are exact, so that the rule for ties alone decides."""
+    actual = np.asarray(jitted(jnp.zeros(V, jnp.float32), sampling.arrays()))
+    np.testing.assert_array_equal(actual > 0, np.arange(V) < count)
+
+
+def test_equals_below_others():
+    """The threshold lies among tokens of equal probability, some of which stay."""
+    logits = np.zeros(V, np.float32)
+    logits[[2, 9, 11]] = np.log(2), np.log(2), np.log(4)
+    # 21 parts in all: 4, then 2 and 2, then 13 times 1.
+    for parts, ids in ((4, [11]), (5, [2, 11]), (7, [2, 9, 11]), (8, [2, 9, 11]), (10, [0, 1, 2, 9, 11])):
+        actual = np.asarray(jitted(jnp.asarray(logits), Sampling(1.0, top_p=(parts - 0.01) / 21).arrays()))
+        assert np.flatnonzero(actual).tolist() == ids
+
+
+def test_a_row_keeps_the_same_tokens_in_any_company():
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(5, 1000)).astype(np.float32) * 3)
+    filters = Sampling(0.8, top_p=0.9).arrays()
+    alone = [np.asarray(jitted(row, filters)) for row in logits]
+    for rows in (2, 3, 5):
+        together = jax.jit(jax.vmap(filtered, in_axes=(0, None)))(logits[:rows], filters)
+        np.testing.assert_array_equal(np.asarray(together) > 0, np.stack(alone[:rows]) > 0)
+
+
+@pytest.mark.parametrize(("backend", "platform", "loops"), [("cpu", "cpu", 1), ("gpu", "cuda", 0)])
+def test_no_vocabulary_is_sorted(monkeypatch, backend, platform, loops):
+    """On a GPU there is no loop either, see `smallest`."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    traced = jax.jit(lambda *numbers: filtered(*numbers)).trace(jnp.zeros(V, jnp.float32), Sampling(1.0).arrays())
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("sort" in program, program.count("stablehlo.while")) == (False, loops)
+
+
 @pytest.mark.parametrize("temperature", [1e-37, 1e-6, 1e39, 1e300])
 def test_extreme_temperatures(temperature):
     logits = np.arange(V, dtype=np.float32)

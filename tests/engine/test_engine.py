@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import random
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,77 +12,20 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from engines import CHUNK, CONTEXT, SLOTS, Case, alone, assert_same, engine, prompt
 from held_calls import held
 from numerics import assert_bits_equal
-from small_models import DRAFTS, shallow_model, small_model, text
+from small_models import DRAFTS, shallow_model, text
 
-import ds4jax
-from ds4jax.bounds import HELD_OUT_TEXT
-from ds4jax.decode.drafters.ngram import NgramDrafter
 from ds4jax.decode.sampling import Sampling
-from ds4jax.engine.chunk_state import ChunkState
 from ds4jax.engine.engine import Engine
-from ds4jax.engine.intake import Intake
 from ds4jax.engine.prefill import call_bytes
-from ds4jax.engine.prefix import PrefixCache
-from ds4jax.engine.prefix_folder import PrefixFolder
-from ds4jax.engine.request import Request, RequestResult
 from ds4jax.engine.scheduler import Closed, QueueFull
 from ds4jax.engine.shape import Shape, fresh, state_bytes
-from ds4jax.engine.slots import Slots
-from ds4jax.engine.wish import Wish
 from ds4jax.errors import InputError
 from ds4jax.evaluation import logprobs as evaluation
-from ds4jax.random_models import checkpoint as random_models
-from ds4jax.random_models import layouts
 
-CONTEXT, CHUNK, SLOTS = 256, 32, 4
 CASES = [(cache, strict) for cache in ("float32", "narrow") for strict in (False, True)]
-# Cache and strict; or the model in the package, whose drafts stand, or one whose eight rows of two slots go by kernels on a GPU.
-# Without a case, one layer and drafts copied from the text.
-Case = tuple[str, bool] | str | None
-tiny_model = functools.cache(ds4jax.load)
-
-
-@functools.cache
-def q2_model() -> ds4jax.LanguageModel:
-    whole = random_models.checkpoint(layouts.SMALL_Q2, "small-q2")
-    return ds4jax.LanguageModel(random_models.synthetic(whole), None, max_draft=2)
-
-
-def engine(case: Case = None, **options: Any) -> Engine:
-    options = {"slots": SLOTS, "context": CONTEXT} | options
-    if case == "tiny":
-        return Engine(tiny_model(), **options)
-    if case == "q2":
-        return Engine(q2_model(), **options | {"slots": 2})
-    options = {"chunk": CHUNK} | options
-    if case is None:
-        return Engine(shallow_model(), drafter=NgramDrafter(), **options)
-    return Engine(small_model(case[0]), strict=case[1], **options)
-
-
-def prompt(case: Case, start: int, length: int) -> np.ndarray:
-    if case == "tiny":
-        return tiny_model().encode(HELD_OUT_TEXT.read_text()[:4000])[start : start + length]
-    return text(start, length)
-
-
-@functools.cache
-def alone(case: Case, start: int, length: int, fields: tuple[tuple[str, Any], ...]) -> RequestResult:
-    """The result of a request in a new engine."""
-    with engine(case) as one:
-        return one.submit(prompt(case, start, length), **dict(fields)).result()
-
-
-def assert_same(actual: RequestResult, expected: RequestResult) -> None:
-    count = len(actual.ids)
-    if actual.finish_reason != "cancelled":
-        assert (actual.finish_reason, count) == (expected.finish_reason, len(expected.ids))
-        assert len(actual.fingerprints) == len(expected.fingerprints)
-    assert actual.ids == expected.ids[:count]
-    assert_bits_equal(actual.fingerprints, expected.fingerprints[: len(actual.fingerprints)])
-    assert actual.seed == expected.seed
 
 
 @pytest.fixture(scope="module")
@@ -204,31 +145,6 @@ def test_a_failing_request_takes_no_other_along(shared: Engine, monkeypatch: pyt
     result = good.result()
     assert sum((piece.ids for piece in pieces), ()) == result.ids
     assert_same(result, alone(None, 60, 40, tuple(fields.items())))
-
-
-def test_a_warm_state_is_the_cold_one(shared: Engine) -> None:
-    """All that a hit writes into a slot are the bits that computing the prompt gives."""
-    slots = Slots(shallow_model(), shared.shape)
-    prefix = PrefixCache(chunk=CHUNK, ahead=1, maximum=10**9)
-    states = []
-    for slot, (length, reused) in enumerate([(3 * CHUNK + 7, 0), (3 * CHUNK + 7, 3 * CHUNK), (2 * CHUNK + 1, 2 * CHUNK)]):
-        ids = text(0, length)
-        wish = Wish.of(shallow_model(), CONTEXT - length, max_new_tokens=1)
-        request = Request(shallow_model(), ids, wish, drafter="mtp", strict=False, wake=lambda: None)
-        intake = Intake(slots, prefix, slot, request)
-        turns = 1
-        while not intake.turn():
-            turns += 1
-        assert (request.reused, turns) == (reused, 4 if not reused else turns)
-        states.append([np.asarray(leaf)[slot : slot + 1] for leaf in jax.tree.leaves(slots.state)])
-    for cold, warm in zip(*states[:2], strict=True):
-        assert_bits_equal(warm, cold)
-    keys = prefix.keys(text(0, 3 * CHUNK + 7))
-    assert prefix.keys(text(0, 2 * CHUNK + 1)) == keys[:2]
-    other = text(0, 3 * CHUNK + 7)
-    other[2 * CHUNK] += 1
-    assert prefix.keys(other)[0] == keys[0]
-    assert not {*prefix.keys(other)[1:]} & {*keys[1:]}, "a drafter reads the token after each row"
 
 
 def test_the_queue_has_an_end_and_so_has_an_engine() -> None:
@@ -378,75 +294,6 @@ def test_log_probabilities_are_those_of_scoring(shared: Engine) -> None:
         assert actual.logprob == pytest.approx(wanted.logprob, abs=1e-3)
         assert [token for token, _ in actual.top] == [token for token, _ in wanted.top]
         assert [score for _, score in actual.top] == pytest.approx([score for _, score in wanted.top], abs=1e-3)
-
-
-def prefix_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.prefix"))
-
-
-def test_a_folder_keeps_beginnings_for_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if files are damaged in any way: such a file is put aside, and its chunk is computed."""
-    monkeypatch.setattr(shallow_model(), "fingerprint", "weights", raising=False)
-    fields = (("max_new_tokens", 8), ("ignore_eos", True))
-    wanted = alone(None, 0, 3 * CHUNK + 7, fields)
-
-    def said(reused: int) -> None:
-        with engine(prefix_folder=tmp_path, prefix_bytes=0) as one:
-            result = one.submit(text(0, 3 * CHUNK + 7), **dict(fields)).result()
-        assert_same(result, wanted)
-        assert result.reused == reused
-
-    said(0)
-    files = prefix_files(tmp_path)
-    assert len(files) == 3
-    said(3 * CHUNK)
-    lengths = []
-    for i, path in enumerate(files):
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-3] if i == 0 else whole[:-1] + bytes([whole[-1] ^ 1]) if i == 1 else b"")
-        with engine(prefix_folder=tmp_path, prefix_bytes=0) as one:
-            result = one.submit(text(0, 3 * CHUNK + 7), **dict(fields)).result()
-        assert_same(result, wanted)
-        lengths.append(result.reused)
-        assert prefix_files(tmp_path) == files, "it was computed and written again"
-        assert path.read_bytes() == whole
-    assert sorted(lengths) == [0, CHUNK, 2 * CHUNK]
-    assert len(list((tmp_path / "bad").iterdir())) == 3
-    shutil.copy(files[0], files[1])
-    said(lengths[1])
-
-
-def test_the_least_recently_used_beginnings_go_first(tmp_path: Path) -> None:
-    state = ChunkState((), np.zeros(1000, np.int32))
-    prefix = PrefixCache(chunk=4, ahead=0, maximum=3 * state.nbytes)
-    one, two = prefix.keys(np.arange(9)), prefix.keys(np.arange(20, 29))
-    for key in (*one, *two):
-        prefix.put(key, state)
-    assert [prefix.get(key) is not None for key in (*one, *two)] == [False, True, True, True]
-    assert prefix.nbytes == 3 * state.nbytes
-    prefix.used(two)
-    prefix.put("new", state)
-    prefix.put("newer", state)
-    assert [prefix.get(key) is not None for key in (*one, *two)] == [False, False, True, False], "the end before the beginning"
-    assert not PrefixCache(chunk=4, ahead=0, maximum=0).wants("any")
-
-    folder = PrefixFolder(tmp_path, identity="x", like=state, maximum=2 * state.nbytes + 2000)
-    for key in ("a", "b", "c"):
-        folder.put(key, state)
-        while not folder.get(key):
-            time.sleep(0.01)
-    folder.close()
-    assert len(prefix_files(tmp_path)) == 2
-    (tmp_path / ".a.prefix.1-1-00000000.unfinished").touch()
-    again = PrefixFolder(tmp_path, identity="x", like=state, maximum=10**6)
-    assert [again.get(key) is not None for key in ("a", "b", "c")] == [False, True, True]
-    assert prefix_files(tmp_path) == sorted(tmp_path.iterdir()), "what a killed process left is gone"
-    other = PrefixFolder(tmp_path, identity="y", like=state, maximum=10**6)
-    assert other.get("c") is None
-    again.close()
-    other.close()
-    with pytest.raises(InputError, match="/dev/null: cannot be made"):
-        PrefixFolder(Path("/dev/null"), identity="x", like=state, maximum=1)
 
 
 @pytest.mark.slow

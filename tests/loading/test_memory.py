@@ -56,7 +56,8 @@ def told(count, total):
 
 jax.block_until_ready(jax.numpy.zeros(8) + 1)
 before = anonymous()
-watcher = threading.Thread(target=watch)
+# A load that fails ends the process.
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 model = ds4jax.load(sys.argv[1], progress=told)
 done.set()

@@ -110,7 +110,7 @@ def test_the_command_refuses_before_it_loads(capsys: pytest.CaptureFixture[str],
         for words, said in (
             (["--host", "0.0.0.0"], "other machines reach it"),
             (["--api-key-file", str(tmp_path / "keys")], "has no key"),
-            (["--port", port], f"--port {port}: Address already in use"),
+            (["--port", port], f"--port {port}: Address already in use; give another --port, or 0 for any\n"),
             (["--max-body", "much"], "no number of bytes"),
         ):
             with pytest.raises(SystemExit) as ended:

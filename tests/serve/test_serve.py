@@ -218,7 +218,7 @@ def test_who_hangs_up_frees_the_slot_and_the_place_in_the_queue(server: Served, 
         ("/v1/chat/completions", b"{", 400, "not JSON"),
         ("/v1/chat/completions", b'{"messages": ' + b"[" * 100_000, 400, "not JSON"),
         ("/v1/chat/completions", b"\xff", 400, "not JSON"),
-        ("/v1/chat/completions", b"{}", 400, "messages"),
+        ("/v1/chat/completions", b"{}", 400, "messages: is missing"),
         ("/v1/chat/completions", b"[]", 400, "the body: Expected `object`"),
         ("/v1/chat/completions", b'{"messages": []}', 400, "messages: there are none"),
         ("/v1/chat/completions", b'{"messages": [1], "max_tokens": "a"}', 400, "max_tokens"),
@@ -242,6 +242,8 @@ def test_a_bad_request_says_what_is_wrong(server: Served, path: str, body: bytes
     error = answer.json()["error"]
     assert answer.status_code == status
     assert said in error["message"]
+    if said.endswith(": is missing"):
+        assert error["param"] == said.removesuffix(": is missing")
     assert (answer.json().get("type") == "error") == path.startswith("/v1/messages")
 
 

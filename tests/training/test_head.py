@@ -140,7 +140,7 @@ def test_a_head_from_a_text_to_drafts(micro_model: Path, text_file: Path, tmp_pa
     said = {key: entry.value for key, entry in open_set(first).metadata.items()}
     assert said["general.architecture"] == "dflash"
     assert said["ds4jax.training_steps"] == 3
-    assert said["ds4jax.trained_with"].startswith("ds4jax train --head dspark --text text.txt ")
+    assert said["ds4jax.trained_with"].startswith("ds4jax train --head dspark --model micro.gguf --text text.txt ")
     model = ds4jax.load(micro_model, drafter_file=first)
     assert model.drafter_name == "dspark"
     options = {"max_new_tokens": 24, "ignore_eos": True, "strict": True}
