@@ -28,7 +28,7 @@ def device_memory() -> DeviceMemory | None:
     # Late: `ds4jax doctor` reads the host's memory where JAX does not start.
     import jax
 
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats or "bytes_limit" not in stats:
         return None

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,27 +17,23 @@ import numpy as np
 
 import ds4jax
 from ds4jax import bounds
-from ds4jax.cache.capacity import BUCKETS, capacity_for
 from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.drafters.named import name_of
 from ds4jax.device import processor
 from ds4jax.engine.costs import engine_costs
 from ds4jax.engine.loaded import Loaded
-from ds4jax.engine.options import Options, require_drafter
 from ds4jax.engine.prefill import call_bytes
 from ds4jax.engine.prefix import PrefixCache
 from ds4jax.engine.prefix_folder import PrefixFolder
 from ds4jax.engine.request import Request
 from ds4jax.engine.scheduler import Scheduler
-from ds4jax.engine.shape import Shape, default_chunk, state_bytes
+from ds4jax.engine.shape import SLOTS, Shape, state_bytes
 from ds4jax.engine.slots import Slots
 from ds4jax.engine.wish import Wish
 from ds4jax.errors import InputError
 from ds4jax.loading.plan import GB, free_bytes
 from ds4jax.text.prompt import Prompt
 
-CONTEXT = 8192
-SLOTS = 8
 WAITING = 1024
 PREFIX_BYTES = 2_000_000_000
 PREFIX_FOLDER_BYTES = 20_000_000_000
@@ -72,6 +69,7 @@ class Engine:
         prefix_bytes: int = PREFIX_BYTES,
         prefix_folder: str | os.PathLike[str] | None = None,
         prefix_folder_bytes: int = PREFIX_FOLDER_BYTES,
+        slots_of: Callable[[Loaded, Shape], Slots] = Slots,
     ):
         """Start the thread and compile the programs.
 
@@ -86,24 +84,15 @@ class Engine:
             prefix_bytes: maximum bytes of host memory for beginnings of prompts that may come again; 0 keeps none.
             prefix_folder: a folder that keeps them for the next process, too; it may be deleted any time.
             prefix_folder_bytes: maximum bytes of its files.
+            slots_of: makes the slots; another one has `ds4jax.processes.slots`.
 
         Raises:
             InputError: an option is outside its range, the model has no drafter, or the folder cannot be made.
         """
-        options = Options(strict=strict, drafter=drafter, chunk=chunk)
-        require_drafter(model, options)
-        most = model.config.max_context
-        self.model, self.context = model, min(CONTEXT, most) if context is None else bounds.CONTEXT.checked("context", context)
-        if self.context > most:
-            raise InputError(f"context is {self.context}; the model's context is {most}")
-        self.chunk = options.chunk or min(default_chunk(jax.devices()[0].platform), most)
-        if self.chunk < BUCKETS[0]:
-            raise InputError(f"chunk is {self.chunk}; an engine's chunk is at least {BUCKETS[0]}")
-        count = bounds.SLOTS.checked("slots", slots)
-        capacity = capacity_for(self.context, most)
-        self.shape = Shape(count, capacity, self.chunk, options.strict, model.drafter(drafter))
+        self.shape, self.context = Shape.of(model, slots=slots, context=context, strict=strict, chunk=chunk, drafter=drafter)
+        self.model, self.chunk = model, self.shape.chunk
         _require_fit(model, self.shape, self.context)
-        made = Slots(model, self.shape)
+        made = slots_of(model, self.shape)
         store = None
         if prefix_folder is not None:
             most_stored = bounds.BYTES.checked("prefix-folder-bytes", prefix_folder_bytes)

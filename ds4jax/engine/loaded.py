@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ds4jax import bounds
@@ -29,6 +29,7 @@ from ds4jax.engine.draft_arrays import draft_arrays, draft_positions
 from ds4jax.engine.prefill import Progress, chunk_here, nbytes
 from ds4jax.errors import InputError
 from ds4jax.loading import fingerprint
+from ds4jax.loading.placement import everywhere
 from ds4jax.model.transformer import Transformer
 from ds4jax.text.prompt import Prompt, checked, encoded
 from pallas_kernels.formats import Quantized
@@ -221,10 +222,7 @@ class Loaded:
     def placed(self, arrays: Arrays) -> Arrays:
         """The arrays on each of the model's devices; on one device they stay as they are."""
         mesh = self.graph.mesh
-        if mesh is None:
-            return arrays
-        placed: Arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
-        return placed
+        return everywhere(arrays, mesh) if isinstance(mesh, Mesh) else arrays
 
     def state_shapes(self, capacity: int, drafter: Drafter | None) -> DecodeState:
         """Shapes and types of `state`, without allocating it."""

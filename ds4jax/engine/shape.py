@@ -7,13 +7,19 @@ import functools
 
 import jax
 
-from ds4jax.cache.capacity import PREFILL
+from ds4jax import bounds
+from ds4jax.cache.capacity import BUCKETS, PREFILL, capacity_for
 from ds4jax.decode import loop
 from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.loop import DecodeState
 from ds4jax.engine import beginning
 from ds4jax.engine.loaded import Loaded
+from ds4jax.engine.options import Options, require_drafter
 from ds4jax.engine.prefill import nbytes
+from ds4jax.errors import InputError
+
+CONTEXT = 8192
+SLOTS = 8
 
 # Rows of a prefill call, by platform. A prompt's rows have the bits of this width, so it must not depend on anything else.
 GRID = {"cpu": PREFILL[1]}
@@ -41,6 +47,34 @@ class Shape:
     chunk: int
     strict: bool
     drafter: Drafter | None
+
+    @classmethod
+    def of(
+        cls,
+        model: Loaded,
+        *,
+        slots: int = SLOTS,
+        context: int | None = None,
+        strict: bool = False,
+        chunk: int | None = None,
+        drafter: Drafter | None = None,
+    ) -> tuple[Shape, int]:
+        """The shape of an engine, and its context, from the options of `ds4jax.Engine`.
+
+        Raises:
+            InputError: an option is outside its range, or the model has no drafter.
+        """
+        options = Options(strict=strict, drafter=drafter, chunk=chunk)
+        require_drafter(model, options)
+        most = model.config.max_context
+        context = min(CONTEXT, most) if context is None else bounds.CONTEXT.checked("context", context)
+        if context > most:
+            raise InputError(f"context is {context}; the model's context is {most}")
+        rows = options.chunk or min(default_chunk(jax.devices()[0].platform), most)
+        if rows < BUCKETS[0]:
+            raise InputError(f"chunk is {rows}; an engine's chunk is at least {BUCKETS[0]}")
+        count = bounds.SLOTS.checked("slots", slots)
+        return cls(count, capacity_for(context, most), rows, options.strict, model.drafter(drafter)), context
 
 
 def fresh(model: Loaded, shape: Shape) -> DecodeState:

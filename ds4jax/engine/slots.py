@@ -59,11 +59,14 @@ class Slots:
         """Start compiling. Nothing is allocated before the first use."""
         self.model, self.shape = model, shape
         self._numbers: dict[int, jax.Array] = {}
-        self.rebuild()
+        self._empty()
         self._programs = [begin((*self._key(), name), lower) for name, lower in self._lowers().items()]
 
     def rebuild(self) -> None:
-        """Start with free slots; again after a failed call, which lost the state."""
+        """Start again with free slots, after a failed call, which lost the state."""
+        self._empty()
+
+    def _empty(self) -> None:
         costs = engine_costs(self.model, strict=self.shape.strict, drafter=self.shape.drafter)
         self._state: DecodeState | None = None
         self._asked = Asked.none(self.shape.slots, costs)
@@ -125,14 +128,22 @@ class Slots:
             The number of rows in the cache after it.
         """
         count, width = min(self.shape.chunk, len(ids_T) - 1 - start), self.shape.chunk
+        self.append(slot, padded(ids_T, start, width), padded(ids_T, start + 1, width), count)
+        return start + count
+
+    def append(self, slot: int, ids_C: np.ndarray, following_C: np.ndarray, count: int) -> None:
+        """Append a chunk, int32 [C], to a slot. Waits for the device.
+
+        Args:
+            following_C: int32 [C], the token after each.
+            count: rows of the chunk that are no padding.
+        """
         program, _ = self._compiled()
         index = (np.int32(slot),) if self.shape.slots > 1 else ()
-        ids, following = padded(ids_T, start, width), padded(ids_T, start + 1, width)
         state = self.state
-        cache, drafting = program(self.model.arrays, state.cache, state.drafting, ids, following, np.int32(count), *index)
+        cache, drafting = program(self.model.arrays, state.cache, state.drafting, ids_C, following_C, np.int32(count), *index)
         self._state = dataclasses.replace(state, cache=cache, drafting=drafting)
         jax.block_until_ready(cache.length)
-        return start + count
 
     def taken(self, slot: int, start: int) -> ChunkState:
         """The state of the chunk from row `start` on, which has just been appended, on the host."""
@@ -199,6 +210,9 @@ class Slots:
         self._masked.pop(slot, None)
         if words_M is not None:
             self._masked[slot] = words_M
+        self._remask()
+
+    def _remask(self) -> None:
         mask = Mask.none(self.shape.slots, self.model.config.vocab_size)
         all_words, masked = np.array(mask.words), np.array(mask.masked)
         for masked_slot, own in self._masked.items():
@@ -246,7 +260,8 @@ class Slots:
         self._counts[slot] = self._steps[slot] = 0
         self._active.discard(slot)
         self._scored.discard(slot)
-        self.mask(slot, None)
+        if self._masked.pop(slot, None) is not None:
+            self._remask()
 
     def _number(self, number: int) -> jax.Array:
         """The number as int32 [], in the same device buffer every time."""

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,12 +55,30 @@ def of_weights(config: Config, weights: Any) -> str:
     """
     digest = hashlib.sha256(json.dumps(_fields(config), sort_keys=True).encode())
     leaves, _ = jax.tree_util.tree_flatten_with_path(weights)
-    totals = [_parts(leaf) for _, leaf in leaves]
-    for (path, leaf), parts in zip(leaves, totals, strict=True):
-        name, (added, other) = jax.tree_util.keystr(path, simple=True, separator="."), np.array(parts).T
-        total = [int(np.sum(added, dtype=np.uint32)), int(np.bitwise_xor.reduce(other))]
+    for (path, leaf), total in zip(leaves, _totals([leaf for _, leaf in leaves]), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
         digest.update(f"\n{name} {leaf.dtype} {list(leaf.shape)} {total}".encode())
     return digest.hexdigest()
+
+
+def _totals(leaves: Sequence[jax.Array]) -> list[list[int]]:
+    """`sums` of each array, from those of its parts in all processes."""
+    found = [_parts(leaf) for leaf in leaves]
+    own_n2 = np.array([_total(np.array(parts)) for parts in found], np.uint32)
+    if jax.process_count() > 1:
+        # Late, because few need it.
+        from jax.experimental import multihost_utils
+
+        all_Pn2 = multihost_utils.process_allgather(own_n2)
+        cut_n1 = np.array([[not leaf.is_fully_replicated] for leaf in leaves])
+        own_n2 = np.where(cut_n1, _total(all_Pn2), own_n2)
+    totals: list[list[int]] = own_n2.tolist()
+    return totals
+
+
+def _total(parts: np.ndarray) -> np.ndarray:
+    """The sums of a whole from those of its parts, uint32 [.., 2] from [P, .., 2]."""
+    return np.stack([np.sum(parts[..., 0], axis=0, dtype=np.uint32), np.bitwise_xor.reduce(parts[..., 1], axis=0)], axis=-1)
 
 
 def _parts(leaf: jax.Array) -> list[jax.Array]:

@@ -245,8 +245,8 @@ def _decoded(stored: jax.Array, *how: Any) -> jax.Array | Quantized:
     from ds4jax.engine.compile import begin, wait
 
     value: jax.Array | Quantized
-    # The programs of `begin` run on the first device.
-    if stored.device != jax.devices()[0]:
+    # The programs of `begin` run on the first device of this process.
+    if stored.device != jax.local_devices()[0]:
         value = _decode_there(stored, *how)
         return value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -46,6 +46,10 @@ def chosen(devices: Devices) -> tuple[jax.Device, ...]:
         if count > len(present):
             raise InputError(f"devices is {count}; there are {len(present)} {present[0].platform} devices")
         found = tuple(present[:count])
+    if jax.process_count() > 1 and len(found) < len(present):
+        raise InputError(
+            f"devices is {len(found)} of {len(present)}; several processes use all their devices, so hide the others"
+        )
     if kinds := {one.device_kind for one in found} - {found[0].device_kind}:
         raise InputError(f"devices are of several kinds, {found[0].device_kind} and {min(kinds)}; take equal ones")
     if len(found) == 1 and found[0] is not present[0]:
@@ -104,19 +108,20 @@ class Placement:
         return tuple(self.mesh.devices.flat)
 
     def parts(self, name: str, shape: tuple[int, ...]) -> list[tuple[jax.Device, slice | None]]:
-        """What is read of a parameter: devices, and the rows of the second axis from the end that each keeps; None for all.
+        """What this process reads of a parameter: devices, and the rows of the second axis from the end that each keeps.
 
-        A parameter that is whole on all devices is read once, onto the first.
+        A parameter that is whole on all devices is read once, onto the first of this process; its rows are None.
         """
+        own = [(i, device) for i, device in enumerate(self.devices) if device.process_index == jax.process_index()]
         if name not in self.cut:
-            return [(self.devices[0], None)]
+            return [(own[0][1], None)]
         size = shape[-2] // len(self.devices)
-        return [(device, slice(i * size, (i + 1) * size)) for i, device in enumerate(self.devices)]
+        return [(device, slice(i * size, (i + 1) * size)) for i, device in own]
 
     def joined(self, name: str, values: Sequence[Value]) -> Value:
         """The parameter on all devices, from what `parts` lists; no bytes of a cut one move."""
         if name not in self.cut:
-            whole: Value = jax.device_put(values[0], NamedSharding(self.mesh, WHOLE))
+            whole: Value = everywhere(values[0], self.mesh)  # type: ignore[arg-type]
             return whole
         planes = zip(*map(jax.tree.leaves, values), strict=True)
         made = [self._plane(parts, axis) for parts, axis in zip(planes, _axes(values[0]), strict=True)]
@@ -135,12 +140,30 @@ class Placement:
 
     def _plane(self, parts: Sequence[jax.Array], axis: int) -> jax.Array:
         shape = list(parts[0].shape)
-        shape[axis] *= len(parts)
+        shape[axis] *= self.mesh.size
         sharding = NamedSharding(self.mesh, _spec(len(shape), axis))
         return jax.make_array_from_single_device_arrays(tuple(shape), sharding, list(parts))
 
 
 WHOLE = PartitionSpec()
+Arrays = TypeVar("Arrays")
+
+
+def everywhere(arrays: Arrays, mesh: Mesh) -> Arrays:
+    """A tree of arrays on each device of a mesh. Every process has the same values."""
+    whole = NamedSharding(mesh, WHOLE)
+    if jax.process_count() == 1:
+        placed: Arrays = jax.device_put(arrays, whole)
+        return placed
+    # `jax.device_put` would send all values to the other processes to compare them.
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+
+    def put(array: jax.Array) -> jax.Array:
+        copies = [jax.device_put(array, device, may_alias=False) for device in own]
+        return jax.make_array_from_single_device_arrays(array.shape, whole, copies)
+
+    placed = jax.tree.map(put, arrays)
+    return placed
 
 
 def _axes(value: Any) -> tuple[int, ...]:

@@ -306,8 +306,8 @@ def require_fit(checkpoint: Checkpoint, devices: int = 1) -> None:
     """
     # While a tensor is split, the device also holds its stored bytes: all of a matrix, a few pieces of a stack.
     needed = share_bytes(checkpoint, devices) + max(tensor.nbytes for tensor in checkpoint.tensors)
-    # Devices of a CPU share its memory.
-    needed *= devices if jax.default_backend() == "cpu" else 1
+    # Devices of a CPU share its memory, those of this process.
+    needed *= min(devices, jax.local_device_count()) if jax.default_backend() == "cpu" else 1
     free = free_bytes()
     if free is not None and needed > free:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import re
 import sys
@@ -12,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from ds4jax import bounds
 from ds4jax.bounds import SHIPPED
 from ds4jax.cli import options as cli_options
+from ds4jax.cli import processes as cli_processes
 from ds4jax.cli.commands import model as models
 from ds4jax.errors import InputError
 from ds4jax.text import efforts
 
 if TYPE_CHECKING:
     from ds4jax.engine.engine import Engine
+    from ds4jax.language_model import LanguageModel
+    from ds4jax.processes.seat import Seat
 
 PORT = bounds.Integers(0, 65535, "it must be 0 to 65535")
 CONTEXT = 32768
@@ -39,7 +43,8 @@ EXAMPLES = """\
 examples:
   ds4jax serve
   ds4jax serve model.gguf --slots 8 --context 131072 --cache narrow
-  ds4jax serve model.gguf --host 0.0.0.0 --api-key-file keys.txt"""
+  ds4jax serve model.gguf --host 0.0.0.0 --api-key-file keys.txt
+  ds4jax serve model.gguf --coordinator 10.0.0.1:9000 --processes 2 --process 0   # and --process 1 on the other host"""
 
 
 def size(word: str) -> int:
@@ -84,6 +89,7 @@ def add_parser(commands: Any) -> None:
     models.add_dense(parser)
     models.add_rounding(parser)
     models.add_devices(parser)
+    cli_processes.add_options(parser)
     models.add_strict(parser)
     models.add_chunk(parser)
     parser.add_argument(
@@ -106,8 +112,9 @@ def run(options: argparse.Namespace) -> int:
     """Run the command. Returns 0 after a signal, 1 if the engine failed.
 
     Raises:
-        InputError: the model cannot be used, or the address cannot be bound.
+        InputError: the model cannot be used, the address cannot be bound, or the processes of a job do not gather.
     """
+    seat = cli_processes.seat(options)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"{missing[0]}: not installed; a server needs `pip install 'ds4jax[serve]'`")
@@ -118,6 +125,9 @@ def run(options: argparse.Namespace) -> int:
     keys = keys_of(options.api_key_file) if options.api_key_file else ()
     require_safe(options.host, keys=bool(keys), insecure=options.insecure)
     checkpoint = models.open_checkpoint(options)
+    facts = cli_processes.facts(options, checkpoint) if seat else {}
+    if seat and seat.index:
+        return _follow(options, seat, facts)
     settings = Settings(
         served_name=options.served_name or f"ds4jax-{(options.model or SHIPPED).stem or 'model'}",
         keys=keys,
@@ -129,7 +139,7 @@ def run(options: argparse.Namespace) -> int:
         log_prompts=options.log_prompts,
     )
     try:
-        serve(Runner(lambda: _engine(options), settings), options.host, options.port)
+        serve(Runner(lambda: _engine(options, seat, facts), settings), options.host, options.port)
     except InputError:
         raise
     except RuntimeError as error:
@@ -138,18 +148,49 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _engine(options: argparse.Namespace) -> Engine:
+def _engine(options: argparse.Namespace, seat: Seat | None, facts: dict[str, Any]) -> Engine:
+    if seat is None:
+        return _made(options)
+    from ds4jax.processes.job import begin
+    from ds4jax.processes.slots import LedSlots
+
+    job = begin(seat, facts)
+    with job.together():
+        return _made(options, slots_of=functools.partial(LedSlots, job=job))
+
+
+def _made(options: argparse.Namespace, **more: Any) -> Engine:
     model = models.open_model(options)
     from ds4jax.engine.engine import Engine
 
-    most = model.config.max_context
+    # All processes compute it together, before anything else.
+    _ = model.fingerprint if more else None
     return Engine(
         model,
-        slots=options.slots,
-        context=options.context or min(CONTEXT, most),
-        strict=options.strict,
-        chunk=options.chunk,
+        **_shape(options, model),
         waiting=options.max_queue,
         prefix_bytes=options.prefix_cache,
         prefix_folder=options.prefix_dir,
+        **more,
     )
+
+
+def _shape(options: argparse.Namespace, model: LanguageModel) -> dict[str, Any]:
+    context = options.context or min(CONTEXT, model.config.max_context)
+    return {"slots": options.slots, "context": context, "strict": options.strict, "chunk": options.chunk}
+
+
+def _follow(options: argparse.Namespace, seat: Seat, facts: dict[str, Any]) -> int:
+    """Hold parts of the model for process 0, until it ends."""
+    from ds4jax.processes.job import begin
+
+    job = begin(seat, facts)
+    with job.together():
+        model = models.open_model(options)
+        from ds4jax.engine.shape import Shape
+        from ds4jax.engine.slots import Slots
+        from ds4jax.processes.slots import follow
+
+        _ = model.fingerprint
+        follow(Slots(model, Shape.of(model, **_shape(options, model))[0]), job)
+    return 0

@@ -1,0 +1,1 @@
+"""A job: several processes, on one host or several, that run one model together."""
