@@ -9,6 +9,7 @@ import contextlib
 import errno
 import socket
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from ds4jax.errors import InputError
@@ -53,9 +54,11 @@ def expect(seat: Seat, listening: socket.socket, facts: Facts) -> dict[int, Chan
                 found[index] = channel
     except TimeoutError:
         missing = ", ".join(str(i) for i in range(1, seat.count) if i not in found)
-        raise _refused(found, f"{seat.where}: process {missing} of {seat.count} did not come within {seat.patience} s") from None
+        raise _refused(
+            found.values(), f"{seat.where}: process {missing} of {seat.count} did not come within {seat.patience} s"
+        ) from None
     except InputError as error:
-        raise _refused(found, str(error)) from None
+        raise _refused(found.values(), str(error)) from None
     listening.settimeout(None)
     for channel in found.values():
         channel.send({"accepted": True})
@@ -74,9 +77,7 @@ def _hello(channel: Channel, seat: Seat, facts: Facts, found: dict[int, Channel]
     channel.socket.settimeout(None)
     reason = _difference(index, count, theirs, seat, facts, found)
     if reason:
-        with contextlib.suppress(OSError):
-            channel.send({"refused": reason})
-        raise InputError(reason)
+        raise _refused([channel], reason)
     return index
 
 
@@ -91,11 +92,11 @@ def _difference(index: int, count: Any, theirs: Facts, seat: Seat, facts: Facts,
     return ""
 
 
-def _refused(found: dict[int, Channel], reason: str) -> InputError:
-    for channel in found.values():
+def _refused(channels: Iterable[Channel], reason: str) -> InputError:
+    for channel in channels:
         with contextlib.suppress(OSError):
             channel.send({"refused": reason})
-            channel.close()
+        channel.close()
     return InputError(reason)
 
 
@@ -106,15 +107,18 @@ def join(seat: Seat, facts: Facts) -> Channel:
         InputError: process 0 did not come in time, or refuses this process or the job.
     """
     channel = Channel(_connected(seat))
-    try:
-        channel.send({"process": seat.index, "processes": seat.count, "facts": facts})
-        # Process 0 notices who is missing, and a little later.
-        channel.socket.settimeout(2 * seat.patience + HELLO)
-        answer = channel.receive().fields
-    except (OSError, ValueError):
-        raise InputError(f"{seat.where}: process 0 ended before all processes had come") from None
-    if "refused" in answer:
-        raise InputError(str(answer["refused"]))
+    with contextlib.ExitStack() as unless_accepted:
+        unless_accepted.callback(channel.close)
+        try:
+            channel.send({"process": seat.index, "processes": seat.count, "facts": facts})
+            # Process 0 notices who is missing, and a little later.
+            channel.socket.settimeout(2 * seat.patience + HELLO)
+            answer = channel.receive().fields
+        except (OSError, ValueError):
+            raise InputError(f"{seat.where}: process 0 ended before all processes had come") from None
+        if "refused" in answer:
+            raise InputError(str(answer["refused"]))
+        unless_accepted.pop_all()
     channel.socket.settimeout(None)
     return channel
 

@@ -18,6 +18,9 @@ from ds4jax.processes.channel import Channel, Message
 from ds4jax.processes.gather import Facts
 from ds4jax.processes.seat import Seat
 
+# Seconds that processes wait for each other at their end.
+SHUTDOWN = 30
+
 
 class Job:
     """The channels of a process: in process 0 to all others, in each other process to process 0.
@@ -95,27 +98,35 @@ def begin(seat: Seat, facts: Facts) -> Job:
     Raises:
         InputError: the address cannot be bound, a process does not come in time, or the processes do not fit together.
     """
-    import jax
-
-    # The relay is on this machine, so proxies do not matter; JAX's handler of SIGTERM would replace that of the server.
-    os.environ["no_grpc_proxy"] = relay.HERE
-    jax.config.update("jax_check_proxy_envs", False)
-    jax.config.update("jax_enable_preemption_service", False)
     if seat.index:
         job = Job(seat, {0: gather.join(seat, facts)})
         port = relay.begin(seat)
     else:
         listening = gather.listen(seat)
-        job = Job(seat, gather.expect(seat, listening, facts))
+        with contextlib.ExitStack() as unless_gathered:
+            unless_gathered.callback(listening.close)
+            job = Job(seat, gather.expect(seat, listening, facts))
+            unless_gathered.pop_all()
         port = relay.free_port()
         relay.serve(listening, port)
     with job.together():
-        jax.distributed.initialize(
-            f"{relay.HERE}:{port}",
-            seat.count,
-            seat.index,
-            initialization_timeout=seat.patience,
-            coordinator_bind_address=f"{relay.HERE}:{port}",
-            cluster_detection_method="deactivate",
-        )
+        _initialise(seat, port)
     return job
+
+
+def _initialise(seat: Seat, port: int) -> None:
+    import jax
+
+    # The relay is on this machine, so proxies do not matter. JAX's handler of SIGTERM would replace that of the server.
+    os.environ["no_grpc_proxy"] = relay.HERE
+    jax.config.update("jax_check_proxy_envs", False)
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        f"{relay.HERE}:{port}",
+        seat.count,
+        seat.index,
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=f"{relay.HERE}:{port}",
+        initialization_timeout=seat.patience,
+        shutdown_timeout_seconds=SHUTDOWN,
+    )
