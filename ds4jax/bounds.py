@@ -48,7 +48,7 @@ LAYOUT_NAMES = ("flash-q2", "small-q2", "ud-iq3-xxs", "small-ud-iq3-xxs", "flash
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """An accelerator, or several equal ones of one host.
+    """An accelerator, or several equal ones.
 
     Attributes:
         memory, bandwidth: bytes and bytes/s of each card; an unknown bandwidth is None.
@@ -62,13 +62,15 @@ class Device:
 
 
 # Source: NVIDIA's data sheets of H100 SXM, H200 and RTX PRO 6000 Blackwell.
-DEVICES = {
-    "h100": Device("h100", 80_000_000_000, 3.35e12),
-    "h100x2": Device("h100x2", 80_000_000_000, 3.35e12, 2),
-    "h200": Device("h200", 141_000_000_000, 4.8e12),
-    "h200x2": Device("h200x2", 141_000_000_000, 4.8e12, 2),
-    "rtx-pro-6000": Device("rtx-pro-6000", 96_000_000_000, 1.79e12),
-}
+_CARDS = (
+    Device("h100", 80_000_000_000, 3.35e12),
+    Device("h200", 141_000_000_000, 4.8e12),
+    Device("rtx-pro-6000", 96_000_000_000, 1.79e12),
+)
+# Numbers of cards that are planned for, of the first two.
+MANY_CARDS = (2, 4, 8, 16)
+_SEVERAL = [dataclasses.replace(one, name=f"{one.name}x{count}", cards=count) for one in _CARDS[:2] for count in MANY_CARDS]
+DEVICES = {one.name: one for one in (*_CARDS, *_SEVERAL)}
 
 
 @dataclasses.dataclass(frozen=True)

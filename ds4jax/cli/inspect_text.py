@@ -97,6 +97,8 @@ def _device_line(device: dict[str, Any]) -> str:
     if device["modelled"]:
         size = f"{device['cards']} x {size}, modelled, {_mb(device['needed'])} MB on each"
         size += f" with all of {', '.join(device['whole'])}" if device["whole"] else ""
+    if rate and device["gathers"]:
+        rate += f" with {device['gathers']} exchanges, {device['exchange_ms']:g} ms"
     calls = f", prompts in calls of {device['chunk']:,}" if device["fits"] and not device["modelled"] else ""
     return f"  {device['name']}: {size}: {fits}, {room}{rate}{calls}"
 

@@ -16,6 +16,9 @@ from ds4jax.loading.gguf_names import DENSE, EMBEDDING, EXPERTS, Slot, slots
 # The part of a name that says which block a parameter is in.
 _BLOCK = re.compile(r"^(layers|mtp|dspark\.stages)\.\d+\.")
 
+# Products whose outputs are gathered: one for each exchange of a layer, and the two ends.
+_GATHERED = tuple(f"{name}.weight" for name in ("attn.wo_a", "attn.wo_b", "ffn.experts.w1", "ffn.experts.w2", "embed", "head"))
+
 
 def _by_heads(config: Config) -> int:
     # A device's heads are whole groups of the output projection.
@@ -45,6 +48,11 @@ def cut_names(config: Config, devices: int) -> frozenset[str]:
         return frozenset()
     found = filter(_can_be_cut, slots(config))
     return frozenset(slot.name for slot in found if OUTPUTS[slot.axes[-2]](config) % devices == 0)
+
+
+def gathers(config: Config, devices: int) -> int:
+    """Gathers of a decode step by kernels: of the embedding and the logits, and of each layer's outputs that are cut."""
+    return sum(name.endswith(_GATHERED) and not name.startswith(("mtp", "dspark")) for name in cut_names(config, devices))
 
 
 def undivided(config: Config, devices: int) -> tuple[str, ...]:

@@ -22,10 +22,13 @@ from ds4jax.device import device_memory, host_memory
 from ds4jax.errors import InputError
 from ds4jax.loading import gguf_names
 from ds4jax.loading.checkpoint import Checkpoint, Tensor
-from ds4jax.loading.cuts import cut_names
+from ds4jax.loading.cuts import cut_names, gathers
 from ds4jax.loading.gguf_names import DENSE
 
 GB = 1e9
+# A gather of 16 KB to 2 MB by XLA (NCCL) in a decode loop of two H200s of one host, NVLink multicast off: 17 to 20 us, measured
+# once. More cards, and cards of several hosts, were not measured; they take longer.
+GATHER_SECONDS = 18.5e-6
 # The default context.
 USUAL_CONTEXT = 32768
 CLASSES = ("routed experts", "dense", "embedding", "head", "small", "MTP", "DSpark")
@@ -57,6 +60,7 @@ class Plan:
         cache_token: bytes of the cache that the context's last token reads.
         context_values, context_bytes: values and bytes that a token of context adds to the cache. Windows do not grow.
         cut: by number of cards, the bytes of all tensors that are cut over them.
+        gathers: by number of cards, how often they exchange outputs in a decode step.
     """
 
     parts: dict[str, Part]
@@ -69,6 +73,7 @@ class Plan:
     context_values: float
     context_bytes: float
     cut: dict[int, Part]
+    gathers: dict[int, int]
 
     @property
     def file(self) -> int:
@@ -105,12 +110,16 @@ class Plan:
     def bound(self, device: Device) -> float | None:
         """Maximum tokens/s by the device's bandwidth, without drafts, at the context's last token; None if it is unknown.
 
-        Several cards read their parts at once; what they tell each other costs more time and is not counted.
+        Several cards read their parts at once, and then wait for each other at every exchange.
         """
         if not device.bandwidth:
             return None
         cut = self.cut[device.cards].token
-        return device.bandwidth / (self.token - cut + cut / device.cards)
+        return 1 / ((self.token - cut + cut / device.cards) / device.bandwidth + self.exchange_seconds(device))
+
+    def exchange_seconds(self, device: Device) -> float:
+        """Seconds of the exchanges of a decode step."""
+        return self.gathers[device.cards] * GATHER_SECONDS
 
     def line(self) -> str:
         """The plan as one line of text."""
@@ -160,6 +169,7 @@ def plan(checkpoint: Checkpoint, context: int | None = None, *, max_draft: int |
         context_values=cache_growth(config)[0],
         context_bytes=cache_growth(config)[1],
         cut=cut,
+        gathers={cards: gathers(config, cards) for cards in cut},
     )
 
 

@@ -119,7 +119,9 @@ def test_plan_of_two_cards(capsys: pytest.CaptureFixture[str]) -> None:
     assert (pair["cards"], pair["memory"], pair["modelled"], pair["fits"]) == (2, 141_000_000_000, True, True)
     config = open_checkpoint(SHIPPED).config
     read = sum(token_bytes(one, config) for one in cut if not one.name.startswith("mtp."))
-    bound = pair["bandwidth"] / (plan["token"] - read / 2)
+    count = 4 * config.n_layers + 2
+    assert (pair["gathers"], pair["exchange_ms"]) == (count, round(0.0185 * count, 2))
+    bound = 1 / ((plan["token"] - read / 2) / pair["bandwidth"] + 18.5e-6 * count)
     assert pair["tokens_per_second"] == pytest.approx(bound, abs=0.1)
     assert f"h200x2: 2 x 141 GB, modelled, {pair['needed'] / 1e6:,.1f} MB on each: fits" in output(capsys)
 

@@ -212,7 +212,8 @@ def test_memory_of_a_device(
             return stats
 
     Accelerator.platform = platform
-    monkeypatch.setattr(jax, "devices", lambda: [Accelerator()])
+    for name in ("devices", "local_devices"):
+        monkeypatch.setattr(jax, name, lambda: [Accelerator()])
     assert plans.free_bytes() == free
     expected = plans.Device("NVIDIA H200", 100, plans.DEVICES["h200"].bandwidth) if known else None
     assert plans.present_device() == expected

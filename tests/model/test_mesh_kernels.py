@@ -17,7 +17,7 @@ from ds4jax.decode.depth import Policy
 from ds4jax.decode.loop import Limits
 from ds4jax.decode.module import Graph, flat
 from ds4jax.decode.sampling import Filters, Sampling
-from ds4jax.loading.cuts import cut_names
+from ds4jax.loading.cuts import cut_names, gathers
 from ds4jax.loading.placement import Placement
 from ds4jax.model.parameters import build
 from ds4jax.random_models import checkpoint as synthetic
@@ -59,7 +59,7 @@ def test_a_step_of_two_gpus(devices: int) -> None:
     text = lowered_for_cuda(decode.run.__wrapped__, *arguments, drafter=None, max_draft=0, strict=False)
     expected = {experts.GATE_UP: 3, experts.DOWN: 3, attention.SPLIT_NAME: 3}
     assert {name: executed_calls(text, name) for name in expected} == expected
-    assert exchanges(text) == A_LAYER * FLASH.n_layers + ENDS
+    assert exchanges(text) == gathers(FLASH, devices) == A_LAYER * FLASH.n_layers + ENDS
 
 
 @pytest.mark.long

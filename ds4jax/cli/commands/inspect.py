@@ -33,8 +33,8 @@ class in the file and on the device, bytes of the cache for a context, bytes tha
 it fits. Then what a decode step runs by kernels, and what it costs where it does not. Only headers are read, so this is fast for
 a file of any size. The name, type and shape of every tensor are checked against the configuration.
 
-Of several cards (h200x2, h100x2) each holds its part of all large matrices, and small tensors, cache and working memory in whole.
-What they tell each other costs time that is not counted.
+Several cards (such as h200x2, to h200x16) are modelled: each holds its part of all large matrices, and small tensors, cache and
+working memory in whole. An exchange counts 18.5 us, as between two H200s; between more cards and hosts it takes longer.
 
 The file of an MTP block is described, too, and --drafter-file without PATH describes any drafter's file.
 
@@ -256,8 +256,9 @@ def planned(checkpoint: Checkpoint, context: int | None = None, device: str | No
         it), classes (class → file, device, token: read by one decoded token), cache and cache_token, token (read in all), draft
         (read by one draft), working (left free for programs), needed (on the device in all), and devices: name, cards, memory and
         bandwidth of a card (bytes and bytes/s), modelled (several cards are, see `Plan.weights_on`), needed (on each card), whole
-        (kinds of matrices that the cards do not divide), tokens_per_second (at most, of one request without drafts), fits,
-        largest_context (of each request), most_slots (with this context), chunk (tokens of a prompt in one call).
+        (kinds of matrices that the cards do not divide), gathers and exchange_ms (of the cards in a step), tokens_per_second
+        (at most, of one request without drafts), fits, largest_context (of each request), most_slots (with this context), chunk
+        (tokens of a prompt in one call).
 
     Raises:
         InputError: the context is longer than the model's.
@@ -295,6 +296,8 @@ def _on(made: Plan, checkpoint: Checkpoint, device: Device) -> dict[str, Any]:
         "modelled": device.cards > 1,
         "needed": made.needed_on(device),
         "whole": undivided(checkpoint.config, device.cards),
+        "gathers": made.gathers[device.cards],
+        "exchange_ms": round(1e3 * made.exchange_seconds(device), 2),
         "tokens_per_second": round(bound, 1) if bound is not None else None,
         "fits": made.needed_on(device) <= device.memory,
         "largest_context": plans.largest_context(checkpoint, weights, device.memory, slots=made.slots),
