@@ -1,15 +1,15 @@
 """The protocol of mailboxes: devices gather outputs by storing words into each other's memory, without another synchronisation.
 
-Each device has a mailbox: two halves, in each a place for every word of every device. A word is 64 bits, a value of 32 and a flag
-of 32. Exchanges are numbered from 0, and even and odd ones use different halves. In exchange n each device stores its words, flagged
-with n, into its places in all mailboxes, and reads a place of its own mailbox until the flag is that of n. A store of 64 bits is
-whole or not there, so the value is there when the flag is.
+Each device has a mailbox: two halves, in each a place for every word of every device. A word is 64 bits, a value of 32 and a
+flag of 32. Exchanges are numbered from 0, and even and odd ones use different halves. In exchange n each device stores its
+words with the flag of n into its places in all mailboxes. It reads a place of its own mailbox until the flag there is that of
+n. A store of 64 bits is whole or not there, so the value is there when the flag is.
 
-Two halves are enough. Who begins exchange n + 1 has read all words of n. So every device has sent n, and each had read n - 1 before.
+Two halves are enough. Who begins exchange n + 1 has read all words of n. So every device has sent n, and had read n - 1 before.
 Nobody still reads what n + 1 replaces, the words of n - 1.
 
-A word that does not come, because its device is lost or the numbers disagree, must not hang the reader: it looks a bounded number
-of times and then says what was missing. Flags wrap, and none is 0, which is what a mailbox begins with.
+A word that does not come, because its device is lost or the numbers disagree, must not hang the reader: it looks a bounded
+number of times and then says what was missing. Flags wrap, and none is 0, which is what a mailbox begins with.
 
 No kernel uses it yet. This is the meaning that one has to have; it runs in threads over arrays of a host.
 """
