@@ -188,7 +188,7 @@ class Engine:
             "device": f"{device.platform} {device.device_kind} {processor() if device.platform == 'cpu' else ''}",
             "environment": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "DS4JAX_NO_SHARE_WARP")},
             # On a CPU they change no bit. On GPUs that is not shown for the prefill.
-            "devices": mesh.size if mesh and device.platform != "cpu" else 1,
+            **({"devices": mesh.size} if mesh and device.platform != "cpu" else {}),
             "slots": shape.slots,
             "capacity": shape.capacity,
             "chunk": shape.chunk,
