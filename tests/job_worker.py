@@ -31,10 +31,10 @@ def main(port: int, index: int, count: int) -> None:
     job = begin(Seat("127.0.0.1", port, index, count, 60), {})
     print(gathered(), len(jax.local_devices()), flush=True)
     if index:
-        for message in job.orders():
-            print(message.fields, flush=True)
-            if message.fields["do"] == "fail":
-                with job.together():
+        with job.together():
+            for message in job.orders():
+                print(message.fields, flush=True)
+                if message.fields["do"] == "fail":
                     raise RuntimeError("no memory\nleft")
         return
     for line in sys.stdin:

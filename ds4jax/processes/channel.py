@@ -15,8 +15,9 @@ import numpy as np
 # Maximum bytes of a message's fields. What claims more is not of this package.
 MOST = 1 << 20
 _SIZE = struct.Struct("<I")
-# Seconds of silence, seconds between probes, and probes without an answer after which the other host counts as lost.
-_SILENCE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+# When the other host counts as lost: seconds of silence, seconds between probes, probes without an answer, and milliseconds
+# without a sign that it has what was sent.
+_LOST = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
 
 
 class Message(NamedTuple):
@@ -35,7 +36,7 @@ class Channel:
         self._sending = threading.Lock()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _SILENCE.items():
+        for name, value in _LOST.items():
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 

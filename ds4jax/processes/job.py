@@ -20,6 +20,7 @@ from ds4jax.processes.seat import Seat
 
 # Seconds that processes wait for each other at their end.
 SHUTDOWN = 30
+INTERRUPTED = 130
 
 
 class Job:
@@ -81,9 +82,11 @@ class Job:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """An error inside ends all processes."""
+        """An error or Ctrl-C inside ends all processes."""
         try:
             yield
+        except KeyboardInterrupt:
+            self.end(f"process {self.seat.index}: interrupted", INTERRUPTED)
         except Exception as error:
             line = " ".join(str(error).splitlines()) or type(error).__name__
             self.end(f"process {self.seat.index}: {line}", 2 if isinstance(error, InputError) else 1)

@@ -58,6 +58,12 @@ def test_a_lost_process_0_ends_the_job() -> None:
         assert [ended(second), ended(third)] == [(1, LOST.format(0))] * 2
 
 
+def test_ctrl_c_ends_the_job() -> None:
+    with job() as processes:
+        processes[1].send_signal(signal.SIGINT)
+        assert [ended(one) for one in processes] == [(130, "ds4jax: error: process 1: interrupted")] * 3
+
+
 def test_an_error_of_one_process_is_told_by_all() -> None:
     with job() as processes:
         assert processes[0].stdin
