@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from engines import CHUNK, CONTEXT, SLOTS, Case, alone, assert_same, engine, prompt
+from engines import CHUNK, CONTEXT, SLOTS, Case, alone, assert_same, engine, mixed
 from held_calls import held
 from numerics import assert_bits_equal
-from small_models import DRAFTS, shallow_model, text
+from small_models import shallow_model, text
 
 from ds4jax.decode.sampling import Sampling
 from ds4jax.engine.engine import Engine
@@ -34,42 +34,6 @@ def shared() -> Iterator[Engine]:
         yield one
 
 
-def drawn(dice: random.Random) -> tuple[int, int, tuple[tuple[str, Any], ...]]:
-    """A request of any kind; some begin like others, and end in other ways."""
-    sampling = Sampling() if dice.random() < 0.5 else Sampling(dice.choice([0.7, 1.1]), top_p=0.95, seed=dice.randrange(2**40))
-    length = dice.choice([1, 2, CHUNK, CHUNK + 1, 2 * CHUNK + 5, 140, dice.randrange(1, 150)])
-    fields = {
-        "max_new_tokens": dice.randrange(1, 90),
-        "sampling": sampling,
-        "draft": dice.choice([0, 1, DRAFTS, None, "auto"]),
-        "stop": tuple(dice.randrange(512) for _ in range(dice.choice([0, 0, 7]))),
-        "ignore_eos": dice.random() < 0.5,
-    }
-    return dice.choice([0, 0, 60, 120]), length, tuple(fields.items())
-
-
-def mixed(one: Engine, case: Case, count: int, seed: int) -> None:
-    """Submit requests at random times, cancel some, and compare each with itself alone."""
-    dice = random.Random(seed)
-    wishes = [drawn(dice) for _ in range(count)]
-    requests = []
-    for start, length, fields in wishes:
-        requests.append(one.submit(prompt(case, start, length), **dict(fields)))
-        if dice.random() < 0.3:
-            time.sleep(dice.random() * 0.1)
-        if dice.random() < 0.2:
-            dice.choice(requests).cancel()
-    for wish, request in zip(wishes, requests, strict=True):
-        result = request.result(600)
-        assert result.finish_reason != "cancelled" or request.cancelled
-        assert_same(result, alone(case, *wish))
-    assert one.running == one.waiting == 0
-    results = [request.result() for request in requests]
-    assert any(result.reused for result in results), "hits of the prefix cache"
-    if case == "tiny":
-        assert any(share > 0.3 for result in results for share in result.acceptance), "drafts that stand"
-
-
 def test_requests_have_the_bits_that_they_have_alone(shared: Engine) -> None:
     mixed(shared, None, 10, seed=1)
 
@@ -79,12 +43,6 @@ def test_requests_have_the_bits_that_they_have_alone(shared: Engine) -> None:
 def test_forty_requests_have_the_bits_that_they_have_alone(case: Case) -> None:
     with engine(case) as one:
         mixed(one, case, 40, seed=2)
-
-
-@pytest.mark.gpu
-def test_requests_have_the_bits_that_they_have_alone_by_kernels() -> None:
-    with engine("q2") as one:
-        mixed(one, "q2", 20, seed=3)
 
 
 def test_a_free_slot_has_the_state_of_a_new_one(shared: Engine) -> None:
