@@ -29,6 +29,7 @@ def gathered() -> list[int]:
 def main(port: int, index: int, count: int) -> None:
     """Run the process. Process 0 ends the job when its stdin ends; the others end with it."""
     job = begin(Seat("127.0.0.1", port, index, count, 60), {})
+    job.meet()
     print(gathered(), len(jax.local_devices()), flush=True)
     if index:
         with job.together():

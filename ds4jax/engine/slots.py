@@ -110,9 +110,13 @@ class Slots:
         """Whether any request goes on in the next step."""
         return bool(self._active)
 
+    def ready(self) -> None:
+        """Wait until the programs of all slots are compiled."""
+        self._compiled()
+
     def warm(self) -> None:
         """Compile all programs, so that no request waits for those of another. Changes nothing."""
-        self._compiled()
+        self.ready()
         state = self.taken(0, 0)
         self.put_rows(0, 0, state)
         self.put_rings(0, 0, state)

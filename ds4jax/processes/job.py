@@ -52,6 +52,19 @@ class Job:
             if not self._closing:
                 self.end(f"process {index} of {self.seat.count} is lost, and with it the job", 1)
 
+    def meet(self) -> None:
+        """Wait until all processes are here. An exchange gives up if one comes half a minute after the others."""
+        if not self.seat.index:
+            for _ in self._channels:
+                self._orders.get()
+            self.order("go")
+            return
+        self._channels[0].send({"do": "here"})
+        message = self._orders.get()
+        if message.fields["do"] != "go":
+            # Process 0 has closed the job.
+            self._orders.put(message)
+
     def order(self, do: str, arrays: Sequence[np.ndarray] = (), **fields: Any) -> None:
         """Let all other processes do something, in the order of these calls; process 0 alone calls it."""
         for channel in self._channels.values():

@@ -28,6 +28,11 @@ class LedSlots(Slots):
         self._job = job
         super().__init__(model, shape)
 
+    def warm(self) -> None:
+        self.ready()
+        self._job.meet()
+        super().warm()
+
     def append(self, slot: int, ids_C: np.ndarray, following_C: np.ndarray, count: int) -> None:
         self._job.order("append", [ids_C, following_C], slot=slot, count=count)
         super().append(slot, ids_C, following_C, count)
@@ -84,6 +89,8 @@ class LedSlots(Slots):
 def follow(slots: Slots, job: Job) -> None:
     """Repeat in another process what process 0 does with its slots, until the job ends."""
     like = slots.chunk_shapes()
+    slots.ready()
+    job.meet()
     for message in job.orders():
         fields = dict(message.fields)
         _repeat(slots, fields.pop("do"), fields, message.arrays, like)

@@ -21,6 +21,7 @@ from ds4jax.text import efforts
 if TYPE_CHECKING:
     from ds4jax.engine.engine import Engine
     from ds4jax.language_model import LanguageModel
+    from ds4jax.processes.job import Job
     from ds4jax.processes.seat import Seat
 
 PORT = bounds.Integers(0, 65535, "it must be 0 to 65535")
@@ -150,21 +151,27 @@ def run(options: argparse.Namespace) -> int:
 
 def _engine(options: argparse.Namespace, seat: Seat | None, facts: dict[str, Any]) -> Engine:
     if seat is None:
-        return _made(options)
+        return _made(options, models.open_model(options))
     from ds4jax.processes.job import begin
     from ds4jax.processes.slots import LedSlots
 
     job = begin(seat, facts)
     with job.together():
-        return _made(options, slots_of=functools.partial(LedSlots, job=job))
+        return _made(options, _loaded(options, job), slots_of=functools.partial(LedSlots, job=job))
 
 
-def _made(options: argparse.Namespace, **more: Any) -> Engine:
+def _loaded(options: argparse.Namespace, job: Job) -> LanguageModel:
+    """The model in a process of a job."""
     model = models.open_model(options)
+    job.meet()
+    # All processes compute it together, before anything else.
+    _ = model.fingerprint
+    return model
+
+
+def _made(options: argparse.Namespace, model: LanguageModel, **more: Any) -> Engine:
     from ds4jax.engine.engine import Engine
 
-    # All processes compute it together, before anything else.
-    _ = model.fingerprint if more else None
     return Engine(
         model,
         **_shape(options, model),
@@ -186,11 +193,10 @@ def _follow(options: argparse.Namespace, seat: Seat, facts: dict[str, Any]) -> i
 
     job = begin(seat, facts)
     with job.together():
-        model = models.open_model(options)
+        model = _loaded(options, job)
         from ds4jax.engine.shape import Shape
         from ds4jax.engine.slots import Slots
         from ds4jax.processes.slots import follow
 
-        _ = model.fingerprint
         follow(Slots(model, Shape.of(model, **_shape(options, model))[0]), job)
     return 0
