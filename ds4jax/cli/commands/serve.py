@@ -37,6 +37,9 @@ Anthropic's (/v1/messages). MODEL is a GGUF file or a checkpoint directory, by d
 A reply does not depend on other requests: the same request with the same seed has the same bits wherever system_fingerprint is
 the same. A request without a seed gets one, which the reply names.
 
+One model may be served by several processes with devices of their own: each runs the same command with its --process, and
+process 0 is the server.
+
 It listens on this machine alone. Another --host needs --api-key-file, or --insecure. SIGTERM and Ctrl-C let running replies
 end."""
 
@@ -45,7 +48,7 @@ examples:
   ds4jax serve
   ds4jax serve model.gguf --slots 8 --context 131072 --cache narrow
   ds4jax serve model.gguf --host 0.0.0.0 --api-key-file keys.txt
-  ds4jax serve model.gguf --coordinator 10.0.0.1:9000 --processes 2 --process 0   # and --process 1 on the other host"""
+  ds4jax serve model.gguf --coordinator 10.0.0.1:9000 --processes 2 --process 0"""
 
 
 def size(word: str) -> int:
