@@ -66,13 +66,15 @@ def gathered(
     def gate_or_up(weight: Weight) -> jax.Array:
         if _quantises(weight, in_float):
             return expert_dot(x_TD[:, None], weight)
-        return jnp.einsum("td,tkfd->tkf", x_TD, as_float32(weight), precision=precision, preferred_element_type=jnp.float32)
+        # With the matrices on the left, a CPU multiplies them as they lie in memory; otherwise it copies them for each row.
+        return jnp.einsum("tkfd,td->tkf", as_float32(weight), x_TD, precision=precision, preferred_element_type=jnp.float32)
 
     gate_TKF, up_TKF = gate_or_up(gate), gate_or_up(up)
     hidden_TKF = swiglu(gate_TKF, up_TKF, limit) * weights_TK[..., None]
     if _quantises(down, in_float):
         return expert_dot(hidden_TKF, down, add_up=True)
-    return jnp.einsum("tkf,tkdf->td", hidden_TKF, as_float32(down), precision=precision, preferred_element_type=jnp.float32)
+    products = jnp.einsum("tkdf,tkf->tkd", as_float32(down), hidden_TKF, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.sum(products, axis=1)
 
 
 def _take_chosen(stack: Weight, chosen_TK: jax.Array) -> Weight:
