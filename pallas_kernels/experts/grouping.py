@@ -53,6 +53,52 @@ def plan(chosen: jax.Array, experts: int, rows: int) -> Plan:
         ValueError: an expert's and a pair's number together need more than 31 bits.
     """
     pairs = chosen.size
+    in_order, first = _sorted(chosen, experts)
+    count = first[1:] - first[:-1]
+    first_tile = _first_tile(count, rows)
+    owner, used = _owners(first_tile, max_tiles(pairs, experts, rows))
+    tile = jnp.arange(owner.shape[0], dtype=jnp.int32)
+    rank = ((tile - first_tile[owner]) * rows)[:, None] + jnp.arange(rows, dtype=jnp.int32)
+    real = used[:, None] & (rank < count[owner][:, None])
+    place = jnp.minimum(first[owner][:, None] + rank, pairs - 1)
+    return Plan(jnp.where(real, in_order[place], -1).reshape(-1), jnp.where(used, owner, -1), first_tile)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """Tiles as spans of the pairs sorted by expert, without empty slots. The tiles of an expert have about as many rows each.
+
+    Attributes:
+        pair: int32 [pairs + rows], the pairs in order, then zeros, so that a tile's rows can always be read.
+        expert, first, count: int32 [tiles], expert, first place and number of pairs of a tile; count is 0 for an unused tile.
+    """
+
+    pair: jax.Array
+    expert: jax.Array
+    first: jax.Array
+    count: jax.Array
+
+
+def spans(chosen: jax.Array, experts: int, rows: int) -> Spans:
+    """Group pairs of rows and experts into tiles of at most `rows` pairs; arguments and errors as for `plan`, `rows` a multiple of 8.
+
+    The tiles of an expert begin at multiples of eight pairs from its first.
+    """
+    in_order, first = _sorted(chosen, experts)
+    count = first[1:] - first[:-1]
+    first_tile = _first_tile(count, rows)
+    owner, used = _owners(first_tile, max_tiles(chosen.size, experts, rows))
+    tiles = jnp.maximum(first_tile[1:] - first_tile[:-1], 1)
+    each = (-(-count // tiles) + 7) // 8 * 8
+    done = (jnp.arange(owner.shape[0], dtype=jnp.int32) - first_tile[owner]) * each[owner]
+    left = jnp.where(used, jnp.minimum(count[owner] - done, each[owner]), 0)
+    return Spans(jnp.pad(in_order, (0, rows)), owner, jnp.where(used, first[owner] + done, 0), left)
+
+
+def _sorted(chosen: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """The pairs sorted by expert, int32 [pairs], and the place of each expert's first, int32 [E + 1]."""
+    pairs = chosen.size
     bits = (pairs - 1).bit_length()
     if experts << bits > 1 << 31:
         raise ValueError(f"chosen is {list(chosen.shape)} among {experts} experts; their pairs cannot be numbered in 31 bits")
@@ -61,15 +107,17 @@ def plan(chosen: jax.Array, experts: int, rows: int) -> Plan:
     in_order = jnp.sort((chosen.reshape(-1) << bits) | pair) & ((1 << bits) - 1)
     every = jnp.arange(experts + 1, dtype=jnp.int32)
     # The compiler fuses the comparison with the sum, so no array of this size is stored.
-    first = jnp.sum(chosen.reshape(1, -1) < every[:, None], axis=1, dtype=jnp.int32)
-    count = first[1:] - first[:-1]
-    first_tile = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum((count + rows - 1) // rows, dtype=jnp.int32)])
+    return in_order, jnp.sum(chosen.reshape(1, -1) < every[:, None], axis=1, dtype=jnp.int32)
 
-    tile = jnp.arange(max_tiles(pairs, experts, rows), dtype=jnp.int32)
+
+def _first_tile(count: jax.Array, rows: int) -> jax.Array:
+    """The first tile of each expert, then the number of used tiles, int32 [E + 1]."""
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum((count + rows - 1) // rows, dtype=jnp.int32)])
+
+
+def _owners(first_tile: jax.Array, tiles: int) -> tuple[jax.Array, jax.Array]:
+    """The expert of each tile, int32 [tiles], and whether the tile is used; an unused tile has the last expert."""
+    tile = jnp.arange(tiles, dtype=jnp.int32)
     owner = jnp.sum(first_tile[None, 1:] <= tile[:, None], axis=1, dtype=jnp.int32)
-    used = owner < experts
-    owner = jnp.minimum(owner, experts - 1)
-    rank = ((tile - first_tile[owner]) * rows)[:, None] + jnp.arange(rows, dtype=jnp.int32)
-    real = used[:, None] & (rank < count[owner][:, None])
-    place = jnp.minimum(first[owner][:, None] + rank, pairs - 1)
-    return Plan(jnp.where(real, in_order[place], -1).reshape(-1), jnp.where(used, owner, -1), first_tile)
+    experts = first_tile.shape[0] - 1
+    return jnp.minimum(owner, experts - 1), owner < experts

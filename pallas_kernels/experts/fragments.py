@@ -1,0 +1,138 @@
+"""Decodes stored weights into the left operand of wgmma, in the registers of a warpgroup (Pallas Mosaic GPU, Hopper).
+
+A block of 256 weights of a row is 16 steps of 16. In each step a thread of a quad supplies four weights of a row. The order of K
+within a block is free if the activations have the same order, so a thread decodes neighbouring weights, which share their scale
+and their words. Each value equals `Quantized.dequantize`, rounded to bfloat16.
+
+A row's group of weights has at most eight different values. They are computed once, and byte permutations select among their
+high and low bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.core.thread_code import Code, Words
+from pallas_kernels.formats import IQ2_XXS, Q2_K, Quantized
+from pallas_kernels.formats.iq2_xxs import MAGNITUDES, selectors
+
+# Weights of a row per block, steps of a block, and weights of a step.
+BLOCK, STEPS, STEP = 256, 16, 16
+# Threads of a quad, which share the rows of a fragment.
+QUAD = 4
+# Words of a table.
+TABLE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What a thread loads of one plane for a block of a row.
+
+    Attributes:
+        bits: 16, 32, 64 or 128.
+        block: bytes of a block of 256 weights.
+        thread: bytes from one thread of a quad to the next; 0 if they load the same.
+    """
+
+    bits: int
+    block: int
+    thread: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """How a format is decoded.
+
+    Attributes:
+        loads: one for each plane, in the order of the format's planes.
+        decode: from `Code`, the loaded words of a row, the thread's number in its quad, the table's address and the number of a
+            quarter block: the eight registers of its four steps, two for each.
+        order: int [256], the weight's number in a block for each position.
+        table: int32 [256], in shared memory.
+    """
+
+    loads: tuple[Load, ...]
+    decode: Callable[[Code, Words, Any, Any, int], list[Any]]
+    order: np.ndarray
+    table: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(TABLE, np.int32))
+
+    @property
+    def words(self) -> int:
+        """Registers of a row's loaded words."""
+        return sum(max(1, load.bits // 32) for load in self.loads)
+
+
+def _order(of: Callable[[Any, Any, Any], Any]) -> np.ndarray:
+    """The weight at each position: position 16 t + 2 q + (i & 1) + 8 (i >> 1) belongs to step t, thread q and its weight i."""
+    position = np.arange(BLOCK)
+    step, rest = position // STEP, position % STEP
+    return of(step, (rest % 8) // 2, rest % 2 + 2 * (rest // 8))
+
+
+def _halves(code: Code, values: Sequence[Any]) -> tuple[Any, Any]:
+    """High and low bytes of up to four float32 values after rounding to bfloat16."""
+    zero = [code.constant(0)] * (4 - len(values))
+    a, b, c, d = [*values, *zero]
+    first, second = code.narrowed(a, b), code.narrowed(c, d)
+    return code.permuted(first, second, 0x7531), code.permuted(first, second, 0x6420)
+
+
+def _iq2(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[Any]:
+    """A thread owns two index words: 64 neighbouring weights in two groups. A quarter is two patterns of eight."""
+    word, index, sign, factors, scale = quarter >> 1, words[0:2], words[2:4], words[4], words[5]
+    factor = code.shift_right(code.shift_right(factors, code.shift_left(q, 3)), 4 * word)
+    odd = code.product_plus(code.nibble(factor), 2.0, 1.0)
+    step = code.product(code.product(code.half(scale), 0.125), odd)
+    high, low = _halves(code, [code.product(step, float(magnitude)) for magnitude in MAGNITUDES])
+    negative = code.flipped(high, 0x80808080)
+    out = []
+    for pattern in (2 * (quarter & 1), 2 * (quarter & 1) + 1):
+        place = 8 * pattern - 2
+        shifted = code.shift_right(index[word], place) if place > 0 else code.shift_left(index[word], 2)
+        known = code.looked_up(table, code.masked(shifted, 0x3FC))
+        signs = code.shift_left(sign[word], 2 - pattern) if pattern < 3 else code.shift_right(sign[word], 1)
+        selector = code.masked_or(signs, 0x44444444, known)
+        for half in (selector, code.shift_right(selector, 16)):
+            above, below = code.permuted(high, negative, half), code.permuted(low, low, half)
+            out += [code.permuted(below, above, 0x5140), code.permuted(below, above, 0x7362)]
+    return out
+
+
+def _q2(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[Any]:
+    """A thread owns a lane of 64 weights: four words whose bytes hold a weight of each of four groups."""
+    first, (groups, scale, minimum) = quarter >> 1, words[4:7]
+    scale, minimum = code.half(scale), code.half(minimum)
+    tables = []
+    for plane in (first, first + 2):
+        factor, offset = code.shift_right(groups, 8 * plane), code.shift_right(groups, 8 * plane + 4)
+        step = code.product(scale, code.nibble(factor))
+        below = code.flipped(code.product(minimum, code.nibble(offset)), 0x80000000)
+        tables.append(_halves(code, [below, *(code.product_plus(step, float(n), below) for n in (1, 2, 3))]))
+    (high_a, low_a), (high_b, low_b) = tables
+    out = []
+    for word in (2 * (quarter & 1), 2 * (quarter & 1) + 1):
+        # Even nibbles are weights of the first plane, odd ones of the second, which is selected by the third bit.
+        selector = code.masked_or(code.shift_right(words[word], 2 * first), 0x33333333, 0x40404040)
+        for half in (selector, code.shift_right(selector, 16)):
+            above, below = code.permuted(high_a, high_b, half), code.permuted(low_a, low_b, half)
+            out += [code.permuted(below, above, 0x6240), code.permuted(below, above, 0x7351)]
+    return out
+
+
+def _q2_weight(t: Any, q: Any, i: Any) -> Any:
+    """Step t of a thread's lane: word (t >> 1) & 3, bytes 2 (t & 1) and the next, planes t >> 3 and two further."""
+    half, part, plane = q >> 1, q & 1, (t >> 3) + 2 * (i >> 1)
+    return 128 * half + 32 * plane + 16 * part + 4 * ((t >> 1) & 3) + 2 * (t & 1) + (i & 1)
+
+
+DECODERS: dict[type[Quantized], Decoder] = {
+    IQ2_XXS: Decoder(
+        (Load(64, 32, 8), Load(64, 32, 8), Load(32, 4, 0), Load(16, 2, 0)),
+        _iq2, _order(lambda t, q, i: 64 * q + 4 * t + i), selectors(),
+    ),
+    Q2_K: Decoder((Load(128, 64, 16), Load(32, 16, 4), Load(16, 2, 0), Load(16, 2, 0)), _q2, _order(_q2_weight)),
+}  # fmt: skip

@@ -1,0 +1,241 @@
+"""Expert products of a prefill on Hopper: weights go from memory to the tensor cores as they are stored (Pallas Mosaic GPU).
+
+Rows are sorted by expert. One launch computes gate, up and the clamped SwiGLU of all experts, and another down. In each, a
+warpgroup owns 64 rows of both of its matrices and the rows of a tile of one expert. Its threads decode a block of 256 weights into
+registers (`fragments`), as the left operand of wgmma; a loading warpgroup brings the activations to shared memory. Sums are float32
+in the order of K. A tile of fewer rows takes a narrower instruction, which sums in the same order. So the result of a row depends
+only on the row and the expert.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.core.thread_code import THREADS
+from pallas_kernels.experts.fragments import BLOCK, DECODERS, TABLE, Decoder
+from pallas_kernels.experts.grouping import Spans, spans
+from pallas_kernels.experts.swiglu import clamped
+from pallas_kernels.experts.warpgroup import decoded, filled, loaded_words, rows_of_threads, stored
+from pallas_kernels.formats import Quantized
+
+GATE_UP, DOWN = "stored_gate_up", "stored_down"
+# Rows of a fragment, and warpgroups that multiply.
+ROWS, GROUPS = 64, 2
+# How the activations lie in shared memory: rows of 128 bytes, as wgmma reads them.
+SWIZZLED = (8, 64), 128
+# Registers of a thread that loads.
+MEMORY_REGISTERS = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How the work is cut. It changes only the time of a launch.
+
+    Attributes:
+        widths: numbers of rows that have an instruction, in order; the last is the maximum of a tile.
+        stages: blocks of activations in shared memory.
+    """
+
+    widths: tuple[int, ...] = (64, 96, 128)
+    stages: int = 3
+
+    @property
+    def rows(self) -> int:
+        """Maximum number of rows of a tile."""
+        return self.widths[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the two matrices of a warpgroup: an expert's planes and the first of its 64 rows."""
+
+    planes: Sequence[Any]
+    row: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What the two launches differ in.
+
+    Attributes:
+        name: of the launch.
+        together: whether the two matrices of a warpgroup are the same rows of two stacks, or neighbouring rows of one.
+        order: int [256], the row at each position of a block of rows.
+        out: shape and type of the output.
+        finish: from references to the operand of rows and the output, both sums float32 [64, rows], the tile's first place and
+            number of rows and the warpgroup's first row.
+    """
+
+    name: str
+    together: bool
+    order: np.ndarray
+    out: jax.ShapeDtypeStruct
+    finish: Callable[..., None]
+
+
+def _multiply(
+    product: Product, decoder: Decoder, length: int, width: int, tile: Tile, sides: Sequence[Side], span: tuple[Any, Any, Any],
+    refs: tuple[Any, ...], allocations: Any,
+) -> None:  # fmt: skip
+    """A tile of at most `width` rows by both matrices of a warpgroup; the loading warpgroup runs it, too."""
+    x_gmem, operand_gmem, order_gmem, out_gmem, table_smem = refs
+    first, count, column = span
+    steps = length // BLOCK
+    # A thread's second row is eight positions after its first.
+    [far] = {int(after - before) for before, after in product.order.reshape(-1, 2, 8).transpose(0, 2, 1).reshape(-1, 2)}
+
+    def fetch(k: Any, rows: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        return tuple(loaded_words(side.planes, row, k, decoder, length, far) for side, row in zip(sides, rows, strict=True))
+
+    def context(run: Callable[..., Any]) -> None:
+        def scope(*sums: Any) -> None:
+            rows = tuple(rows_of_threads(order_gmem, side.row) for side in sides)
+            run((sums, rows, fetch(jnp.int32(0), rows)))
+            product.finish(operand_gmem, out_gmem, [total[...] for total in sums], first, count, column)
+
+        pl.run_scoped(scope, *[plgpu.ACC((ROWS, width), jnp.float32)] * 2)
+
+    def body(index: tuple[Any], x_smem: Any, carry: Any) -> Any:
+        sums, rows, words = carry
+        following = fetch(jnp.minimum(index[0] + 1, steps - 1), rows)
+        for quarter in range(4):
+            columns = pl.ds(quarter * (BLOCK // 4), BLOCK // 4)
+            for total, some in zip(sums, words, strict=True):
+                weights = decoded(some, table_smem, decoder, quarter)
+                plgpu.wgmma(total, weights, x_smem.at[pl.ds(0, width), columns].transpose((1, 0)))
+                # The next matrix is decoded while this one is multiplied.
+                plgpu.wgmma_wait(1)
+        plgpu.wgmma_wait(0)
+        return sums, rows, following
+
+    _pipeline(body, context, steps, tile)(x_gmem.at[pl.ds(first, tile.rows)], allocations=allocations)
+
+
+def _pipeline(body: Callable[..., Any], context: Callable[..., Any], steps: int, tile: Tile) -> Any:
+    """Loads blocks of a tile's activations ahead of the warpgroups that multiply."""
+    tiling, swizzle = SWIZZLED
+    block = plgpu.BlockSpec(
+        (tile.rows, BLOCK), lambda k: (0, k), transforms=(plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle))
+    )
+    return plgpu.emit_pipeline_warp_specialized(
+        body, grid=(steps,), memory_registers=MEMORY_REGISTERS, wg_axis="wg", num_compute_wgs=GROUPS,
+        max_concurrent_steps=tile.stages, compute_context=context, in_specs=[block],
+    )  # fmt: skip
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """The memory that a pipeline needs does not depend on its functions."""
+
+
+def _launch(product: Product, x: jax.Array, operand: jax.Array, tiles: Spans, stacks: Sequence[Quantized], *, tile: Tile,
+            processors: int) -> jax.Array:  # fmt: skip
+    """Run a product: programs take tiles and 64-row parts of an expert's matrix in turn."""
+    decoder = DECODERS[type(stacks[0])]
+    experts, n, length = stacks[0].shape
+    planes = [[plane.reshape(experts, n, -1) for plane in jax.tree.leaves(stack)] for stack in stacks]
+    each = 1 if product.together else 2
+    across = n // (ROWS * GROUPS * each)
+
+    def kernel(x_gmem: Any, operand_gmem: Any, tiles_gmem: Any, table_gmem: Any, order_gmem: Any, planes_gmem: Any, out_gmem: Any,
+               table_smem: Any) -> None:  # fmt: skip
+        group = lax.axis_index("wg")
+        filled(table_smem, table_gmem)
+        refs = x_gmem, operand_gmem, order_gmem, out_gmem, table_smem
+        allocations = _pipeline(_nothing, _nothing, length // BLOCK, tile).get_allocations(x_gmem.at[pl.ds(0, tile.rows)])
+
+        @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="wg")
+        def _(allocations: Any) -> None:
+            @plgpu.nd_loop((tiles.expert.shape[0] * across,), collective_axes="sm")
+            def _(info: Any) -> None:
+                number, part = info.index[0] // across, info.index[0] % across
+                expert, first, count = (tiles_gmem[i, number] for i in range(3))
+                row = (part * GROUPS + group) * ROWS * each
+                some = [[plane.at[expert] for plane in stack] for stack in planes_gmem]
+                sides = [Side(some[0], row), Side(some[-1], row if product.together else row + ROWS)]
+                for fewer, width in zip((0, *tile.widths), tile.widths, strict=False):
+
+                    @pl.when((count > fewer) & (count <= width))
+                    def _(width: int = width) -> None:
+                        _multiply(product, decoder, length, width, tile, sides, (first, count, row), refs, allocations)
+
+    made: jax.Array = plgpu.kernel(
+        kernel, out_type=product.out, grid=(processors,), grid_names=("sm",), num_threads=GROUPS + 1, thread_name="wg",
+        kernel_name=product.name, scratch_types=[plgpu.SMEM((TABLE,), jnp.int32)],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(
+        x, operand, jnp.stack([tiles.expert, tiles.first, tiles.count]), jnp.asarray(decoder.table),
+        jnp.asarray(product.order, jnp.int32), planes,
+    )  # fmt: skip
+    return made
+
+
+def gate_up(
+    x: jax.Array, share: jax.Array, tiles: Spans, gate: Quantized, up: Quantized, order: np.ndarray,
+    *, limit: float, tile: Tile, processors: int,
+) -> jax.Array:  # fmt: skip
+    """silu(min(gate, limit)) · clip(up, ±limit) · share for each pair in the order of the experts.
+
+    Args:
+        x: bfloat16 [P + rows, D], columns in the order of the gate's decoder.
+        share: float32 [P + rows].
+        tiles: of P pairs.
+        gate, up: stacks [E, F, D] of one format.
+        order: int [256], the hidden value at each position of a block, which is the order of down's decoder.
+
+    Returns:
+        bfloat16 [P + rows, F]; the last rows are not written.
+    """
+    width = gate.shape[1]
+
+    def finish(share_gmem: Any, out_gmem: Any, sums: Sequence[jax.Array], first: Any, count: Any, row: Any) -> None:
+        stored(clamped(sums[0], sums[1], limit), out_gmem, share_gmem, first, count, row, width, scatter=False)
+
+    out = jax.ShapeDtypeStruct((x.shape[0], width), jnp.bfloat16)
+    product = Product(GATE_UP, True, order, out, finish)
+    return _launch(product, x, share, tiles, (gate, up), tile=tile, processors=processors)
+
+
+def down(hidden: jax.Array, tiles: Spans, weight: Quantized, *, tile: Tile, processors: int) -> jax.Array:
+    """Multiply hidden values, bfloat16 [P + rows, F], by the experts' matrices of a stack [E, D, F]: float32 [P, D] by pair."""
+    width = weight.shape[1]
+
+    def finish(pair_gmem: Any, out_gmem: Any, sums: Sequence[jax.Array], first: Any, count: Any, row: Any) -> None:
+        for i, total in enumerate(sums):
+            stored(total, out_gmem, pair_gmem, first, count, row + i * ROWS, width, scatter=True)
+
+    out = jax.ShapeDtypeStruct((hidden.shape[0] - tile.rows, width), jnp.float32)
+    product = Product(DOWN, False, np.arange(BLOCK), out, finish)
+    return _launch(product, hidden, tiles.pair, tiles, (weight,), tile=tile, processors=processors)
+
+
+def experts(
+    x: jax.Array, chosen: jax.Array, share: jax.Array, gate: Quantized, up: Quantized, weight: Quantized, *, limit: float,
+    tile: Tile | None = None, processors: int | None = None,
+) -> jax.Array:  # fmt: skip
+    """Weighted sum of the chosen experts' outputs, for many rows; arguments, result and errors as for `prefill.experts`.
+
+    Args:
+        tile: static, how the work is cut.
+        processors: static; multiprocessors of the device, by default of this one.
+    """
+    (tokens, active), tile = chosen.shape, tile or Tile()
+    processors = processors or jax.devices()[0].core_count
+    tiles = spans(chosen, gate.shape[0], tile.rows)
+    narrow = x.astype(jnp.bfloat16).reshape(tokens, -1, BLOCK)[:, :, DECODERS[type(gate)].order].reshape(x.shape)
+    order = DECODERS[type(weight)].order
+    hidden = gate_up(
+        narrow[tiles.pair // active], share.reshape(-1)[tiles.pair], tiles, gate, up, order,
+        limit=limit, tile=tile, processors=processors,
+    )  # fmt: skip
+    y = down(hidden, tiles, weight, tile=tile, processors=processors)
+    return jnp.sum(y.reshape(tokens, active, -1), axis=1)
