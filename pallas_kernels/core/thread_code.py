@@ -15,6 +15,8 @@ from jaxlib.mlir.dialects import arith, llvm
 
 # Threads of a warpgroup.
 THREADS = 128
+# A float32 whose lowest bits are those of an integer that is added to it.
+_OFFSET = 2.0**23
 
 
 def bits_of(value: float) -> int:
@@ -77,6 +79,14 @@ class Code:
         b = self.constant(b) if isinstance(b, int) else b
         return self._asm("lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", a, self.constant(mask), b)[0]
 
+    def masked_flipped(self, a: Any, mask: int, b: Any) -> Any:
+        """(a & mask) ^ b."""
+        return self._asm("lop3.b32 $0, $1, $2, $3, 0x6A;", "=r,r,r,r", a, self.constant(mask), b)[0]
+
+    def larger(self, a: Any, b: int) -> Any:
+        """The maximum of two unsigned integers."""
+        return self._two("max.u32", a, b)
+
     def flipped(self, a: Any, mask: int) -> Any:
         """a ^ mask."""
         return self._two("xor.b32", a, mask)
@@ -87,11 +97,17 @@ class Code:
         selector = self.constant(selector) if isinstance(selector, int) else selector
         return self._asm("prmt.b32 $0, $1, $2, $3;", f"=r,r,r,{kind}", a, b, selector)[0]
 
-    def nibble(self, a: Any) -> Any:
-        """The lowest four bits of a as a float32."""
-        # An addition of −2^23 takes a quarter of a conversion's time.
-        shifted = self.masked_or(a, 15, bits_of(2.0**23))
-        return self._two("add.rn.f32", shifted, self.constant(bits_of(-(2.0**23))))
+    def small_float(self, a: Any, mask: int) -> Any:
+        """The integer a & mask, below 256, as a float32."""
+        return self._without_offset(self.masked_or(a, mask, bits_of(_OFFSET)))
+
+    def float_of_byte(self, a: Any, i: int) -> Any:
+        """Byte i of a, unsigned, as a float32."""
+        return self._without_offset(self.permuted(a, self.constant(bits_of(_OFFSET)), 0x7440 + i))
+
+    def _without_offset(self, a: Any) -> Any:
+        # An addition takes a quarter of a conversion's time.
+        return self._two("add.rn.f32", a, self.constant(bits_of(-_OFFSET)))
 
     def half(self, a: Any) -> Any:
         """The float16 in the lower half of a as a float32."""
@@ -101,10 +117,14 @@ class Code:
         """a · b of float32 values; b is a value or a number."""
         return self._two("mul.rn.f32", a, self.constant(bits_of(b)) if isinstance(b, float) else b)
 
-    def product_plus(self, a: Any, b: float, c: Any) -> Any:
-        """a · b + c of float32 values, rounded once; b is a number, c a value or a number."""
-        c = self.constant(bits_of(c)) if isinstance(c, float) else c
-        return self._asm("fma.rn.f32 $0, $1, $2, $3;", "=r,r,r,r", a, self.constant(bits_of(b)), c)[0]
+    def product_plus(self, a: Any, b: Any, c: Any) -> Any:
+        """a · b + c of float32 values, rounded once; b and c are values or numbers."""
+        b, c = (self.constant(bits_of(x)) if isinstance(x, float) else x for x in (b, c))
+        return self._asm("fma.rn.f32 $0, $1, $2, $3;", "=r,r,r,r", a, b, c)[0]
+
+    def narrow_product(self, a: Any, b: Any) -> Any:
+        """The products of two bfloat16 each."""
+        return self._two("mul.rn.bf16x2", a, b)
 
     def narrowed(self, low: Any, high: Any) -> Any:
         """Two float32 values rounded to bfloat16, in one value."""
@@ -124,7 +144,9 @@ class Code:
         return arith.addi(base, arith.addi(far, arith.extsi(self._i64, offset)))
 
     def loaded(self, address: Any, *, bits: int, offset: int = 0) -> list[Any]:
-        """Words of global memory that no launch writes meanwhile: 16 bits in a word, or one, two or four words."""
+        """Words of global memory that no launch writes meanwhile: 16 bits in a word, or one, two, four or eight words."""
+        if bits > 128:
+            return [word for i in range(bits // 128) for word in self.loaded(address, bits=128, offset=offset + 16 * i)]
         words = max(1, bits // 32)
         at = f"[${words} + {offset}]"
         constraints = ",".join(["=r"] * words + ["l"])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels.core.thread_code import Code, Words
-from pallas_kernels.formats import IQ2_XXS, Q2_K, Quantized
+from pallas_kernels.formats import IQ2_XXS, MXFP4, Q2_K, Q4_K, Quantized
 from pallas_kernels.formats.iq2_xxs import MAGNITUDES, selectors
 
 # Weights of a row per block, steps of a block, and weights of a step.
@@ -33,14 +33,18 @@ class Load:
     """What a thread loads of one plane for a block of a row.
 
     Attributes:
-        bits: 16, 32, 64 or 128.
+        plane: number of the format's plane.
+        bits: 16, 32, 64, 128 or 256.
         block: bytes of a block of 256 weights.
         thread: bytes from one thread of a quad to the next; 0 if they load the same.
+        part: which of the plane's matrices, where it has two.
     """
 
+    plane: int
     bits: int
     block: int
     thread: int
+    part: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Decoder:
     """How a format is decoded.
 
     Attributes:
-        loads: one for each plane, in the order of the format's planes.
+        loads: of a thread for a row.
         decode: from `Code`, the loaded words of a row, the thread's number in its quad, the table's address and the number of a
             quarter block: the eight registers of its four steps, two for each.
         order: int [256], the weight's number in a block for each position.
@@ -85,7 +89,7 @@ def _iq2(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[Any
     """A thread owns two index words: 64 neighbouring weights in two groups. A quarter is two patterns of eight."""
     word, index, sign, factors, scale = quarter >> 1, words[0:2], words[2:4], words[4], words[5]
     factor = code.shift_right(code.shift_right(factors, code.shift_left(q, 3)), 4 * word)
-    odd = code.product_plus(code.nibble(factor), 2.0, 1.0)
+    odd = code.product_plus(code.small_float(factor, 15), 2.0, 1.0)
     step = code.product(code.product(code.half(scale), 0.125), odd)
     high, low = _halves(code, [code.product(step, float(magnitude)) for magnitude in MAGNITUDES])
     negative = code.flipped(high, 0x80808080)
@@ -109,8 +113,8 @@ def _q2(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[Any]
     tables = []
     for plane in (first, first + 2):
         factor, offset = code.shift_right(groups, 8 * plane), code.shift_right(groups, 8 * plane + 4)
-        step = code.product(scale, code.nibble(factor))
-        below = code.flipped(code.product(minimum, code.nibble(offset)), 0x80000000)
+        step = code.product(scale, code.small_float(factor, 15))
+        below = code.flipped(code.product(minimum, code.small_float(offset, 15)), 0x80000000)
         tables.append(_halves(code, [below, *(code.product_plus(step, float(n), below) for n in (1, 2, 3))]))
     (high_a, low_a), (high_b, low_b) = tables
     out = []
@@ -129,10 +133,56 @@ def _q2_weight(t: Any, q: Any, i: Any) -> Any:
     return 128 * half + 32 * plane + 16 * part + 4 * ((t >> 1) & 3) + 2 * (t & 1) + (i & 1)
 
 
+def _q4(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[Any]:
+    """A thread owns a lane of 64 weights in two groups, in the low and in the high halves of its bytes."""
+    groups, scale, minimum = words[8], code.half(words[9]), code.half(words[10])
+    out, numbers = [], []
+    for group in range(2):
+        factor, offset = (code.small_float(code.shift_right(groups, 8 * i), 63) for i in (group, group + 2))
+        numbers.append((code.product(scale, factor), code.flipped(code.product(minimum, offset), 0x80000000)))
+    for word in (2 * quarter, 2 * quarter + 1):
+        for group, (step, below) in enumerate(numbers):
+            bytes_ = code.masked(code.shift_right(words[word], 4 * group), 0x0F0F0F0F)
+            a, b, c, d = (code.product_plus(code.float_of_byte(bytes_, i), step, below) for i in range(4))
+            out += [code.narrowed(a, b), code.narrowed(c, d)]
+    return out
+
+
+# High and low bytes of the bfloat16 magnitudes of E2M1 codes: 0, 0.5, 1, 1.5; 2, 3, 4, 6.
+_E2M1_HIGH, _E2M1_LOW = (0x3F3F3F00, 0x40404040), (0xC0800000, 0xC0804000)
+
+
+def _mx(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[Any]:
+    """A thread owns two blocks of 32 weights, a word of eight codes after another. Powers of two are exact in bfloat16."""
+    exponent = code.masked(code.shift_right(words[8], 8 * (quarter >> 1)), 255)
+    # The smallest power of two is subnormal.
+    power = code.larger(code.shift_left(exponent, 7), 0x40)
+    scale = code.permuted(power, power, 0x1010)
+    high, low = ([code.constant(half) for half in halves] for halves in (_E2M1_HIGH, _E2M1_LOW))
+    out = []
+    for word in (words[2 * quarter], words[2 * quarter + 1]):
+        codes, signs = code.masked(word, 0x77777777), code.shift_left(word, 4)
+        for half in range(2):
+            selector = code.shift_right(codes, 16 * half)
+            sign = code.permuted(signs, word, 0x7362 if half else 0x5140)
+            above = code.masked_flipped(sign, 0x80808080, code.permuted(*high, selector))
+            below = code.permuted(*low, selector)
+            out += [code.narrow_product(code.permuted(below, above, order), scale) for order in (0x5140, 0x7362)]
+    return out
+
+
 DECODERS: dict[type[Quantized], Decoder] = {
     IQ2_XXS: Decoder(
-        (Load(64, 32, 8), Load(64, 32, 8), Load(32, 4, 0), Load(16, 2, 0)),
+        (Load(0, 64, 32, 8), Load(1, 64, 32, 8), Load(2, 32, 4, 0), Load(3, 16, 2, 0)),
         _iq2, _order(lambda t, q, i: 64 * q + 4 * t + i), selectors(),
     ),
-    Q2_K: Decoder((Load(128, 64, 16), Load(32, 16, 4), Load(16, 2, 0), Load(16, 2, 0)), _q2, _order(_q2_weight)),
+    Q2_K: Decoder((Load(0, 128, 64, 16), Load(1, 32, 16, 4), Load(2, 16, 2, 0), Load(3, 16, 2, 0)), _q2, _order(_q2_weight)),
+    Q4_K: Decoder(
+        (Load(0, 128, 64, 16), Load(0, 128, 64, 16, part=1), Load(1, 32, 16, 4), Load(2, 16, 2, 0), Load(3, 16, 2, 0)),
+        _q4, _order(lambda t, q, i: 64 * q + 32 * (t & 1) + 16 * (t >> 3) + 4 * ((t >> 1) & 3) + i),
+    ),
+    MXFP4: Decoder(
+        (Load(0, 256, 128, 32), Load(1, 16, 8, 2)),
+        _mx, _order(lambda t, q, i: 64 * q + 32 * (t >> 3) + 16 * (t & 1) + 4 * ((t >> 1) & 3) + i),
+    ),
 }  # fmt: skip

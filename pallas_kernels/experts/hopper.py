@@ -21,7 +21,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.core.thread_code import THREADS
 from pallas_kernels.experts.fragments import BLOCK, DECODERS, TABLE, Decoder
 from pallas_kernels.experts.grouping import Spans, spans
 from pallas_kernels.experts.swiglu import clamped
@@ -46,7 +45,7 @@ class Tile:
         stages: blocks of activations in shared memory.
     """
 
-    widths: tuple[int, ...] = (64, 96, 128)
+    widths: tuple[int, ...] = (32, 64, 96, 128)
     stages: int = 3
 
     @property
@@ -84,18 +83,18 @@ class Product:
 
 
 def _multiply(
-    product: Product, decoder: Decoder, length: int, width: int, tile: Tile, sides: Sequence[Side], span: tuple[Any, Any, Any],
+    product: Product, decoder: Decoder, shape: tuple[int, int], width: int, tile: Tile, sides: Sequence[Side], span: tuple[Any, Any, Any],
     refs: tuple[Any, ...], allocations: Any,
 ) -> None:  # fmt: skip
     """A tile of at most `width` rows by both matrices of a warpgroup; the loading warpgroup runs it, too."""
     x_gmem, operand_gmem, order_gmem, out_gmem, table_smem = refs
     first, count, column = span
-    steps = length // BLOCK
+    steps = shape[1] // BLOCK
     # A thread's second row is eight positions after its first.
     [far] = {int(after - before) for before, after in product.order.reshape(-1, 2, 8).transpose(0, 2, 1).reshape(-1, 2)}
 
     def fetch(k: Any, rows: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        return tuple(loaded_words(side.planes, row, k, decoder, length, far) for side, row in zip(sides, rows, strict=True))
+        return tuple(loaded_words(side.planes, row, k, decoder, shape, far) for side, row in zip(sides, rows, strict=True))
 
     def context(run: Callable[..., Any]) -> None:
         def scope(*sums: Any) -> None:
@@ -112,24 +111,27 @@ def _multiply(
             columns = pl.ds(quarter * (BLOCK // 4), BLOCK // 4)
             for total, some in zip(sums, words, strict=True):
                 weights = decoded(some, table_smem, decoder, quarter)
-                plgpu.wgmma(total, weights, x_smem.at[pl.ds(0, width), columns].transpose((1, 0)))
+                plgpu.wgmma(total, weights, x_smem.at[:, columns].transpose((1, 0)))
                 # The next matrix is decoded while this one is multiplied.
                 plgpu.wgmma_wait(1)
         plgpu.wgmma_wait(0)
         return sums, rows, following
 
-    _pipeline(body, context, steps, tile)(x_gmem.at[pl.ds(first, tile.rows)], allocations=allocations)
+    # A narrow tile fills the first rows of the blocks in shared memory.
+    [blocks] = allocations["flat_in_smem_refs"]
+    narrow = allocations | {"flat_in_smem_refs": [blocks.at[:, pl.ds(0, width)]]}
+    _pipeline(body, context, steps, width, tile.stages)(x_gmem.at[pl.ds(first, width)], allocations=narrow)
 
 
-def _pipeline(body: Callable[..., Any], context: Callable[..., Any], steps: int, tile: Tile) -> Any:
-    """Loads blocks of a tile's activations ahead of the warpgroups that multiply."""
+def _pipeline(body: Callable[..., Any], context: Callable[..., Any], steps: int, rows: int, stages: int) -> Any:
+    """Loads blocks of some rows ahead of the warpgroups that multiply."""
     tiling, swizzle = SWIZZLED
     block = plgpu.BlockSpec(
-        (tile.rows, BLOCK), lambda k: (0, k), transforms=(plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle))
+        (rows, BLOCK), lambda k: (0, k), transforms=(plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle))
     )
     return plgpu.emit_pipeline_warp_specialized(
         body, grid=(steps,), memory_registers=MEMORY_REGISTERS, wg_axis="wg", num_compute_wgs=GROUPS,
-        max_concurrent_steps=tile.stages, compute_context=context, in_specs=[block],
+        max_concurrent_steps=stages, compute_context=context, in_specs=[block],
     )  # fmt: skip
 
 
@@ -142,7 +144,7 @@ def _launch(product: Product, x: jax.Array, operand: jax.Array, tiles: Spans, st
     """Run a product: programs take tiles and 64-row parts of an expert's matrix in turn."""
     decoder = DECODERS[type(stacks[0])]
     experts, n, length = stacks[0].shape
-    planes = [[plane.reshape(experts, n, -1) for plane in jax.tree.leaves(stack)] for stack in stacks]
+    planes = [[plane.reshape(experts, -1) for plane in jax.tree.leaves(stack)] for stack in stacks]
     each = 1 if product.together else 2
     across = n // (ROWS * GROUPS * each)
 
@@ -151,7 +153,8 @@ def _launch(product: Product, x: jax.Array, operand: jax.Array, tiles: Spans, st
         group = lax.axis_index("wg")
         filled(table_smem, table_gmem)
         refs = x_gmem, operand_gmem, order_gmem, out_gmem, table_smem
-        allocations = _pipeline(_nothing, _nothing, length // BLOCK, tile).get_allocations(x_gmem.at[pl.ds(0, tile.rows)])
+        pipeline = _pipeline(_nothing, _nothing, length // BLOCK, tile.rows, tile.stages)
+        allocations = pipeline.get_allocations(x_gmem.at[pl.ds(0, tile.rows)])
 
         @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="wg")
         def _(allocations: Any) -> None:
@@ -166,7 +169,7 @@ def _launch(product: Product, x: jax.Array, operand: jax.Array, tiles: Spans, st
 
                     @pl.when((count > fewer) & (count <= width))
                     def _(width: int = width) -> None:
-                        _multiply(product, decoder, length, width, tile, sides, (first, count, row), refs, allocations)
+                        _multiply(product, decoder, (n, length), width, tile, sides, (first, count, row), refs, allocations)
 
     made: jax.Array = plgpu.kernel(
         kernel, out_type=product.out, grid=(processors,), grid_names=("sm",), num_threads=GROUPS + 1, thread_name="wg",
@@ -218,6 +221,7 @@ def down(hidden: jax.Array, tiles: Spans, weight: Quantized, *, tile: Tile, proc
     return _launch(product, hidden, tiles.pair, tiles, (weight,), tile=tile, processors=processors)
 
 
+@functools.partial(jax.jit, static_argnames=("limit", "tile", "processors"))
 def experts(
     x: jax.Array, chosen: jax.Array, share: jax.Array, gate: Quantized, up: Quantized, weight: Quantized, *, limit: float,
     tile: Tile | None = None, processors: int | None = None,

@@ -98,25 +98,28 @@ def rows_of_threads(order_gmem: Any, first: jax.Array) -> jax.Array:
     return rows(order_gmem, first)  # type: ignore[no-any-return]
 
 
-def loaded_words(planes: Sequence[Any], rows: jax.Array, k: jax.Array, decoder: Decoder, length: int, far: int) -> jax.Array:
+def loaded_words(
+    planes: Sequence[Any], rows: jax.Array, k: jax.Array, decoder: Decoder, shape: tuple[int, int], far: int
+) -> jax.Array:
     """The stored words of block k that each thread decodes, of its row and of the row that is `far` after it.
 
     Args:
-        planes: an expert's planes, each [N, ..], in global memory.
+        planes: an expert's planes in global memory.
         rows: int32 [128].
-        length: weights of a row.
+        shape: N and K of the matrix.
     """
-    made = _words(2 * decoder.words)
+    made, (matrix_rows, length) = _words(2 * decoder.words), shape
 
     @plgpu.inline_mgpu(arg_types=([plgpu.RefType()] * len(planes), _words(1).layout, _number()), return_type=made)
     def load(_: Any, planes: Any, rows: Any, k: Any) -> Any:
         code = Code()
         [row], quad = _as_words(rows), _in_quad(code)
         both: tuple[list[Any], list[Any]] = [], []
-        for plane, what in zip(planes, decoder.loads, strict=True):
+        for what in decoder.loads:
             pitch = what.block * (length // BLOCK)
             offset = code.plus(code.scaled(_as_number(k), what.block), code.scaled(quad, what.thread))
-            address = code.address(_address(plane), row, pitch, offset)
+            there = code.plus(row, what.part * matrix_rows) if what.part else row
+            address = code.address(_address(planes[what.plane]), there, pitch, offset)
             for i, words in enumerate(both):
                 words += code.loaded(address, bits=what.bits, offset=i * far * pitch)
         return _as_array(both[0] + both[1])
