@@ -77,8 +77,8 @@ def prompt_experts(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """How the routed experts of a chunk of a prompt are multiplied. Layers with one reason share a row.
 
     Returns:
-        Rows with part, layers and count as for `decode_step`, the path on Hopper GPUs, on other CUDA devices and elsewhere, and the
-        reason why the first is not "stored". A path is "stored" (grouped by expert, weights read as they are stored),
+        Rows with part, layers and count as for `decode_step`; hopper, cuda and default, the paths on Hopper GPUs, on other CUDA
+        devices and elsewhere; and the reason why the first is not "stored". A path is "stored" (grouped by expert, weights read as they are stored),
         "dequantised" (grouped, weights dequantised before) or "every row" (every expert is computed for all rows).
     """
     found: dict[tuple[str, str | None, str | None], list[str]] = {}

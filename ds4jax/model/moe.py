@@ -79,8 +79,8 @@ class Experts(nnx.Module):
         not depend on the number of rows. Otherwise weights of fewer than eight bits are multiplied by quantised activations. More
         than eight rows are computed eight at a time, and formats without a kernel one row at a time: the decoded experts of one
         row take 0.5 GB in V4-Flash.
-        A chunk of a prompt: on CUDA and not strict, rows are grouped by expert and multiplied in bfloat16, on Hopper by weights as
-        they are stored. Otherwise every expert is computed for all rows.
+        A chunk of a prompt: on CUDA and not strict, rows are grouped by expert and multiplied in bfloat16; on Hopper the weights
+        are read as they are stored. Otherwise every expert is computed for all rows.
 
         Args:
             decoding: static; as in `Rows`.

@@ -32,12 +32,10 @@ class Code:
 
     def _asm(self, text: str, constraints: str, *operands: Any, results: int = 1, ordered: bool = False) -> list[Any]:
         """PTX with some 32-bit results; `ordered` instructions keep their order."""
-        if results < 2:
-            type_ = self._i32 if results else ir.Type.parse("!llvm.void")
-            return [llvm.inline_asm(type_, list(operands), text, constraints, has_side_effects=ordered, asm_dialect=0)]
-        many = ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * results)})>")
-        made = llvm.inline_asm(many, list(operands), text, constraints, has_side_effects=ordered, asm_dialect=0)
-        return [llvm.extractvalue(self._i32, made, [i]) for i in range(results)]
+        names = {0: "!llvm.void", 1: "i32"}
+        type_ = ir.Type.parse(names.get(results, f"!llvm.struct<({', '.join(['i32'] * results)})>"))
+        made: Any = llvm.inline_asm(type_, list(operands), text, constraints, has_side_effects=ordered, asm_dialect=0)
+        return [made] if results < 2 else [llvm.extractvalue(self._i32, made, [i]) for i in range(results)]
 
     def _two(self, name: str, a: Any, b: Any) -> Any:
         """An instruction of two operands, the second a value or a constant."""
@@ -140,7 +138,8 @@ class Code:
 
     def address(self, base: Any, row: Any, pitch: int, offset: Any) -> Any:
         """The address base + row · pitch + offset, in bytes; row and offset are values."""
-        far = arith.muli(arith.extsi(self._i64, row), arith.constant(self._i64, pitch))
+        wide = llvm.ConstantOp(self._i64, ir.IntegerAttr.get(self._i64, pitch)).result
+        far = arith.muli(arith.extsi(self._i64, row), wide)
         return arith.addi(base, arith.addi(far, arith.extsi(self._i64, offset)))
 
     def loaded(self, address: Any, *, bits: int, offset: int = 0) -> list[Any]:

@@ -158,15 +158,15 @@ def _mx(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[Any]
     # The smallest power of two is subnormal.
     power = code.larger(code.shift_left(exponent, 7), 0x40)
     scale = code.permuted(power, power, 0x1010)
-    high, low = ([code.constant(half) for half in halves] for halves in (_E2M1_HIGH, _E2M1_LOW))
+    (high_a, high_b), (low_a, low_b) = ([code.constant(half) for half in halves] for halves in (_E2M1_HIGH, _E2M1_LOW))
     out = []
     for word in (words[2 * quarter], words[2 * quarter + 1]):
         codes, signs = code.masked(word, 0x77777777), code.shift_left(word, 4)
         for half in range(2):
             selector = code.shift_right(codes, 16 * half)
             sign = code.permuted(signs, word, 0x7362 if half else 0x5140)
-            above = code.masked_flipped(sign, 0x80808080, code.permuted(*high, selector))
-            below = code.permuted(*low, selector)
+            above = code.masked_flipped(sign, 0x80808080, code.permuted(high_a, high_b, selector))
+            below = code.permuted(low_a, low_b, selector)
             out += [code.narrow_product(code.permuted(below, above, order), scale) for order in (0x5140, 0x7362)]
     return out
 

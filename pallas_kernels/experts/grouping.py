@@ -10,6 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+# Rows of a unit in which Hopper's copies address shared memory.
+ALIGNMENT = 8
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +70,14 @@ def plan(chosen: jax.Array, experts: int, rows: int) -> Plan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Spans:
-    """Tiles as spans of the pairs sorted by expert, without empty slots. The tiles of an expert have about as many rows each.
+    """Tiles as spans of one list of pairs sorted by expert. The tiles of an expert have about as many pairs each.
+
+    Every tile begins at a multiple of `ALIGNMENT`, so that an expert's pairs may be followed by some empty places.
 
     Attributes:
-        pair: int32 [pairs + rows], the pairs in order, then zeros, so that a tile's rows can always be read.
-        expert, first, count: int32 [tiles], expert, first place and number of pairs of a tile; count is 0 for an unused tile.
+        pair: int32 [places], the pair of each place; 0 for an empty one. A tile of `rows` places can be read from any first place.
+        expert, first, count: int32 [tiles], expert, first place and number of pairs of each tile, the fullest first. Tiles with
+            count 0 are unused.
     """
 
     pair: jax.Array
@@ -81,19 +87,36 @@ class Spans:
 
 
 def spans(chosen: jax.Array, experts: int, rows: int) -> Spans:
-    """Group pairs of rows and experts into tiles of at most `rows` pairs; arguments and errors as for `plan`, `rows` a multiple of 8.
+    """Group pairs of rows and experts into tiles of at most `rows` pairs, a multiple of `ALIGNMENT`.
 
-    The tiles of an expert begin at multiples of eight pairs from its first.
+    Arguments and errors as for `plan`.
     """
-    in_order, first = _sorted(chosen, experts)
-    count = first[1:] - first[:-1]
+    in_order, start = _sorted(chosen, experts)
+    count = start[1:] - start[:-1]
     first_tile = _first_tile(count, rows)
     owner, used = _owners(first_tile, max_tiles(chosen.size, experts, rows))
     tiles = jnp.maximum(first_tile[1:] - first_tile[:-1], 1)
-    each = (-(-count // tiles) + 7) // 8 * 8
+    each = _aligned(-(-count // tiles))
     done = (jnp.arange(owner.shape[0], dtype=jnp.int32) - first_tile[owner]) * each[owner]
     left = jnp.where(used, jnp.minimum(count[owner] - done, each[owner]), 0)
-    return Spans(jnp.pad(in_order, (0, rows)), owner, jnp.where(used, first[owner] + done, 0), left)
+
+    first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(_aligned(count), dtype=jnp.int32)])
+    place = jnp.arange(places(chosen.size, experts, rows), dtype=jnp.int32)
+    whose, there = _owners(first, place.shape[0])
+    rank = place - first[whose]
+    pair = jnp.where(there & (rank < count[whose]), in_order[jnp.minimum(start[whose] + rank, chosen.size - 1)], 0)
+    # A processor takes tiles in turn, and gets about as much work as another if full tiles come first.
+    by_size = jnp.argsort(-left)
+    return Spans(pair, owner[by_size], jnp.where(used, first[owner] + done, 0)[by_size], left[by_size])
+
+
+def places(pairs: int, experts: int, rows: int) -> int:
+    """Places of `Spans`: the pairs, the empty places after those of each expert, and a tile's rows after all."""
+    return pairs + min(pairs, experts) * (ALIGNMENT - 1) + rows
+
+
+def _aligned(count: jax.Array) -> jax.Array:
+    return (count + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
 def _sorted(chosen: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:

@@ -1,10 +1,10 @@
 """Expert products of a prefill on Hopper: weights go from memory to the tensor cores as they are stored (Pallas Mosaic GPU).
 
-Rows are sorted by expert. One launch computes gate, up and the clamped SwiGLU of all experts, and another down. In each, a
-warpgroup owns 64 rows of both of its matrices and the rows of a tile of one expert. Its threads decode a block of 256 weights into
-registers (`fragments`), as the left operand of wgmma; a loading warpgroup brings the activations to shared memory. Sums are float32
-in the order of K. A tile of fewer rows takes a narrower instruction, which sums in the same order. So the result of a row depends
-only on the row and the expert.
+Rows are sorted by expert. One launch computes gate, up and the clamped SwiGLU of all experts, and another down. A warpgroup owns two
+fragments of 64 rows of weights, and the rows of a tile of one expert. Its threads decode a block of 256 weights of a row into
+registers (`fragments`), as the left operand of wgmma. Another warpgroup loads the activations into shared memory. Sums are float32 in
+the order of K. A tile of fewer rows takes a narrower instruction, which sums in the same order. So the result of a row depends only
+on the row and the expert.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ class Tile:
     Attributes:
         widths: numbers of rows that have an instruction, in order; the last is the maximum of a tile.
         stages: blocks of activations in shared memory.
+        ahead: blocks of stored weights that a thread loads ahead.
     """
 
     widths: tuple[int, ...] = (32, 64, 96, 128)
     stages: int = 3
+    ahead: int = 2
 
     @property
     def rows(self) -> int:
@@ -99,14 +101,14 @@ def _multiply(
     def context(run: Callable[..., Any]) -> None:
         def scope(*sums: Any) -> None:
             rows = tuple(rows_of_threads(order_gmem, side.row) for side in sides)
-            run((sums, rows, fetch(jnp.int32(0), rows)))
+            run((sums, rows, [fetch(jnp.int32(min(k, steps - 1)), rows) for k in range(tile.ahead)]))
             product.finish(operand_gmem, out_gmem, [total[...] for total in sums], first, count, column)
 
-        pl.run_scoped(scope, *[plgpu.ACC((ROWS, width), jnp.float32)] * 2)
+        pl.run_scoped(scope, *[plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32)] * 2)
 
     def body(index: tuple[Any], x_smem: Any, carry: Any) -> Any:
-        sums, rows, words = carry
-        following = fetch(jnp.minimum(index[0] + 1, steps - 1), rows)
+        sums, rows, (words, *later) = carry
+        later.append(fetch(jnp.minimum(index[0] + tile.ahead, steps - 1), rows))
         for quarter in range(4):
             columns = pl.ds(quarter * (BLOCK // 4), BLOCK // 4)
             for total, some in zip(sums, words, strict=True):
@@ -114,24 +116,27 @@ def _multiply(
                 plgpu.wgmma(total, weights, x_smem.at[:, columns].transpose((1, 0)))
                 # The next matrix is decoded while this one is multiplied.
                 plgpu.wgmma_wait(1)
+        # A product on its way at the end of the body would make the compiler wait after every instruction.
         plgpu.wgmma_wait(0)
-        return sums, rows, following
+        return sums, rows, later
 
     # A narrow tile fills the first rows of the blocks in shared memory.
     [blocks] = allocations["flat_in_smem_refs"]
     narrow = allocations | {"flat_in_smem_refs": [blocks.at[:, pl.ds(0, width)]]}
-    _pipeline(body, context, steps, width, tile.stages)(x_gmem.at[pl.ds(first, width)], allocations=narrow)
+    _pipeline(body, context, steps, width, tile)(x_gmem.at[pl.ds(first, width)], allocations=narrow)
 
 
-def _pipeline(body: Callable[..., Any], context: Callable[..., Any], steps: int, rows: int, stages: int) -> Any:
+def _pipeline(body: Callable[..., Any], context: Callable[..., Any], steps: int, rows: int, tile: Tile) -> Any:
     """Loads blocks of some rows ahead of the warpgroups that multiply."""
     tiling, swizzle = SWIZZLED
     block = plgpu.BlockSpec(
-        (rows, BLOCK), lambda k: (0, k), transforms=(plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle))
+        (rows, BLOCK),
+        lambda k: (0, k),
+        transforms=(plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle)),
     )
     return plgpu.emit_pipeline_warp_specialized(
         body, grid=(steps,), memory_registers=MEMORY_REGISTERS, wg_axis="wg", num_compute_wgs=GROUPS,
-        max_concurrent_steps=stages, compute_context=context, in_specs=[block],
+        max_concurrent_steps=tile.stages, compute_context=context, in_specs=[block],
     )  # fmt: skip
 
 
@@ -153,7 +158,7 @@ def _launch(product: Product, x: jax.Array, operand: jax.Array, tiles: Spans, st
         group = lax.axis_index("wg")
         filled(table_smem, table_gmem)
         refs = x_gmem, operand_gmem, order_gmem, out_gmem, table_smem
-        pipeline = _pipeline(_nothing, _nothing, length // BLOCK, tile.rows, tile.stages)
+        pipeline = _pipeline(_nothing, _nothing, length // BLOCK, tile.rows, tile)
         allocations = pipeline.get_allocations(x_gmem.at[pl.ds(0, tile.rows)])
 
         @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="wg")
@@ -189,14 +194,14 @@ def gate_up(
     """silu(min(gate, limit)) · clip(up, ±limit) · share for each pair in the order of the experts.
 
     Args:
-        x: bfloat16 [P + rows, D], columns in the order of the gate's decoder.
-        share: float32 [P + rows].
-        tiles: of P pairs.
+        x: bfloat16 [places, D], columns in the order of the gate's decoder.
+        share: float32 [places].
+        tiles: of all pairs.
         gate, up: stacks [E, F, D] of one format.
         order: int [256], the hidden value at each position of a block, which is the order of down's decoder.
 
     Returns:
-        bfloat16 [P + rows, F]; the last rows are not written.
+        bfloat16 [places, F]; empty places are not written.
     """
     width = gate.shape[1]
 
@@ -208,17 +213,26 @@ def gate_up(
     return _launch(product, x, share, tiles, (gate, up), tile=tile, processors=processors)
 
 
-def down(hidden: jax.Array, tiles: Spans, weight: Quantized, *, tile: Tile, processors: int) -> jax.Array:
-    """Multiply hidden values, bfloat16 [P + rows, F], by the experts' matrices of a stack [E, D, F]: float32 [P, D] by pair."""
+def down(hidden: jax.Array, tiles: Spans, weight: Quantized, pairs: int, *, tile: Tile, processors: int) -> jax.Array:
+    """Multiply hidden values, bfloat16 [places, F], by the experts' matrices of a stack [E, D, F]: float32 [pairs, D] by pair."""
     width = weight.shape[1]
 
     def finish(pair_gmem: Any, out_gmem: Any, sums: Sequence[jax.Array], first: Any, count: Any, row: Any) -> None:
         for i, total in enumerate(sums):
             stored(total, out_gmem, pair_gmem, first, count, row + i * ROWS, width, scatter=True)
 
-    out = jax.ShapeDtypeStruct((hidden.shape[0] - tile.rows, width), jnp.float32)
+    out = jax.ShapeDtypeStruct((pairs, width), jnp.float32)
     product = Product(DOWN, False, np.arange(BLOCK), out, finish)
     return _launch(product, hidden, tiles.pair, tiles, (weight,), tile=tile, processors=processors)
+
+
+def reordered(x: jax.Array, order: np.ndarray) -> jax.Array:
+    """Columns of x, bfloat16 [T, K], in the order of a decoder, which exchanges the bits of a column's number but the lowest."""
+    bits = [int(order[1 << bit]).bit_length() - 1 for bit in range(BLOCK.bit_length() - 1)]
+    # Pairs of columns move as words; axis 2 + i is bit 7 − i of a column's number in its block.
+    pairs = jax.lax.bitcast_convert_type(x.reshape(x.shape[0], -1, 2), jnp.int32).reshape(x.shape[0], -1, *[2] * (len(bits) - 1))
+    moved = pairs.transpose(0, 1, *(1 + len(bits) - bit for bit in reversed(bits[1:])))
+    return jax.lax.bitcast_convert_type(moved, jnp.bfloat16).reshape(x.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("limit", "tile", "processors"))
@@ -235,11 +249,8 @@ def experts(
     (tokens, active), tile = chosen.shape, tile or Tile()
     processors = processors or jax.devices()[0].core_count
     tiles = spans(chosen, gate.shape[0], tile.rows)
-    narrow = x.astype(jnp.bfloat16).reshape(tokens, -1, BLOCK)[:, :, DECODERS[type(gate)].order].reshape(x.shape)
-    order = DECODERS[type(weight)].order
-    hidden = gate_up(
-        narrow[tiles.pair // active], share.reshape(-1)[tiles.pair], tiles, gate, up, order,
-        limit=limit, tile=tile, processors=processors,
-    )  # fmt: skip
-    y = down(hidden, tiles, weight, tile=tile, processors=processors)
+    rows = reordered(x.astype(jnp.bfloat16), DECODERS[type(gate)].order)[tiles.pair // active]
+    shares, order = share.reshape(-1)[tiles.pair], DECODERS[type(weight)].order
+    hidden = gate_up(rows, shares, tiles, gate, up, order, limit=limit, tile=tile, processors=processors)
+    y = down(hidden, tiles, weight, chosen.size, tile=tile, processors=processors)
     return jnp.sum(y.reshape(tokens, active, -1), axis=1)

@@ -61,7 +61,8 @@ def _address(ref: Any) -> Any:
 def _position(code: Code, first: Any) -> Any:
     """The position of a thread's first row among rows from `first`: 16 rows a warp, a row a quad."""
     thread = code.thread()
-    return code.plus(code.plus(first, code.shift_left(code.shift_right(thread, 5), 4)), code.masked(code.shift_right(thread, 2), 7))
+    warp, quad = code.shift_right(thread, 5), code.masked(code.shift_right(thread, 2), 7)
+    return code.plus(code.plus(first, code.shift_left(warp, 4)), quad)
 
 
 def _in_quad(code: Code) -> Any:

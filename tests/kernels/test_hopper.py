@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +63,14 @@ def test_tiles_hold_each_pair_once(name: str, rows: int) -> None:
         assert (chosen.reshape(-1)[pairs] == expert).all()
         assert (np.diff(pairs) > 0).all()
         assert len(pairs) <= rows
+    assert (made.first % grouping.ALIGNMENT == 0).all()
+    assert (np.diff(made.count) <= 0).all()
+    assert (made.first + rows <= made.pair.size).all()
     for expert in range(EXPERTS):
         sizes = [len(pairs) for e, pairs in spans if e == expert]
         assert len(sizes) == -(-(chosen == expert).sum() // rows)
-        # Equal tiles but the last, up to a multiple of eight.
+        # Equal tiles but the last.
         assert len(set(sizes[:-1])) <= 1
-    assert made.pair.size == chosen.size + rows
 
 
 @functools.cache
@@ -98,23 +101,26 @@ def modelled(x: np.ndarray, chosen: np.ndarray, share: np.ndarray, stacks: tuple
     return np.einsum("tkf,tkdf->td", rounded(meaning_of(gate, up) * share[..., None]), d)
 
 
+def weights_of(one: Quantized) -> list[np.ndarray]:
+    """The decoded matrices of a stack, each float64 [N, K/256, 256]."""
+    matrices = (jax.tree.map(operator.itemgetter(e), one) for e in range(EXPERTS))
+    return [decoded(matrix).view(ml_dtypes.bfloat16).astype(np.float64) for matrix in matrices]
+
+
 @pytest.mark.parametrize(("gate", "down"), PAIRS, ids=IDS)
 def test_positions_of_hidden_values_are_those_of_down(gate: type[Quantized], down: type[Quantized]) -> None:
     """The two launches in NumPy, with decoded weights and columns where the launches have them."""
     x, chosen, share, stacks = case(gate, down)
     tiles = jax.tree.map(np.asarray, grouping.spans(chosen, EXPERTS, 8))
     order = DECODERS[down].order
-    g, u, d = (
-        [decoded(jax.tree.map(lambda plane: plane[e], one)).view(ml_dtypes.bfloat16).astype(np.float64) for e in range(EXPERTS)]
-        for one in stacks
-    )
+    g, u, d = (weights_of(one) for one in stacks)
     rows = rounded(x).reshape(len(x), -1, BLOCK)[..., DECODERS[gate].order][tiles.pair // 2]
     y = np.full((chosen.size, x.shape[1]), np.nan)
     for expert, first, count in zip(tiles.expert, tiles.first, tiles.count, strict=True):
         pair, here = tiles.pair[first : first + count], rows[first : first + count]
         # Position p of a block of hidden values is row order[p] of gate and up.
-        a, b = (np.einsum("nbp,fbp->nf", here, w[expert].reshape(-1, BLOCK, *w[expert].shape[1:])[:, order].reshape(w[expert].shape))
-                for w in (g, u))  # fmt: skip
+        here_g, here_u = (w[expert].reshape(-1, BLOCK, *w[expert].shape[1:])[:, order].reshape(w[expert].shape) for w in (g, u))
+        a, b = (np.einsum("nbp,fbp->nf", here, w) for w in (here_g, here_u))
         hidden = rounded(meaning_of(a, b) * share.reshape(-1)[pair][:, None])
         y[pair] = np.einsum("nbp,dbp->nd", hidden.reshape(count, d[expert].shape[1], BLOCK), d[expert])
     found = y.reshape(len(x), 2, -1).sum(axis=1)
