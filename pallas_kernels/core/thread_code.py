@@ -52,6 +52,10 @@ class Code:
         """The thread's number in its warpgroup."""
         return self.masked(self._asm("mov.u32 $0, %tid.x;", "=r")[0], THREADS - 1)
 
+    def uniform(self, a: Any) -> Any:
+        """a, which all threads of a warp have, in a form in which the compiler knows it."""
+        return self._asm("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", a, ordered=True)[0]
+
     def plus(self, a: Any, b: Any) -> Any:
         """a + b of integers."""
         return arith.addi(a, self.constant(b) if isinstance(b, int) else b)
@@ -141,6 +145,10 @@ class Code:
         wide = llvm.ConstantOp(self._i64, ir.IntegerAttr.get(self._i64, pitch)).result
         far = arith.muli(arith.extsi(self._i64, row), wide)
         return arith.addi(base, arith.addi(far, arith.extsi(self._i64, offset)))
+
+    def near(self, base: Any, offset: Any) -> Any:
+        """The address base + offset, in bytes; the offset is not negative."""
+        return arith.addi(base, arith.extui(self._i64, offset))
 
     def loaded(self, address: Any, *, bits: int, offset: int = 0) -> list[Any]:
         """Words of global memory that no launch writes meanwhile: 16 bits in a word, or one, two, four or eight words."""

@@ -75,7 +75,7 @@ class Spans:
     Every tile begins at a multiple of `ALIGNMENT`, so that an expert's pairs may be followed by some empty places.
 
     Attributes:
-        pair: int32 [places], the pair of each place; 0 for an empty one. A tile of `rows` places can be read from any first place.
+        pair: int32 [places], the pair of each place; 0 for an empty one. `rows` places can be read from any tile's first.
         expert, first, count: int32 [tiles], expert, first place and number of pairs of each tile, the fullest first. Tiles with
             count 0 are unused.
     """

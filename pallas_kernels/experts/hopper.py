@@ -1,10 +1,10 @@
 """Expert products of a prefill on Hopper: weights go from memory to the tensor cores as they are stored (Pallas Mosaic GPU).
 
-Rows are sorted by expert. One launch computes gate, up and the clamped SwiGLU of all experts, and another down. A warpgroup owns two
-fragments of 64 rows of weights, and the rows of a tile of one expert. Its threads decode a block of 256 weights of a row into
-registers (`fragments`), as the left operand of wgmma. Another warpgroup loads the activations into shared memory. Sums are float32 in
-the order of K. A tile of fewer rows takes a narrower instruction, which sums in the same order. So the result of a row depends only
-on the row and the expert.
+Rows are sorted by expert. One launch computes gate, up and the clamped SwiGLU of all experts, and another down. A warpgroup owns
+two fragments of 64 rows of weights, and the rows of a tile of one expert. Its threads decode a block of 256 weights of a row into
+registers (`fragments`), as the left operand of wgmma. Another warpgroup loads the activations into shared memory. Sums are float32
+in the order of K. A tile of fewer rows takes a narrower instruction, which sums in the same order. So the result of a row depends
+only on the row and the expert.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.experts.fragments import BLOCK, DECODERS, TABLE, Decoder
 from pallas_kernels.experts.grouping import Spans, spans
 from pallas_kernels.experts.swiglu import clamped
-from pallas_kernels.experts.warpgroup import decoded, filled, loaded_words, rows_of_threads, stored
+from pallas_kernels.experts.warpgroup import decoded, filled, loaded_words, rows_of_threads, stored, uniform
 from pallas_kernels.formats import Quantized
 
 GATE_UP, DOWN = "stored_gate_up", "stored_down"
@@ -46,7 +46,7 @@ class Tile:
         ahead: blocks of stored weights that a thread loads ahead.
     """
 
-    widths: tuple[int, ...] = (32, 64, 96, 128)
+    widths: tuple[int, ...] = (32, 64, 96, 112)
     stages: int = 3
     ahead: int = 2
 
@@ -58,10 +58,10 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One of the two matrices of a warpgroup: an expert's planes and the first of its 64 rows."""
+    """One of the two matrices of a warpgroup: an expert's planes, and the distance in rows from the first matrix's rows."""
 
     planes: Sequence[Any]
-    row: jax.Array
+    distance: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Product:
 
 
 def _multiply(
-    product: Product, decoder: Decoder, shape: tuple[int, int], width: int, tile: Tile, sides: Sequence[Side], span: tuple[Any, Any, Any],
-    refs: tuple[Any, ...], allocations: Any,
+    product: Product, decoder: Decoder, shape: tuple[int, int], width: int, tile: Tile, sides: Sequence[Side],
+    span: tuple[Any, Any, Any], refs: tuple[Any, ...], allocations: Any,
 ) -> None:  # fmt: skip
     """A tile of at most `width` rows by both matrices of a warpgroup; the loading warpgroup runs it, too."""
     x_gmem, operand_gmem, order_gmem, out_gmem, table_smem = refs
@@ -95,12 +95,12 @@ def _multiply(
     # A thread's second row is eight positions after its first.
     [far] = {int(after - before) for before, after in product.order.reshape(-1, 2, 8).transpose(0, 2, 1).reshape(-1, 2)}
 
-    def fetch(k: Any, rows: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        return tuple(loaded_words(side.planes, row, k, decoder, shape, far) for side, row in zip(sides, rows, strict=True))
+    def fetch(k: Any, rows: jax.Array) -> list[jax.Array]:
+        return [loaded_words(side.planes, rows, k, decoder, shape, (side.distance, side.distance + far)) for side in sides]
 
     def context(run: Callable[..., Any]) -> None:
         def scope(*sums: Any) -> None:
-            rows = tuple(rows_of_threads(order_gmem, side.row) for side in sides)
+            rows = rows_of_threads(order_gmem, column)
             run((sums, rows, [fetch(jnp.int32(min(k, steps - 1)), rows) for k in range(tile.ahead)]))
             product.finish(operand_gmem, out_gmem, [total[...] for total in sums], first, count, column)
 
@@ -166,10 +166,10 @@ def _launch(product: Product, x: jax.Array, operand: jax.Array, tiles: Spans, st
             @plgpu.nd_loop((tiles.expert.shape[0] * across,), collective_axes="sm")
             def _(info: Any) -> None:
                 number, part = info.index[0] // across, info.index[0] % across
-                expert, first, count = (tiles_gmem[i, number] for i in range(3))
+                expert, first, count = (uniform(tiles_gmem[i, number]) for i in range(3))
                 row = (part * GROUPS + group) * ROWS * each
                 some = [[plane.at[expert] for plane in stack] for stack in planes_gmem]
-                sides = [Side(some[0], row), Side(some[-1], row if product.together else row + ROWS)]
+                sides = [Side(some[0], 0), Side(some[-1], 0 if product.together else ROWS)]
                 for fewer, width in zip((0, *tile.widths), tile.widths, strict=False):
 
                     @pl.when((count > fewer) & (count <= width))

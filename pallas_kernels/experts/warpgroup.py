@@ -85,6 +85,16 @@ def filled(table_smem: Any, table_gmem: Any) -> None:
     fill(table_smem, table_gmem)
 
 
+def uniform(number: jax.Array) -> jax.Array:
+    """A number that the compiler knows to be the same in all threads of a warp."""
+
+    @plgpu.inline_mgpu(arg_types=(_number(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_number()))
+    def run(_: Any, number: Any) -> Any:
+        return mgpu.FragmentedArray.splat(Code().uniform(_as_number(number)), (), is_signed=True)
+
+    return run(number)
+
+
 def rows_of_threads(order_gmem: Any, first: jax.Array) -> jax.Array:
     """The matrix row of each thread's first row, int32 [128]; `order` has the row at each position of a block of rows."""
 
@@ -100,14 +110,15 @@ def rows_of_threads(order_gmem: Any, first: jax.Array) -> jax.Array:
 
 
 def loaded_words(
-    planes: Sequence[Any], rows: jax.Array, k: jax.Array, decoder: Decoder, shape: tuple[int, int], far: int
+    planes: Sequence[Any], rows: jax.Array, k: jax.Array, decoder: Decoder, shape: tuple[int, int], distances: tuple[int, int]
 ) -> jax.Array:
-    """The stored words of block k that each thread decodes, of its row and of the row that is `far` after it.
+    """The stored words of block k that each thread decodes, of two rows.
 
     Args:
         planes: an expert's planes in global memory.
-        rows: int32 [128].
+        rows: int32 [128], a row for each thread.
         shape: N and K of the matrix.
+        distances: of the two rows from that row.
     """
     made, (matrix_rows, length) = _words(2 * decoder.words), shape
 
@@ -118,11 +129,11 @@ def loaded_words(
         both: tuple[list[Any], list[Any]] = [], []
         for what in decoder.loads:
             pitch = what.block * (length // BLOCK)
-            offset = code.plus(code.scaled(_as_number(k), what.block), code.scaled(quad, what.thread))
             there = code.plus(row, what.part * matrix_rows) if what.part else row
-            address = code.address(_address(planes[what.plane]), there, pitch, offset)
-            for i, words in enumerate(both):
-                words += code.loaded(address, bits=what.bits, offset=i * far * pitch)
+            first = code.plus(code.scaled(there, pitch), code.scaled(quad, what.thread))
+            address = code.near(_address(planes[what.plane]), code.plus(first, code.scaled(_as_number(k), what.block)))
+            for distance, words in zip(distances, both, strict=True):
+                words += code.loaded(address, bits=what.bits, offset=distance * pitch)
         return _as_array(both[0] + both[1])
 
     return load(list(planes), rows, k)  # type: ignore[no-any-return]
