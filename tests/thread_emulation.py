@@ -99,7 +99,7 @@ def decoded(weight: Quantized) -> np.ndarray:
     for block in range(k // BLOCK):
         for q in range(QUAD):
             words = loaded(weight, decoder, block, q)
-            table = decoder.table.view(np.uint32)
+            table = decoder.table().view(np.uint32)
             pairs = [pair for quarter in range(4) for pair in decoder.decode(code, words, np.uint32(q), table, quarter)]
             assert len(pairs) == 2 * STEPS
             for i, pair in enumerate(pairs):

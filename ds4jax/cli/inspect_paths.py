@@ -78,9 +78,9 @@ def prompt_experts(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
     Returns:
         Rows with part, layers and count as for `decode_step`; hopper, cuda and default, the paths on Hopper GPUs, on other CUDA
-        devices and elsewhere; and the reason why the first is not "stored". A path is "stored" (grouped by expert, weights read as
-        they are stored), "dequantised" (grouped, weights dequantised before) or "every row" (every expert is computed for all
-        rows).
+        devices and elsewhere; and the reason why the first is not "stored". A path is "stored" (grouped by expert, weights are
+        read as they are stored), "dequantised" (grouped, weights are dequantised before) or "every row" (every expert is computed
+        for all rows).
     """
     found: dict[tuple[str, str | None, str | None], list[str]] = {}
     for (block, _), own in _weights(checkpoint).items():

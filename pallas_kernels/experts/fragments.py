@@ -16,16 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.core.thread_code import Code, Words
-from pallas_kernels.formats import IQ2_XXS, MXFP4, Q2_K, Q4_K, Quantized
+from pallas_kernels.core.thread_code import THREADS, Code, Words
+from pallas_kernels.formats import IQ2_S, IQ2_XXS, IQ3_XXS, MXFP4, Q2_K, Q4_K, Quantized, iq2_s, iq3_xxs
+from pallas_kernels.formats.iq2_s import CODE
 from pallas_kernels.formats.iq2_xxs import MAGNITUDES, selectors
 
 # Weights of a row per block, steps of a block, and weights of a step.
 BLOCK, STEPS, STEP = 256, 16, 16
 # Threads of a quad, which share the rows of a fragment.
 QUAD = 4
-# Words of a table.
-TABLE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +55,13 @@ class Decoder:
         decode: from `Code`, the loaded words of a row, the thread's number in its quad, the table's address and the number of a
             quarter block: the eight registers of its four steps, two for each.
         order: int [256], the weight's number in a block for each position.
-        table: int32 [256], in shared memory.
+        table: int32 [n] in shared memory, n a multiple of 128.
     """
 
     loads: tuple[Load, ...]
     decode: Callable[[Code, Words, Any, Any, int], list[Any]]
     order: np.ndarray
-    table: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(TABLE, np.int32))
+    table: Callable[[], np.ndarray] = lambda: np.zeros(THREADS, np.int32)
 
     @property
     def words(self) -> int:
@@ -85,24 +84,78 @@ def _halves(code: Code, values: Sequence[Any]) -> tuple[Any, Any]:
     return code.permuted(first, second, 0x7531), code.permuted(first, second, 0x6420)
 
 
-def _iq2(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[Any]:
-    """A thread owns two index words: 64 neighbouring weights in two groups. A quarter is two patterns of eight."""
-    word, index, sign, factors, scale = quarter >> 1, words[0:2], words[2:4], words[4], words[5]
-    factor = code.shift_right(code.shift_right(factors, code.shift_left(q, 3)), 4 * word)
+def _patterns(code: Code, scale: Any, factor: Any, shifted: Sequence[Any], signs: Sequence[Any], table: Any) -> list[Any]:
+    """Two patterns of eight weights of three magnitudes.
+
+    Args:
+        scale: float16 of the block; factor: the integer of its group in the lowest four bits.
+        shifted: of each pattern, four times its number.
+        signs: of each pattern, bit 4 i + 2 is set if weight i is negative.
+    """
     odd = code.product_plus(code.small_float(factor, 15), 2.0, 1.0)
     step = code.product(code.product(code.half(scale), 0.125), odd)
     high, low = _halves(code, [code.product(step, float(magnitude)) for magnitude in MAGNITUDES])
     negative = code.flipped(high, 0x80808080)
     out = []
-    for pattern in (2 * (quarter & 1), 2 * (quarter & 1) + 1):
-        place = 8 * pattern - 2
-        shifted = code.shift_right(index[word], place) if place > 0 else code.shift_left(index[word], 2)
-        known = code.looked_up(table, code.masked(shifted, 0x3FC))
-        signs = code.shift_left(sign[word], 2 - pattern) if pattern < 3 else code.shift_right(sign[word], 1)
-        selector = code.masked_or(signs, 0x44444444, known)
+    for place, sign in zip(shifted, signs, strict=True):
+        selector = code.masked_or(sign, 0x44444444, code.looked_up(table, place))
         for half in (selector, code.shift_right(selector, 16)):
             above, below = code.permuted(high, negative, half), code.permuted(low, low, half)
             out += [code.permuted(below, above, 0x5140), code.permuted(below, above, 0x7362)]
+    return out
+
+
+def _moved(code: Code, a: Any, by: int) -> Any:
+    """a shifted to the right by a number of bits that may be negative."""
+    return code.shift_right(a, by) if by > 0 else code.shift_left(a, -by)
+
+
+def _iq2(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[Any]:
+    """A thread owns two index words: 64 neighbouring weights in two groups. A quarter is two patterns of eight."""
+    word, index, sign, factors, scale = quarter >> 1, words[0:2], words[2:4], words[4], words[5]
+    both = 2 * (quarter & 1), 2 * (quarter & 1) + 1
+    factor = code.shift_right(code.shift_right(factors, code.shift_left(q, 3)), 4 * word)
+    shifted = [code.masked(_moved(code, index[word], 8 * pattern - 2), 0x3FC) for pattern in both]
+    return _patterns(code, scale, factor, shifted, [_moved(code, sign[word], pattern - 2) for pattern in both], table)
+
+
+def _iq2s(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[Any]:
+    """As `_iq2`. The fourth pattern of a word has two of its bits there and eight in a plane of their own."""
+    word, index, rest, sign, factors, scale = quarter >> 1, words[0:2], words[2], words[3:5], words[5], words[6]
+    both = 2 * (quarter & 1), 2 * (quarter & 1) + 1
+    shifted = [code.masked(_moved(code, index[word], CODE * pattern - 2), 0xFFC) for pattern in both]
+    if both[1] == 3:
+        upper = code.shift_left(code.masked(code.shift_right(rest, 8 * word), 255), 4)
+        shifted[1] = code.masked_or(code.shift_right(index[word], 28), 0xC, upper)
+    factor = code.shift_right(factors, 4 * quarter)
+    return _patterns(code, scale, factor, shifted, [_moved(code, sign[word], pattern - 2) for pattern in both], table)
+
+
+# The magnitudes of IQ3_XXS.
+_EIGHT = tuple(range(4, 60, 8)) + (62,)
+
+
+def _iq3_selectors() -> np.ndarray:
+    """The patterns of IQ3_XXS as int32 [256]: four bits per weight, the first in the lowest, with the number of its magnitude."""
+    numbers = np.searchsorted(_EIGHT, iq3_xxs.patterns().view(np.int8).reshape(-1, 4))
+    return (numbers << np.arange(0, 16, 4)).sum(1).astype(np.int32)
+
+
+def _iq3(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[Any]:
+    """A thread owns a lane of 64 weights. A quarter is four patterns of four; half of the lane's patterns share signs and scale."""
+    index, sign, factors, scale = words[quarter], words[4 + (quarter >> 1)], words[6], words[7]
+    factor = code.shift_right(code.shift_right(factors, code.shift_left(q, 3)), 4 * (quarter >> 1))
+    odd = code.product_plus(code.small_float(factor, 15), 2.0, 1.0)
+    step = code.product(code.product(code.half(scale), 0.25), odd)
+    values = [code.product(step, float(magnitude)) for magnitude in _EIGHT]
+    (high_a, low_a), (high_b, low_b) = _halves(code, values[:4]), _halves(code, values[4:])
+    out = []
+    for pattern in range(4):
+        selector = code.looked_up(table, code.masked(_moved(code, index, 8 * pattern - 2), 0x3FC))
+        signs = code.shift_left(sign, 4 * (quarter & 1) + pattern)
+        above = code.masked_flipped(signs, 0x80808080, code.permuted(high_a, high_b, selector))
+        below = code.permuted(low_a, low_b, selector)
+        out += [code.permuted(below, above, 0x5140), code.permuted(below, above, 0x7362)]
     return out
 
 
@@ -171,10 +224,23 @@ def _mx(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[Any]
     return out
 
 
+def _neighbours(t: Any, q: Any, i: Any) -> Any:
+    """A thread's 64 weights follow each other."""
+    return 64 * q + 4 * t + i
+
+
 DECODERS: dict[type[Quantized], Decoder] = {
     IQ2_XXS: Decoder(
         (Load(0, 64, 32, 8), Load(1, 64, 32, 8), Load(2, 32, 4, 0), Load(3, 16, 2, 0)),
-        _iq2, _order(lambda t, q, i: 64 * q + 4 * t + i), selectors(),
+        _iq2, _order(_neighbours), selectors,
+    ),
+    IQ2_S: Decoder(
+        (Load(0, 64, 32, 8), Load(1, 16, 8, 2), Load(2, 64, 32, 8), Load(3, 16, 8, 2), Load(4, 16, 2, 0)),
+        _iq2s, _order(_neighbours), iq2_s.selectors,
+    ),
+    IQ3_XXS: Decoder(
+        (Load(0, 128, 64, 16), Load(1, 32, 16, 4), Load(1, 32, 16, 4, part=1), Load(2, 32, 4, 0), Load(3, 16, 2, 0)),
+        _iq3, _order(_neighbours), _iq3_selectors,
     ),
     Q2_K: Decoder((Load(0, 128, 64, 16), Load(1, 32, 16, 4), Load(2, 16, 2, 0), Load(3, 16, 2, 0)), _q2, _order(_q2_weight)),
     Q4_K: Decoder(

@@ -2,8 +2,8 @@
 
 Rows are sorted by expert. One launch computes gate, up and the clamped SwiGLU of all experts, and another down. A warpgroup owns
 two fragments of 64 rows of weights, and the rows of a tile of one expert. Its threads decode a block of 256 weights of a row into
-registers (`fragments`), as the left operand of wgmma. Another warpgroup loads the activations into shared memory. Sums are float32
-in the order of K. A tile of fewer rows takes a narrower instruction, which sums in the same order. So the result of a row depends
+registers (`fragments`), the left operand of wgmma. Another warpgroup loads activations into shared memory. Sums are float32, in
+the order of K. A tile of fewer rows takes a narrower instruction, which sums in the same order. So the result of a row depends
 only on the row and the expert.
 """
 
@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.experts.fragments import BLOCK, DECODERS, TABLE, Decoder
+from pallas_kernels.experts.fragments import BLOCK, DECODERS, Decoder
 from pallas_kernels.experts.grouping import Spans, spans
 from pallas_kernels.experts.swiglu import clamped
 from pallas_kernels.experts.warpgroup import decoded, filled, loaded_words, rows_of_threads, stored, uniform
@@ -150,7 +150,7 @@ def _launch(product: Product, x: jax.Array, operand: jax.Array, tiles: Spans, st
     decoder = DECODERS[type(stacks[0])]
     experts, n, length = stacks[0].shape
     planes = [[plane.reshape(experts, -1) for plane in jax.tree.leaves(stack)] for stack in stacks]
-    each = 1 if product.together else 2
+    each, table = 1 if product.together else 2, jnp.asarray(decoder.table())
     across = n // (ROWS * GROUPS * each)
 
     def kernel(x_gmem: Any, operand_gmem: Any, tiles_gmem: Any, table_gmem: Any, order_gmem: Any, planes_gmem: Any, out_gmem: Any,
@@ -178,10 +178,10 @@ def _launch(product: Product, x: jax.Array, operand: jax.Array, tiles: Spans, st
 
     made: jax.Array = plgpu.kernel(
         kernel, out_type=product.out, grid=(processors,), grid_names=("sm",), num_threads=GROUPS + 1, thread_name="wg",
-        kernel_name=product.name, scratch_types=[plgpu.SMEM((TABLE,), jnp.int32)],
+        kernel_name=product.name, scratch_types=[plgpu.SMEM(table.shape, jnp.int32)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(
-        x, operand, jnp.stack([tiles.expert, tiles.first, tiles.count]), jnp.asarray(decoder.table),
+        x, operand, jnp.stack([tiles.expert, tiles.first, tiles.count]), table,
         jnp.asarray(product.order, jnp.int32), planes,
     )  # fmt: skip
     return made

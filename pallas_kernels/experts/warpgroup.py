@@ -14,7 +14,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels.core.thread_code import THREADS, Code
-from pallas_kernels.experts.fragments import BLOCK, QUAD, TABLE, Decoder
+from pallas_kernels.experts.fragments import BLOCK, QUAD, Decoder
 
 # Shape of a fragment: rows, and columns of a quarter block.
 FRAGMENT = (64, BLOCK // 4)
@@ -76,7 +76,7 @@ def filled(table_smem: Any, table_gmem: Any) -> None:
     def fill(_: Any, target: Any, source: Any) -> None:
         code = Code()
         zero = code.constant(0)
-        for i in range(TABLE // THREADS):
+        for i in range(ir.MemRefType(source.type).shape[0] // THREADS):
             place = code.shift_left(code.plus(code.thread(), i * THREADS), 2)
             [word] = code.loaded(code.address(_address(source), zero, 0, place), bits=32)
             code.stored_in_table(_address(target), place, word)

@@ -17,10 +17,10 @@ from thread_emulation import decoded
 
 from pallas_kernels.experts import grouping, hopper
 from pallas_kernels.experts.fragments import BLOCK, DECODERS
-from pallas_kernels.formats import IQ2_XXS, MXFP4, Q2_K, Q4_K, Quantized
+from pallas_kernels.formats import IQ2_S, IQ2_XXS, IQ3_XXS, MXFP4, Q2_K, Q4_K, Quantized
 
 LIMIT, EXPERTS = 10.0, 5
-PAIRS = [(IQ2_XXS, Q2_K), (Q4_K, Q4_K), (MXFP4, MXFP4)]
+PAIRS = [(IQ2_XXS, Q2_K), (IQ2_S, IQ3_XXS), (Q4_K, Q4_K), (MXFP4, MXFP4)]
 IDS = [f"{gate.__name__}-{down.__name__}" for gate, down in PAIRS]
 FORMATS = pytest.mark.parametrize("format", DECODERS, ids=lambda format: format.__name__)
 
