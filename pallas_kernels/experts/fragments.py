@@ -132,7 +132,7 @@ def _iq2s(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[An
 
 
 # The magnitudes of IQ3_XXS.
-_EIGHT = tuple(range(4, 60, 8)) + (62,)
+_EIGHT = (4, 12, 20, 28, 36, 44, 52, 62)
 
 
 def _iq3_selectors() -> np.ndarray:
@@ -142,7 +142,7 @@ def _iq3_selectors() -> np.ndarray:
 
 
 def _iq3(code: Code, words: Words, q: Any, table: Any, quarter: int) -> list[Any]:
-    """A thread owns a lane of 64 weights. A quarter is four patterns of four; half of the lane's patterns share signs and scale."""
+    """A thread owns a lane of 64 weights. A quarter is four patterns of four; two quarters share signs and scale."""
     index, sign, factors, scale = words[quarter], words[4 + (quarter >> 1)], words[6], words[7]
     factor = code.shift_right(code.shift_right(factors, code.shift_left(q, 3)), 4 * (quarter >> 1))
     odd = code.product_plus(code.small_float(factor, 15), 2.0, 1.0)
