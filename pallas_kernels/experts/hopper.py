@@ -43,12 +43,15 @@ class Tile:
     Attributes:
         widths: numbers of rows that have an instruction, in order; the last is the maximum of a tile.
         stages: blocks of activations in shared memory.
-        ahead: blocks of stored weights that a thread loads ahead.
     """
 
-    widths: tuple[int, ...] = (32, 64, 96, 112)
+    widths: tuple[int, ...] = (80, 96, 112, 128)
     stages: int = 3
-    ahead: int = 2
+
+    @classmethod
+    def of(cls, pairs: int, experts: int) -> Tile:
+        """The tile for `pairs` of rows and experts. With few rows, decoding takes the time, and narrow instructions load less."""
+        return cls() if pairs >= 40 * experts else cls((16, 32, 64), 4)
 
     @property
     def rows(self) -> int:
@@ -101,14 +104,14 @@ def _multiply(
     def context(run: Callable[..., Any]) -> None:
         def scope(*sums: Any) -> None:
             rows = rows_of_threads(order_gmem, column)
-            run((sums, rows, [fetch(jnp.int32(min(k, steps - 1)), rows) for k in range(tile.ahead)]))
+            run((sums, rows, fetch(jnp.int32(0), rows)))
             product.finish(operand_gmem, out_gmem, [total[...] for total in sums], first, count, column)
 
         pl.run_scoped(scope, *[plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32)] * 2)
 
     def body(index: tuple[Any], x_smem: Any, carry: Any) -> Any:
-        sums, rows, (words, *later) = carry
-        later.append(fetch(jnp.minimum(index[0] + tile.ahead, steps - 1), rows))
+        sums, rows, words = carry
+        following = fetch(jnp.minimum(index[0] + 1, steps - 1), rows)
         for quarter in range(4):
             columns = pl.ds(quarter * (BLOCK // 4), BLOCK // 4)
             for total, some in zip(sums, words, strict=True):
@@ -118,7 +121,7 @@ def _multiply(
                 plgpu.wgmma_wait(1)
         # A product on its way at the end of the body would make the compiler wait after every instruction.
         plgpu.wgmma_wait(0)
-        return sums, rows, later
+        return sums, rows, following
 
     # A narrow tile fills the first rows of the blocks in shared memory.
     [blocks] = allocations["flat_in_smem_refs"]
@@ -243,10 +246,10 @@ def experts(
     """Weighted sum of the chosen experts' outputs, for many rows; arguments, result and errors as for `prefill.experts`.
 
     Args:
-        tile: static, how the work is cut.
+        tile: static, how the work is cut; by default `Tile.of` for these rows.
         processors: static; multiprocessors of the device, by default of this one.
     """
-    (tokens, active), tile = chosen.shape, tile or Tile()
+    (tokens, active), tile = chosen.shape, tile or Tile.of(chosen.size, gate.shape[0])
     processors = processors or jax.devices()[0].core_count
     tiles = spans(chosen, gate.shape[0], tile.rows)
     rows = reordered(x.astype(jnp.bfloat16), DECODERS[type(gate)].order)[tiles.pair // active]

@@ -21,7 +21,7 @@ from ds4jax.random_models import checkpoint as synthetic
 from ds4jax.random_models import layouts
 from pallas_kernels.core.dispatch import OPT_OUT
 from pallas_kernels.core.limits import MAX_ROWS, STEP_ROWS
-from pallas_kernels.formats import IQ2_XXS, MXFP4, Q2_K, Q4_K, Q8_0, Quantized
+from pallas_kernels.formats import IQ2_XXS, MXFP4, Q2_K, Q4_K, Q6_K, Q8_0, Quantized
 from pallas_kernels.formats.iq3_s import IQ3_S
 
 # One layer of each kind.
@@ -180,6 +180,7 @@ def test_grouped_experts(decoding: bool, strict: bool, stack: Any, fields: dict,
         ("NVIDIA GB200", (IQ2_XXS, IQ2_XXS, Q2_K), {}, "NVIDIA GB200 is not a Hopper GPU"),
         ("cpu", (IQ2_XXS, IQ2_XXS, Q2_K), {}, "cpu is not a Hopper GPU"),
         ("NVIDIA H200", (IQ2_XXS, IQ2_XXS, Q8_0), {}, "ffn.experts.w2 is Q8_0, which the products do not decode"),
+        ("NVIDIA H200", (Q4_K, Q4_K, Q6_K), {}, "ffn.experts.w2 is Q6_K, which the products do not decode"),
         ("NVIDIA H200", (IQ2_XXS, Q2_K, Q2_K), {}, "gate and up experts are of two types, IQ2_XXS and Q2_K"),
         ("NVIDIA H200", (IQ2_XXS, IQ2_XXS, Q2_K), {"moe_dim": 384}, "moe_dim is 384, not a multiple of 256"),
     ],
