@@ -79,8 +79,8 @@ class Experts(nnx.Module):
         not depend on the number of rows. Otherwise weights of fewer than eight bits are multiplied by quantised activations. More
         than eight rows are computed eight at a time, and formats without a kernel one row at a time: the decoded experts of one
         row take 0.5 GB in V4-Flash.
-        A chunk of a prompt: on CUDA and not strict, rows are grouped by expert and multiplied in bfloat16. Otherwise every expert
-        is computed for all rows.
+        A chunk of a prompt: on CUDA and not strict, rows are grouped by expert and multiplied in bfloat16; on Hopper the weights
+        are read as they are stored. Otherwise every expert is computed for all rows.
 
         Args:
             decoding: static; as in `Rows`.
@@ -89,7 +89,12 @@ class Experts(nnx.Module):
         limit = self.config.swiglu_limit
 
         def grouped(x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
-            return prefill.experts(x_TD, chosen_TK, weights_TK, *stacks, limit=limit)
+            if paths.why_not_stored_experts(self.config, stacks, jax.devices()[0].device_kind):
+                return prefill.experts(x_TD, chosen_TK, weights_TK, *stacks, limit=limit)
+            # Imported where it runs: Mosaic GPU takes most of a second.
+            from pallas_kernels.experts import hopper
+
+            return hopper.experts(x_TD, chosen_TK, weights_TK, *stacks, limit=limit)
 
         def one_by_one(x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
             return meaning.one_by_one(x_TD, chosen_TK, weights_TK, *stacks, limit=limit)

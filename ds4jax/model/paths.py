@@ -14,6 +14,7 @@ from ds4jax.config import Config
 from pallas_kernels.core.dispatch import opt_out
 from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.experts import prefill as grouped
+from pallas_kernels.experts.fragments import BLOCK, DECODERS
 from pallas_kernels.formats import Quantized
 from pallas_kernels.hyper_connections.decode import STREAMS
 from pallas_kernels.linear.dequantise import RUNS
@@ -41,6 +42,8 @@ FLOATS = ("float16", "bfloat16", "float32")
 MIN_WIDTH = {"dim": 256, "moe_dim": 256, "head_dim": 64, "index_dim": 32}
 # A tensor core's operand has at least this many columns.
 MIN_COLUMNS = 16
+# Names in JAX of GPUs whose tensor cores take an operand from the registers of a warpgroup.
+HOPPER = ("H100", "H200", "GH200", "H800", "H20")
 # The kinds of calls, where they are the reason.
 PROMPT, STEP = "a chunk of a prompt", "a decode step"
 
@@ -159,4 +162,24 @@ def why_not_grouped_experts(config: Config, stacks: Sequence[Weight], *, decodin
             return reason
     if not grouped.fits(config.dim, config.moe_dim):
         return f"dim {config.dim} or moe_dim {config.moe_dim} does not divide into tiles"
+    return None
+
+
+def why_not_stored_experts(config: Config, stacks: Sequence[Weight], device_kind: str) -> str | None:
+    """Why grouped experts must dequantise their weights first; None where the products read them as they are stored.
+
+    Args:
+        stacks: gate, up and down, for which `why_not_grouped_experts` gives no reason.
+        device_kind: the name of the device in JAX.
+    """
+    if not any(name in device_kind for name in HOPPER):
+        return f"{device_kind} is not a Hopper GPU"
+    for name, stack in zip(EXPERTS, stacks, strict=True):
+        if type(stack) not in DECODERS:
+            return f"{name} is {type(stack).__name__}, which the products do not decode"
+    if type(stacks[0]) is not type(stacks[1]):
+        return f"gate and up experts are of two types, {type(stacks[0]).__name__} and {type(stacks[1]).__name__}"
+    for name, width in (("dim", config.dim), ("moe_dim", config.moe_dim)):
+        if width % BLOCK:
+            return f"{name} is {width}, not a multiple of {BLOCK}"
     return None

@@ -269,6 +269,16 @@ def test_decode_step_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch
     assert {(row["cuda"], row["reason"]) for row in told} == {("modules", f"{OPT_OUT}=1")}
 
 
+def test_experts_of_a_prompt_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads(output(capsys, "--dispatch", "--json"))["prompt_experts"]
+    text = output(capsys, "--dispatch")
+    assert [row["part"] for row in rows] == ["layers", "mtp"]
+    for row in rows:
+        part = f"layers {row['layers']}" if row["part"] == "layers" else row["part"]
+        line = f"{part} +{row['count']}  every row / every row / every row \\({re.escape(row['reason'])}\\)\n"
+        assert re.search(line, text), line
+
+
 def test_check(capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(output(capsys, "--check", "--json"))
     listed = json.loads(output(capsys, "--json"))
