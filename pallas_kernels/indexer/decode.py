@@ -31,6 +31,8 @@ from pallas_kernels.core.row_rounding import angles, rotate, round_fp4
 NAMES = ("index_queries", "index_scores", "index_chunks", "index_select")
 HEADS_A_PROGRAM = 4
 KEYS_A_TILE = 64
+# Rows of one sequence that share a tile of keys. A tile is 32 KB from the L2, and one row multiplies it in a quarter of that time.
+ROWS_A_PROGRAM = 4
 # Programs of a row: at most two per multiprocessor of an H100 or H200, fewer each in calls of many rows. If there are more
 # tiles, a program loops over them.
 MAX_PROGRAMS = 264
@@ -115,14 +117,15 @@ def _narrow_products(
     return total
 
 
-def _scores(q: Any, weights: Any, *refs: Any, topk: int, programs: int) -> None:
+def _scores(q: Any, weights: Any, *refs: Any, topk: int, programs: int, rows: int) -> None:
     *leaves, of, visible, out = refs
     keys = leaves[0] if len(leaves) == 1 else NarrowKeys(*leaves)
-    m, first = pl.program_id(0), pl.program_id(1)
+    m, first = pl.program_id(0) * rows, pl.program_id(1)
     sequence = of[m]
     parts, heads, dim = q.shape[1:]
     chunk = min(FP4_BLOCK, dim // 2) if isinstance(keys, NarrowKeys) else dim
-    count = jnp.minimum(visible[m], keys.shape[1])
+    most = functools.reduce(jnp.maximum, [visible[m + row] for row in range(rows)])
+    count = jnp.minimum(most, keys.shape[1])
     tiles = jnp.where(count > topk, (count + (KEYS_A_TILE - 1)) // KEYS_A_TILE, 0)
 
     @pl.when(first < tiles)
@@ -133,19 +136,25 @@ def _scores(q: Any, weights: Any, *refs: Any, topk: int, programs: int) -> None:
         # Padding heads are past the end; a slice with a constant start must not reach there.
         span = pl.ds(_value(0), head.shape[0])
         chunks = [(i, pl.ds(channel, chunk)) for i in range(parts) for channel in range(0, dim, chunk)]
-        queries = [plt.load(q.at[m, _value(i), span, channels], mask=real_queries, other=0.0) for i, channels in chunks]
         scale = jnp.float32(dim**-0.5 * heads**-0.5)
-        weight = plt.load(weights.at[m, span], mask=real, other=0.0) * scale
+        queries, weight = [], []
+        for row in range(rows):
+            loads = [q.at[m + row, _value(i), span, channels] for i, channels in chunks]
+            queries.append([plt.load(ref, mask=real_queries, other=0.0) for ref in loads])
+            weight.append(plt.load(weights.at[m + row, span], mask=real, other=0.0) * scale)
 
         def tile(i: jax.Array, carry: jax.Array) -> jax.Array:
             span = pl.ds((first + i * programs) * KEYS_A_TILE, KEYS_A_TILE)
             there = (first + i * programs) * KEYS_A_TILE + jax.lax.broadcasted_iota(jnp.int32, (KEYS_A_TILE, dim), 0) < count
-            if isinstance(keys, NarrowKeys):
-                products = _narrow_products(keys, sequence, (first + i * programs) * KEYS_A_TILE, count, queries)
-            else:
-                products = _products(plt.load(keys.at[sequence, span, :], mask=there, other=0.0), queries)
-            weight_of = jnp.broadcast_to(weight[None, :], products.shape)
-            out[m, span] = jnp.sum(jnp.maximum(products, 0.0) * weight_of, axis=1)
+            if not isinstance(keys, NarrowKeys):
+                wide = plt.load(keys.at[sequence, span, :], mask=there, other=0.0)
+            for row in range(rows):
+                if isinstance(keys, NarrowKeys):
+                    products = _narrow_products(keys, sequence, (first + i * programs) * KEYS_A_TILE, count, queries[row])
+                else:
+                    products = _products(wide, queries[row])
+                weight_of = jnp.broadcast_to(weight[row][None, :], products.shape)
+                out[m + row, span] = jnp.sum(jnp.maximum(products, 0.0) * weight_of, axis=1)
             return carry
 
         jax.lax.fori_loop(0, (tiles - first + (programs - 1)) // programs, tile, jnp.int32(0))
@@ -249,13 +258,14 @@ def _select(scores: Any, visible: Any, *refs: Any, topk: int, keys: int, size: i
 
 
 def _launch(
-    kernel: Callable[..., None], shape: jax.ShapeDtypeStruct, programs: int, warps: int, name: str, interpret: bool
-) -> Any:
-    """A kernel with a grid of the rows of its output times `programs`."""
+    kernel: Callable[..., None], shape: jax.ShapeDtypeStruct, programs: int, warps: int, name: str, interpret: bool,
+    rows: int = 1,
+) -> Any:  # fmt: skip
+    """A kernel with a grid of the rows of its output, `rows` to a program, times `programs`."""
     return pl.pallas_call(
         kernel,
         out_shape=shape,
-        grid=(shape.shape[0], programs),
+        grid=(shape.shape[0] // rows, programs),
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name=name,
@@ -284,9 +294,9 @@ def finish_queries(
     return queries
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "interpret"))
+@functools.partial(jax.jit, static_argnames=("topk", "rows", "interpret"))
 def scores(
-    queries: jax.Array, weights: jax.Array, keys: Stored, sequence: jax.Array, visible: jax.Array, *, topk: int,
+    queries: jax.Array, weights: jax.Array, keys: Stored, sequence: jax.Array, visible: jax.Array, *, topk: int, rows: int = 1,
     interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """Score keys against queries: Σ over heads of weight · relu(query · key) / √(Di · Hi).
@@ -297,16 +307,17 @@ def scores(
         keys: [B, S, Di], float32 or narrow; narrow keys need queries of one part.
         sequence: int32 [M], the sequence of each row.
         visible: int32 [M]; a row with at most `topk` visible keys gets no scores.
+        rows: static; rows of a program, a divisor of M. They share each tile of keys, so all must be of one sequence.
 
     Returns:
         float32 [M, S'] with S' at least S; undefined from index `visible`.
     """
     tiles = pl.cdiv(keys.shape[1], KEYS_A_TILE)
     # In a prefill of many rows each row gets few programs, so its queries are loaded less often.
-    programs = min(tiles, max(MAX_PROGRAMS * FEW_ROWS // max(weights.shape[0], FEW_ROWS), MIN_PROGRAMS))
+    programs = min(tiles, max(MAX_PROGRAMS * FEW_ROWS // max(weights.shape[0] // rows, FEW_ROWS), MIN_PROGRAMS))
     shape = jax.ShapeDtypeStruct((weights.shape[0], tiles * KEYS_A_TILE), jnp.float32)
-    kernel = functools.partial(_scores, topk=topk, programs=programs)
-    score: jax.Array = _launch(kernel, shape, programs, 4, NAMES[1], interpret)(
+    kernel = functools.partial(_scores, topk=topk, programs=programs, rows=rows)
+    score: jax.Array = _launch(kernel, shape, programs, 4, NAMES[1], interpret, rows)(
         queries, weights, *jax.tree.leaves(keys), sequence, visible
     )  # fmt: skip
     return score
@@ -350,18 +361,9 @@ def select(score: jax.Array, visible: jax.Array, *, topk: int, keys: int, interp
 
 
 def index(
-    q: jax.Array,
-    weights: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    keys: Stored,
-    sequence: jax.Array,
-    visible: jax.Array,
-    *,
-    topk: int,
-    qat: bool,
-    interpret: bool = False,
-) -> jax.Array:
+    q: jax.Array, weights: jax.Array, cos: jax.Array, sin: jax.Array, keys: Stored, sequence: jax.Array, visible: jax.Array,
+    *, topk: int, qat: bool, one_sequence: bool = False, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
     """Choose the compressed rows that each row of a call attends to. Three launches, four for more than 2,048 keys.
 
     Args:
@@ -373,6 +375,7 @@ def index(
         visible: int32 [M], the number of keys that each row may see.
         topk: static, the maximum number of keys that a row attends to.
         qat: static; multiply queries by the Hadamard matrix and round them to FP4. The keys must have been rounded the same way.
+        one_sequence: static; all rows are of one sequence. Then several share a program, and the bits are the same.
 
     Returns:
         int32 [M, topk], indices of the row's keys, ascending, then -1. Of equal scores the lower index is chosen.
@@ -389,5 +392,6 @@ def index(
     if isinstance(keys, NarrowKeys) and not qat:
         raise ValueError("the keys are narrow, but qat is off; set qat, so that the queries are rounded like the keys")
     queries = finish_queries(q.reshape(m, heads, dim), cos, sin, visible, topk=topk, qat=qat, interpret=interpret)
-    score = scores(queries, weights, keys, sequence, visible, topk=topk, interpret=interpret)
+    rows = math.gcd(m, ROWS_A_PROGRAM) if one_sequence else 1
+    score = scores(queries, weights, keys, sequence, visible, topk=topk, rows=rows, interpret=interpret)
     return select(score, visible, topk=topk, keys=count, interpret=interpret)
