@@ -25,6 +25,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attention import stored_rows
 from pallas_kernels.attention.stored_rows import NarrowKeys, Stored
+from pallas_kernels.core import parts
 from pallas_kernels.core.rounding import FP4_BLOCK
 from pallas_kernels.core.row_rounding import angles, rotate, round_fp4
 
@@ -45,24 +46,11 @@ PARTS = 3
 MIN_CHUNK, MAX_CHUNK = 2048, 16384
 SCORES_A_WARP = 256
 INT_MIN, INT_MAX = -(1 << 31), (1 << 31) - 1
-HIGH_HALF = -(1 << 16)
 
 
 def _value(i: int) -> jax.Array:
     """A Python integer as a traced value."""
     return jax.lax.full((), i, jnp.int32)
-
-
-def _parts(x: jax.Array, count: int) -> list[jax.Array]:
-    """Split x into `count` bfloat16 arrays that sum to x; each has the leading eight digits of the remainder."""
-    found = []
-    for _ in range(count):
-        # The digits are masked as integers, because a compiler may remove a conversion to bfloat16 and back.
-        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(HIGH_HALF)
-        high = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        found.append(high.astype(jnp.bfloat16))
-        x = x - high
-    return found
 
 
 def _queries(q: Any, cos: Any, sin: Any, visible: Any, out: Any, *, topk: int, qat: bool) -> None:
@@ -72,19 +60,8 @@ def _queries(q: Any, cos: Any, sin: Any, visible: Any, out: Any, *, topk: int, q
     @pl.when(visible[m] > topk)
     def _() -> None:
         x = rotate(q[m, span, :], *angles(cos, sin, m, q.shape[2] // 2))
-        for i, part in enumerate(_parts(round_fp4(x) if qat else x, out.shape[1])):
+        for i, part in enumerate(parts.parts(round_fp4(x) if qat else x, out.shape[1])):
             out[m, _value(i), span, :] = part
-
-
-def _products(keys: jax.Array, queries: list[jax.Array]) -> jax.Array:
-    """Dot products [tile, heads] of float32 keys [tile, Di] and query parts [heads, Di]. Products of small parts are left out."""
-    parts, total = _parts(keys, len(queries)), jnp.zeros((keys.shape[0], queries[0].shape[0]), jnp.float32)
-    # The smallest first.
-    for order in reversed(range(len(queries))):
-        for i in range(order + 1):
-            dims = (((1,), (1,)), ((), ()))
-            total += jax.lax.dot_general(parts[i], queries[order - i], dims, preferred_element_type=jnp.float32)
-    return total
 
 
 def _narrow_products(
@@ -122,7 +99,7 @@ def _scores(q: Any, weights: Any, *refs: Any, topk: int, programs: int, rows: in
     keys = leaves[0] if len(leaves) == 1 else NarrowKeys(*leaves)
     m, first = pl.program_id(0) * rows, pl.program_id(1)
     sequence = of[m]
-    parts, heads, dim = q.shape[1:]
+    count_of_parts, heads, dim = q.shape[1:]
     chunk = min(FP4_BLOCK, dim // 2) if isinstance(keys, NarrowKeys) else dim
     most = functools.reduce(jnp.maximum, [visible[m + row] for row in range(rows)])
     count = jnp.minimum(most, keys.shape[1])
@@ -135,7 +112,7 @@ def _scores(q: Any, weights: Any, *refs: Any, topk: int, programs: int, rows: in
         real_queries = jnp.broadcast_to(real[:, None], (head.shape[0], chunk))
         # Padding heads are past the end; a slice with a constant start must not reach there.
         span = pl.ds(_value(0), head.shape[0])
-        chunks = [(i, pl.ds(channel, chunk)) for i in range(parts) for channel in range(0, dim, chunk)]
+        chunks = [(i, pl.ds(channel, chunk)) for i in range(count_of_parts) for channel in range(0, dim, chunk)]
         scale = jnp.float32(dim**-0.5 * heads**-0.5)
         queries, weight = [], []
         for row in range(rows):
@@ -152,7 +129,7 @@ def _scores(q: Any, weights: Any, *refs: Any, topk: int, programs: int, rows: in
                 if isinstance(keys, NarrowKeys):
                     products = _narrow_products(keys, sequence, (first + i * programs) * KEYS_A_TILE, count, queries[row])
                 else:
-                    products = _products(wide, queries[row])
+                    products = parts.products(wide, queries[row])
                 weight_of = jnp.broadcast_to(weight[row][None, :], products.shape)
                 out[m + row, span] = jnp.sum(jnp.maximum(products, 0.0) * weight_of, axis=1)
             return carry
