@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ds4jax.cache.capacity import BUCKETS, PREFILL
+from ds4jax.cache.capacity import KERNEL_PREFILL, PREFILL
 from ds4jax.cache.state import OVERLAP_RATIO
 from ds4jax.config import Config
 from ds4jax.device import device_memory, host_memory
@@ -20,7 +20,7 @@ from pallas_kernels.ops import MAX_TILE_VALUES
 Progress = Callable[[int, int], None]
 
 # Maximum bytes of a call's temporary arrays, whatever the size of the memory.
-MAX_BYTES = 8_000_000_000
+MAX_BYTES = 12_000_000_000
 
 
 def call_bytes(config: Config, rows: int, capacity: int, *, logits: bool = False, kernels: bool = True) -> int:
@@ -70,12 +70,22 @@ def chunk_for(config: Config, capacity: int, free: int | None, *, logits: bool =
         free: bytes of memory next to weights and cache; None where it is unknown.
         logits, kernels: as for `call_bytes`. Without kernels, as on a CPU, 512 rows are as fast as more and are the maximum.
     """
+    usual = buckets(kernels=kernels)
     if free is None:
-        return PREFILL[-1]
+        return usual[-2] if kernels else usual[-1]
     room = min(free, MAX_BYTES)
-    buckets = BUCKETS if kernels else PREFILL
-    fitting = [rows for rows in buckets if call_bytes(config, rows, capacity, logits=logits, kernels=kernels) <= room]
-    return max(fitting, default=BUCKETS[0])
+    fitting = [rows for rows in usual if call_bytes(config, rows, capacity, logits=logits, kernels=kernels) <= room]
+    return max(fitting, default=usual[0])
+
+
+def buckets(*, kernels: bool) -> tuple[int, ...]:
+    """Usual widths of a prefill call, ascending, by kernels or as on a CPU."""
+    return KERNEL_PREFILL if kernels else PREFILL
+
+
+def buckets_here() -> tuple[int, ...]:
+    """`buckets` on the default device."""
+    return buckets(kernels=jax.devices()[0].platform != "cpu")
 
 
 def chunk_here(config: Config, capacity: int, held: int, *, logits: bool = False) -> int:
