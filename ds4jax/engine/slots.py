@@ -117,7 +117,7 @@ class Slots:
 
     def warm(self) -> None:
         """Compile all programs, so that no request waits for those of another. Changes nothing."""
-        self._compiled()
+        self.compiled()
         for width in self.shape.kept:
             state = self.taken(0, 0, width)
             self.put_rows(0, 0, state)
@@ -133,7 +133,7 @@ class Slots:
         Args:
             width: of the call, at least `count`.
         """
-        program = self._compiled()[width]
+        program = self.compiled()[width]
         index = (np.int32(slot),) if self.shape.slots > 1 else ()
         ids, following = padded(ids_T, start, width), padded(ids_T, start + 1, width)
         state = self.state
@@ -218,7 +218,7 @@ class Slots:
         Returns:
             The number of steps, and what is new in each of these slots.
         """
-        program = self._compiled()[CALL]
+        program = self.compiled()[CALL]
         arguments = self.model.arrays, self.state, self._asked, self._mask, self._number(steps)
         self._state, report, scores = program(*arguments)
         numbers_SN = np.array(report)
@@ -261,6 +261,7 @@ class Slots:
             self._numbers[number] = jax.device_put(np.int32(number))
         return self._numbers[number]
 
-    def _compiled(self) -> dict[int | str, Any]:
+    def compiled(self) -> dict[int | str, Any]:
+        """The executables, a prefill's by its width. Waits for those that are not compiled yet."""
         futures: list[Future[Any]] = list(self._programs.values())
         return dict(zip(self._programs, wait(futures), strict=True))

@@ -58,6 +58,7 @@ def test_widths_of_calls(total, chunk, expected):
         (500, [(256, 256), (256, 244)]),
         (600, [(1024, 600)]),
         (3000, [(1024, 1024), (1024, 1024), (1024, 952)]),
+        (4096, [(4096, 4096)]),
         (7000, [(8192, 7000)]),
         (17000, [(8192, 8192), (8192, 8192), (1024, 616)]),
     ],
@@ -74,6 +75,7 @@ def test_no_prompt_needs_a_width_that_is_left_out(rows, allowed):
 
 def test_widths_that_a_context_needs():
     assert needed(KERNEL_PREFILL, 8192) == KERNEL_PREFILL
+    assert needed(KERNEL_PREFILL, 4096) == KERNEL_PREFILL[:4]
     assert needed(KERNEL_PREFILL, 2048) == KERNEL_PREFILL[:3]
     assert needed(KERNEL_PREFILL, 100) == KERNEL_PREFILL[:2]
     assert needed(KERNEL_PREFILL, 1) == KERNEL_PREFILL[:1]
@@ -84,6 +86,7 @@ def test_the_plan_bounds_a_call_of_v4_flash():
     assert chunk_for(config, 32768, None) == 1024
     assert chunk_for(config, 32768, None, kernels=False) == PREFILL[-1]
     assert chunk_for(config, 32768, 45_000_000_000) == 8192
+    assert chunk_for(config, 2048, 45_000_000_000) == 1024
     assert chunk_for(config, 1 << 20, 45_000_000_000) == 8192
     assert chunk_for(config, 32768, 3_000_000_000) == 1024
     assert chunk_for(config, 32768, 0) == KERNEL_PREFILL[0]
