@@ -1,4 +1,4 @@
-"""Measures prompts at full shape: the time to the first token by the prompt's length, with an empty and with a filled prefix cache.
+"""Measures prompts at full shape: the time to the first token by the prompt's length, prefix cache empty or filled.
 
 Weights and tokens are random. A prompt goes the way of an engine's requests, through the same programs, without its threads.
 """

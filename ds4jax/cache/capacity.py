@@ -82,7 +82,7 @@ def _tail(allowed: tuple[int, ...], rows: int) -> tuple[int, tuple[int, ...]]:
     if rows <= 0:
         return 0, ()
     width = next(width for width in allowed if width >= rows)
-    best = width + CALL_ROWS, (width,)
+    best: tuple[int, tuple[int, ...]] = width + CALL_ROWS, (width,)
     for full in reversed(allowed[: allowed.index(width)]):
         cost, rest = _tail(allowed, rows - full)
         if full + CALL_ROWS + cost < best[0]:

@@ -1,7 +1,7 @@
 """The prefix cache: states of prompts' full calls, found by the tokens before and in them.
 
-A hit gives the state that computing the prompt would give, bit for bit: keys are chained digests over the widths and tokens of full
-calls, and a state is that of the same calls.
+A hit gives the state that computing the prompt would give, bit for bit: keys are chained digests over the widths and tokens of
+full calls, and a state is that of the same calls.
 """
 
 from __future__ import annotations

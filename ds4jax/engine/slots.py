@@ -28,7 +28,6 @@ from ds4jax.engine.costs import engine_costs
 from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.shape import Shape, fresh, shapes
 
-
 # The name of the loop's call among the programs; a prefill's is its width.
 CALL = "call"
 

@@ -32,7 +32,7 @@ from pallas_kernels.core.row_rounding import angles, rotate, round_fp4
 NAMES = ("index_queries", "index_scores", "index_chunks", "index_select")
 HEADS_A_PROGRAM = 4
 KEYS_A_TILE = 64
-# Rows of one sequence that share a tile of keys. A tile is 32 KB from the L2, and one row multiplies it in a quarter of that time.
+# Rows of one sequence that share a tile of keys, which is 32 KB from the L2.
 ROWS_A_PROGRAM = 4
 # Programs of a row: at most two per multiprocessor of an H100 or H200, fewer each in calls of many rows. If there are more
 # tiles, a program loops over them.

@@ -64,7 +64,8 @@ def test_what_does_not_fit_is_named() -> None:
 
 
 def test_the_published_layout_keeps_the_experts_bits() -> None:
-    forms = {tensor.name: tensor.form for tensor in synthetic.checkpoint(synthetic.config_of("mxfp4-layout", 3), "mxfp4-layout").tensors}
+    config = synthetic.config_of("mxfp4-layout", 3)
+    forms = {tensor.name: tensor.form for tensor in synthetic.checkpoint(config, "mxfp4-layout").tensors}
     assert {forms[f"layers.2.ffn.experts.w{i}.weight"] for i in (1, 2, 3)} == {"MXFP4"}
     assert forms["layers.2.hc_attn_fn"] == "F32"
     assert forms["layers.2.ffn.gate.weight"] == "BF16"
