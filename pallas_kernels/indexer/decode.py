@@ -40,6 +40,8 @@ MAX_PROGRAMS = 264
 MIN_PROGRAMS = 4
 FEW_ROWS = 8
 MIN_HEADS = 16
+# From so many rows on, a program takes all heads of a row.
+MANY_ROWS = 256
 # A float32 is the sum of three bfloat16 numbers. A value rounded to FP4 is one.
 PARTS = 3
 # Scores that one program chooses from. With fewer of them, more programs share the work.
@@ -53,14 +55,14 @@ def _value(i: int) -> jax.Array:
     return jax.lax.full((), i, jnp.int32)
 
 
-def _queries(q: Any, cos: Any, sin: Any, visible: Any, out: Any, *, topk: int, qat: bool) -> None:
-    m, heads = pl.program_id(0), math.gcd(q.shape[1], HEADS_A_PROGRAM)
+def _queries(q: Any, cos: Any, sin: Any, visible: Any, out: Any, *, topk: int, qat: bool, heads: int) -> None:
+    m = pl.program_id(0)
     span = pl.ds(pl.program_id(1) * heads, heads)
 
     @pl.when(visible[m] > topk)
     def _() -> None:
         x = rotate(q[m, span, :], *angles(cos, sin, m, q.shape[2] // 2))
-        for i, part in enumerate(parts.parts(round_fp4(x) if qat else x, out.shape[1])):
+        for i, part in enumerate(parts.parts(round_fp4(x, many=heads >= MIN_HEADS) if qat else x, out.shape[1])):
             out[m, _value(i), span, :] = part
 
 
@@ -249,25 +251,27 @@ def _launch(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "qat", "interpret"))
+@functools.partial(jax.jit, static_argnames=("topk", "qat", "many", "interpret"))
 def finish_queries(
-    q: jax.Array, cos: jax.Array, sin: jax.Array, visible: jax.Array, *, topk: int, qat: bool, interpret: bool = False
-) -> jax.Array:
+    q: jax.Array, cos: jax.Array, sin: jax.Array, visible: jax.Array, *, topk: int, qat: bool, many: bool = False,
+    interpret: bool = False,
+) -> jax.Array:  # fmt: skip
     """Rotate the index queries of a call. With `qat`, also transform and round them like the keys.
 
     Args:
         q: float32 [M, Hi, Di].
         cos, sin: float32 [M, R/2] at each row's position.
         visible: int32 [M]; the queries of a row with at most `topk` visible keys are undefined.
+        many: static; a program takes all heads of a row, for calls with more rows than multiprocessors.
 
     Returns:
         bfloat16 [M, P, Hi, Di]: P parts that sum to the query. P is 1 with `qat`, which is exact, and 3 without.
     """
     m, heads, dim = q.shape
     shape = jax.ShapeDtypeStruct((m, 1 if qat else PARTS, heads, dim), jnp.bfloat16)
-    programs = heads // math.gcd(heads, HEADS_A_PROGRAM)
-    kernel = functools.partial(_queries, topk=topk, qat=qat)
-    queries: jax.Array = _launch(kernel, shape, programs, 4, NAMES[0], interpret)(q, cos, sin, visible)
+    mine = heads if many else math.gcd(heads, HEADS_A_PROGRAM)
+    kernel = functools.partial(_queries, topk=topk, qat=qat, heads=mine)
+    queries: jax.Array = _launch(kernel, shape, heads // mine, 8 if many else 4, NAMES[0], interpret)(q, cos, sin, visible)
     return queries
 
 
@@ -368,7 +372,8 @@ def index(
         raise ValueError(f"{heads} heads of {dim} values; both must be powers of two, the values at least 32")
     if isinstance(keys, NarrowKeys) and not qat:
         raise ValueError("the keys are narrow, but qat is off; set qat, so that the queries are rounded like the keys")
-    queries = finish_queries(q.reshape(m, heads, dim), cos, sin, visible, topk=topk, qat=qat, interpret=interpret)
+    of_queries: dict[str, Any] = {"topk": topk, "qat": qat, "many": one_sequence and m >= MANY_ROWS, "interpret": interpret}
+    queries = finish_queries(q.reshape(m, heads, dim), cos, sin, visible, **of_queries)
     rows = math.gcd(m, ROWS_A_PROGRAM) if one_sequence else 1
     score = scores(queries, weights, keys, sequence, visible, topk=topk, rows=rows, interpret=interpret)
     return select(score, visible, topk=topk, keys=count, interpret=interpret)

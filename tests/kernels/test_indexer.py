@@ -70,6 +70,7 @@ _best = jax.jit(meaning.select, static_argnames="topk")
 _hadamard_fp4 = jax.jit(rounding.hadamard_fp4)
 _select = jax.jit(indexer.select, static_argnames=("topk", "keys", "interpret"))
 _narrow_keys = jax.jit(narrow_keys)
+_finish_queries = jax.jit(indexer.finish_queries, static_argnames=("topk", "qat", "many", "interpret"))
 ROUNDED_OR_NOT = pytest.mark.parametrize("qat", [True, pytest.param(False, marks=pytest.mark.long)])
 
 
@@ -212,17 +213,20 @@ def test_narrow_keys_have_the_same_scores(case):
     check_narrow(case, interpret=True)
 
 
-def test_finished_queries():
-    case = Case(100, 16, True)
+@pytest.mark.parametrize("many", [False, True])
+def test_finished_queries(many):
+    """Also on the tensor cores, where a query is the sum of three bfloat16 numbers."""
+    case = Case(100, 16, True, heads=16)
     q, _, cos, sin, _ = case.inputs
-    bits, _ = _score(case, [100] * 8)
+    operands = q.reshape(8, case.heads, case.dim), cos, sin, np.full(8, 100, np.int32)
+    made = _finish_queries(*operands, topk=16, qat=True, many=many, interpret=True)
 
     @jax.jit
     def by_the_model(q, cos, sin):
         rotated = rotary.rotate(q.reshape(8, case.heads, case.dim), cos, sin)
-        return rounding.hadamard_fp4(rotated)
+        return rounding.hadamard_fp4(rotated, precision="highest")
 
-    assert_bits_equal(np.asarray(bits).view(jnp.bfloat16)[:, 0].astype(np.float32), by_the_model(q, cos, sin))
+    assert_bits_equal(np.asarray(made)[:, 0].astype(np.float32), by_the_model(q, cos, sin))
 
 
 SCORES = {
@@ -275,6 +279,13 @@ def operands(rows: int, keys: int) -> tuple[jax.ShapeDtypeStruct, ...]:
 def test_v4_flash_lowers(keys, rows, qat):
     jitted = jax.jit(functools.partial(indexer.index, topk=512, qat=qat))
     check_lowers(jitted, operands(rows, keys), dict(zip(indexer.NAMES, [1, 1, int(keys > 2048), 1], strict=True)))
+
+
+@pytest.mark.long
+def test_a_chunk_of_a_prompt_lowers():
+    *rows, keys, sequence, visible = operands(512, 16384)
+    given = *rows, jax.ShapeDtypeStruct((1, *keys.shape[1:]), keys.dtype), sequence, visible
+    check_lowers(functools.partial(indexer.index, topk=512, qat=True, one_sequence=True), given, dict.fromkeys(indexer.NAMES, 1))
 
 
 @pytest.mark.long
