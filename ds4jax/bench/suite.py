@@ -171,6 +171,7 @@ def start_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
 PREFILL = (
     "tests/kernels/test_attention_prefill.py",
     "tests/kernels/test_grouped_matmul.py",
+    "tests/kernels/test_hyper_connections_prefill.py",
     "tests/kernels/test_dispatch.py",
     "tests/model/test_prefill_kernels.py",
 )

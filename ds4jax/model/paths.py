@@ -141,6 +141,21 @@ def why_not_prefill_attention(config: Config, rows: Rows, weight: Weight) -> str
     return _wide_enough(config, "index_dim")
 
 
+def why_not_prefill_streams(config: Config, rows: Rows, weight: Weight) -> str | None:
+    """Why the prefill kernel cannot compute the gates of a call's streams; None when it can.
+
+    Args:
+        weight: as for `why_not_prefill_attention`.
+    """
+    if rows.strict:
+        return "strict"
+    if rows.decoding:
+        return STEP
+    if not isinstance(weight, Quantized) and weight.dtype == "float32":
+        return "float32 weights"
+    return opt_out() or _streams(config)
+
+
 def why_not_grouped_experts(config: Config, stacks: Sequence[Weight], *, decoding: bool, strict: bool) -> str | None:
     """Why the prefill kernels cannot run the experts of a call; None when they can.
 

@@ -1,8 +1,6 @@
-"""Projections of the streams for many rows, nearly in float32 on the tensor cores.
+"""Gates of the streams for many rows, with a lane for each row.
 
-Streams of 4,096 rows of V4-Flash are 0.27 GB, so a program reads its part of them once, for the projections and for the mean
-square. K is divided among a fixed number of programs, whose sums are added in order, so a row's bits do not depend on the number
-of rows.
+The Sinkhorn rounds are sixteen numbers of a row. As operations of their own they would be four launches a round.
 """
 
 from __future__ import annotations
@@ -15,69 +13,56 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.core.parts import parts, products
+from pallas_kernels.hyper_connections.gates import MIXES, STREAMS, mixing, sigmoid
 
-NAME = "hc_project"
-ROWS = 64
-SPLITS = 16
-DEPTH = 64
+NAME = "hc_gates"
+# Rows of a program.
+LANES = 128
 WARPS = 4
-STAGES = 3
-# Each operand is the sum of two bfloat16 numbers. A float16 weight is exactly that.
-PARTS = 2
+# Index of the scale of each projection.
+SCALE = [0] * STREAMS + [1] * STREAMS + [2] * STREAMS**2
 
 
-def _kernel(h: Any, fn: Any, out: Any, squares: Any, *, span: int, depth: int) -> None:
-    split, (t, _), mixes = pl.program_id(1), h.shape, fn.shape[0]
-    row = pl.program_id(0) * ROWS + jnp.arange(ROWS, dtype=jnp.int32)
-    mix = jnp.arange(out.shape[2], dtype=jnp.int32)
+def _kernel(mixes: Any, scale: Any, base: Any, pre: Any, post: Any, comb: Any, *, iterations: int, eps: float) -> None:
+    row = pl.program_id(0) * LANES + jnp.arange(LANES, dtype=jnp.int32)
+    real = row < mixes.shape[0]
 
-    def load(ref: Any, rows: jax.Array, first: jax.Array, count: int) -> jax.Array:
-        shape = rows.shape[0], depth
-        column = first + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        index = jnp.broadcast_to(rows[:, None], shape), column
-        return plt.load(ref.at[index], mask=jnp.broadcast_to((rows < count)[:, None], shape), other=0.0).astype(jnp.float32)
+    def load(i: int) -> jax.Array:
+        return plt.load(mixes.at[row, jnp.full_like(row, i)], mask=real, other=0.0)
 
-    def step(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        first = split * span + i * depth
-        x, w = load(h, row, first, t), load(fn, mix, first, mixes)
-        return sums[0] + products(x, parts(w, PARTS)), sums[1] + jnp.sum(x * x, axis=1)
+    def store(ref: Any, values: list[jax.Array]) -> None:
+        for i, value in enumerate(values):
+            plt.store(ref.at[row, jnp.full_like(row, i)], value, mask=real)
 
-    zeros = jnp.zeros((ROWS, out.shape[2]), jnp.float32), jnp.zeros(ROWS, jnp.float32)
-    product, square = jax.lax.fori_loop(0, span // depth, step, zeros)
-    real = row < t
-    place = jnp.broadcast_to(row[:, None], product.shape), jnp.broadcast_to(mix[None, :], product.shape)
-    index = (jnp.full_like(place[0], split), *place)
-    plt.store(out.at[index], product, mask=jnp.broadcast_to(real[:, None], product.shape))
-    plt.store(squares.at[jnp.full_like(row, split), row], square, mask=real)
+    gates = [load(i) * scale[SCALE[i]] + base[i] for i in range(MIXES)]
+    store(pre, [sigmoid(gate) + eps for gate in gates[:STREAMS]])
+    store(post, [2.0 * sigmoid(gate) for gate in gates[STREAMS : 2 * STREAMS]])
+    store(comb, mixing(gates[2 * STREAMS :], iterations, eps))
 
 
-def mixes(h: jax.Array, fn: jax.Array, norm_eps: float, *, interpret: bool = False) -> jax.Array:
-    """Project the flattened streams, divided by their root mean square.
+def split(
+    mixes: jax.Array, scale: jax.Array, base: jax.Array, *, iterations: int, eps: float, interpret: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Split projections into the weights of four streams before and after a sub-layer.
 
     Args:
-        h: float32 [T, N, D], N·D a multiple of 1,024.
-        fn: float [rows, N·D].
-        norm_eps: static; added to the mean square.
+        mixes: float32 [T, 24].
+        scale, base: float32 [3] and [24].
+        iterations, eps: static.
 
     Returns:
-        float32 [T, rows].
+        pre float32 [T, 4], post float32 [T, 4] and comb float32 [T, 4, 4].
 
-    Source: the meaning is `pallas_kernels.hyper_connections.meaning.mixes`.
+    Source: the meaning is `pallas_kernels.hyper_connections.meaning.split`, which says more about the arguments.
     """
-    t, k, rows = h.shape[0], h.shape[1] * h.shape[2], fn.shape[0]
-    span = k // SPLITS
-    shapes = (
-        jax.ShapeDtypeStruct((SPLITS, t, max(pl.next_power_of_2(rows), 16)), jnp.float32),
-        jax.ShapeDtypeStruct((SPLITS, t), jnp.float32),
-    )
-    product, square = pl.pallas_call(
-        functools.partial(_kernel, span=span, depth=DEPTH),
+    t = mixes.shape[0]
+    shapes = tuple(jax.ShapeDtypeStruct((t, width), jnp.float32) for width in (STREAMS, STREAMS, STREAMS**2))
+    pre, post, comb = pl.pallas_call(
+        functools.partial(_kernel, iterations=iterations, eps=eps),
         out_shape=shapes,
-        grid=(pl.cdiv(t, ROWS), SPLITS),
-        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        grid=(pl.cdiv(t, LANES),),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name=NAME,
-    )(h.reshape(t, k), fn)
-    scale = jax.lax.rsqrt(jnp.sum(square, axis=0) / k + norm_eps)
-    return jnp.sum(product, axis=0)[:, :rows] * scale[:, None]
+    )(mixes, scale, base)
+    return pre, post, comb.reshape(t, STREAMS, STREAMS)
