@@ -18,7 +18,8 @@ from pallas_kernels.linear import dequantise
 
 
 @pytest.mark.long
-def test_prefill(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_prefill(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(prefill, "LOOKED_AT", (32,))
     files = ["--json", str(tmp_path / "prefill.json"), "--plot", str(tmp_path / "prefill.png")]
     options = ["--synthetic", "small-q2", "--layers", "2", "--tokens", "16,64", "--chunk", "32", *files]
     assert cli.main(["bench", "prefill", *options]) == 0
@@ -29,11 +30,14 @@ def test_prefill(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert all(len(row[name]) == prefill.RUNS for row in content["rows"] for name in ("cold_ms", "warm_ms"))
     assert all(row["tokens_per_second"] > 0 for row in content["rows"])
     assert content["slice"]
-    assert (content["widths"], content["calls"]) == ([32], [])
+    [call] = content["calls"]
+    assert (content["widths"], call["width"], call["kernels"], call["experts"]) == ([32], 32, [], None)
+    assert call["ms_per_layer"] == pytest.approx(call["ms"], rel=1e-2)
     assert (tmp_path / "prefill.png").stat().st_size > 1000
     out = " ".join(capsys.readouterr().out.split())
     assert "a SLICE of 2 of 6 layers" in out
     assert "2×32" in out
+    assert "a call of 32 rows: " in out
 
 
 def test_the_least_work() -> None:
