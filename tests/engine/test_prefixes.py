@@ -17,11 +17,14 @@ from small_models import shallow_model, text
 
 from ds4jax.cache import capacity
 from ds4jax.cache.capacity import cut
+from ds4jax.engine import engine as engine_module
 from ds4jax.engine.chunk_state import ChunkState
 from ds4jax.engine.intake import Intake
+from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.prefix import PrefixCache
 from ds4jax.engine.prefix_folder import PrefixFolder
 from ds4jax.engine.request import Request
+from ds4jax.engine.shape import Shape
 from ds4jax.engine.slots import Slots
 from ds4jax.engine.wish import Wish
 from ds4jax.errors import InputError
@@ -58,6 +61,26 @@ def test_a_warm_state_is_the_cold_one(widths: tuple[int, ...]) -> None:
         states.append([np.asarray(leaf)[slot : slot + 1] for leaf in jax.tree.leaves(slots.state)])
     for cold, warm in zip(*states[:2], strict=True):
         assert_bits_equal(warm, cold)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("cut_tightly")
+def test_prompts_in_calls_of_two_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They reuse the full calls that they have in common, and have the bits that they have alone in a new engine."""
+
+    def two(model: Loaded, shape: Shape, context: int, chunk: int | None) -> Shape:
+        return dataclasses.replace(shape, widths=(CHUNK // 2, CHUNK))
+
+    monkeypatch.setattr(engine_module, "with_widths", two)
+    fields = {"max_new_tokens": 8, "ignore_eos": True}
+    short, long = (text(0, length) for length in (CHUNK + CHUNK // 2 + 1, CHUNK + CHUNK // 2 + 14))
+    with engine() as one:
+        one.submit(short, **fields).result()
+        again, longer = one.submit(short, **fields).result(), one.submit(long, **fields).result()
+    assert (again.reused, longer.reused) == (CHUNK + CHUNK // 2, CHUNK)
+    for ids, result in ((short, again), (long, longer)):
+        with engine() as one:
+            assert_same(result, one.submit(ids, **fields).result())
 
 
 def keys(prefix: PrefixCache, ids: np.ndarray, width: int) -> list[str]:

@@ -99,6 +99,16 @@ def test_interpreted_like_jnp(name: str) -> None:
 
 
 @pytest.mark.long
+def test_outputs_are_rounded_to_the_type_that_is_asked_for() -> None:
+    case = Case(start=0)
+    wide, narrow = (
+        jax.jit(functools.partial(attend_prefill, **case.options, dtype=dtype, interpret=True))(**case.operands())
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    assert np.array_equal(narrow, wide.astype(jnp.bfloat16))
+
+
+@pytest.mark.long
 def test_rows_before_the_sequence_are_not_looked_at() -> None:
     case = Case(start=3)
     operands = case.operands()
