@@ -11,7 +11,7 @@ import numpy as np
 PREFILL = (32, 128, 512)
 KERNEL_PREFILL = (64, 256, 1024, 4096, 8192)
 # A call takes as long as this many rows more: it reads all weights once.
-CALL_ROWS = 400
+CALL_ROWS = 1000
 MIN_CAPACITY = 512
 
 

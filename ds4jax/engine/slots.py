@@ -144,7 +144,8 @@ class Slots:
         """The state of the `width` rows from row `start` on, which have just been appended, on the host."""
         state, options = self.state, {"config": self.model.config, "chunk": width}
         found = chunk_state.taken(state.cache, state.drafting, np.int32(slot), np.int32(start), **options)
-        on_host: ChunkState = jax.tree.map(np.asarray, found)
+        # One after the other, the copies of some hundred arrays would each wait for the device.
+        on_host: ChunkState = jax.device_get(found)
         return on_host
 
     def chunk_shapes(self, width: int) -> ChunkState:
