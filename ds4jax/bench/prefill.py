@@ -41,7 +41,7 @@ TOP = 15
 LOOKED_AT = (256, 4096)
 PREFIX_BYTES = 8_000_000_000
 # Names of kernels of the routed experts in a prompt's calls.
-EXPERTS = re.compile(r"^(grouped_|dequantise_|experts?_)")
+EXPERTS = re.compile(r"^(grouped|dequantise|stored|few)_")
 
 __all__ = ["Options", "bench", "good"]
 
