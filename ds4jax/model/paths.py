@@ -15,7 +15,7 @@ from pallas_kernels.core.dispatch import opt_out
 from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.experts import prefill as grouped
 from pallas_kernels.formats import Quantized
-from pallas_kernels.hyper_connections.decode import STREAMS
+from pallas_kernels.hyper_connections.gates import STREAMS
 from pallas_kernels.linear.dequantise import RUNS
 from pallas_kernels.linear.lane_formats import LANE_FORMATS
 from pallas_kernels.linear.meaning import Weight
