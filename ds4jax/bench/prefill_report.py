@@ -37,7 +37,7 @@ def _table(content: Mapping[str, Any]) -> Any:
 
 
 def _calls(calls: list[list[int]]) -> str:
-    """Numbers of calls by their width: "4×8192 + 64"."""
+    """Numbers of calls by their width: "4×4096 + 64"."""
     widths = [width for width, _ in calls]
     counts = {width: widths.count(width) for width in widths}
     return " + ".join(f"{count}×{width}" if count > 1 else f"{width}" for width, count in counts.items())

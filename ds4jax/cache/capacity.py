@@ -9,7 +9,7 @@ import numpy as np
 
 # Rows of a prefill call on a CPU, and by kernels.
 PREFILL = (32, 128, 512)
-KERNEL_PREFILL = (64, 256, 1024, 4096, 8192)
+KERNEL_PREFILL = (64, 256, 1024, 4096)
 # A call takes as long as this many rows more, because it reads nearly all weights.
 CALL_ROWS = 1000
 MIN_CAPACITY = 512

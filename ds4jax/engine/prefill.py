@@ -20,7 +20,7 @@ from pallas_kernels.ops import MAX_TILE_VALUES
 Progress = Callable[[int, int], None]
 
 # Maximum bytes of a call's temporary arrays, whatever the size of the memory.
-MAX_BYTES = 12_000_000_000
+MAX_BYTES = 8_000_000_000
 # Maximum rows of a call where the free memory is unknown.
 UNKNOWN_ROWS = 1024
 

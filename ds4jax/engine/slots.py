@@ -89,13 +89,14 @@ class Slots:
         model, shape = self.model, self.shape
         arguments, drafter, strict = (model.graph, model.arrays, self.shapes()), shape.drafter, shape.strict
         return {
-            **{
-                width: functools.partial(loop.lower_prefill, *arguments, width, drafter=drafter, strict=strict)
-                for width in shape.widths
-            },
+            # What takes the longest to compile is lowered first.
             CALL: lambda: slots.lower_call(
                 *arguments, self._asked, self._mask, drafter=drafter, max_draft=model.max_draft, strict=strict
             ),
+            **{
+                width: functools.partial(loop.lower_prefill, *arguments, width, drafter=drafter, strict=strict)
+                for width in reversed(shape.widths)
+            },
         }
 
     def shapes(self) -> DecodeState:
@@ -116,13 +117,14 @@ class Slots:
 
     def warm(self) -> None:
         """Compile all programs, so that no request waits for those of another. Changes nothing."""
-        self.compiled()
         for width in self.shape.kept:
             state = self.taken(0, 0, width)
             self.put_rows(0, 0, state)
             self.put_rings(0, 0, state)
         self.insert(0, 0, max_new_tokens=1, sampling=Sampling(), depth=0, stop_ids=())
         self.free(0)
+        # Last: the small programs compile here while the large ones compile in their threads.
+        self.compiled()
 
     def prefill(self, slot: int, ids_T: np.ndarray, start: int, width: int, count: int) -> None:
         """Append `count` rows of a prompt from row `start` on to a slot that does not take part yet. Waits for the device.

@@ -60,8 +60,7 @@ def test_widths_of_calls(total, chunk, expected):
         (2000, [(1024, 1024), (1024, 976)]),
         (3000, [(4096, 3000)]),
         (5000, [(4096, 4096), (1024, 904)]),
-        (7000, [(8192, 7000)]),
-        (17000, [(8192, 8192), (8192, 8192), (1024, 616)]),
+        (9000, [(4096, 4096), (4096, 4096), (1024, 808)]),
     ],
 )
 def test_calls_by_kernels(rows, expected):
@@ -75,8 +74,7 @@ def test_no_prompt_needs_a_width_that_is_left_out(rows, allowed):
 
 
 def test_widths_that_a_context_needs():
-    assert needed(KERNEL_PREFILL, 8192) == KERNEL_PREFILL
-    assert needed(KERNEL_PREFILL, 4096) == KERNEL_PREFILL[:4]
+    assert needed(KERNEL_PREFILL, 4096) == KERNEL_PREFILL
     assert needed(KERNEL_PREFILL, 2048) == KERNEL_PREFILL[:3]
     assert needed(KERNEL_PREFILL, 100) == KERNEL_PREFILL[:2]
     assert needed(KERNEL_PREFILL, 1) == KERNEL_PREFILL[:1]
@@ -86,14 +84,14 @@ def test_the_plan_bounds_a_call_of_v4_flash():
     config = Config()
     assert chunk_for(config, 32768, None) == 1024
     assert chunk_for(config, 32768, None, kernels=False) == PREFILL[-1]
-    assert chunk_for(config, 32768, 45_000_000_000) == 8192
+    assert chunk_for(config, 32768, 45_000_000_000) == 4096
     assert chunk_for(config, 2048, 45_000_000_000) == 1024
-    assert chunk_for(config, 1 << 20, 45_000_000_000) == 8192
+    assert chunk_for(config, 1 << 20, 45_000_000_000) == 4096
     assert chunk_for(config, 32768, 3_000_000_000) == 1024
     assert chunk_for(config, 32768, 0) == KERNEL_PREFILL[0]
     for rows in KERNEL_PREFILL:
         assert call_bytes(config, rows, 1 << 20, logits=True) > call_bytes(config, rows, 1 << 20)
-    assert call_bytes(config, 8192, 1 << 20, logits=True) < MAX_BYTES
+    assert call_bytes(config, 4096, 1 << 20, logits=True) < MAX_BYTES
 
 
 @functools.cache

@@ -43,7 +43,7 @@ def add_parser(targets: Any) -> None:
         help=f"lengths of the prompts ({DEFAULT_TOKENS})",
     )
     parser.add_argument(
-        "--chunk", type=cli_options.token_count, metavar="N", help="maximum rows of a call (by the device's memory, up to 8192)"
+        "--chunk", type=cli_options.token_count, metavar="N", help="maximum rows of a call (by the device's memory, up to 4096)"
     )
     parser.add_argument("--json", type=cli_options.output_file, metavar="FILE", help="write the result to this file")
     parser.add_argument("--plot", type=cli_options.plot_file, metavar="FILE.png", help="draw the times; needs matplotlib")
