@@ -41,7 +41,7 @@ TOP = 15
 LOOKED_AT = (256, 4096)
 PREFIX_BYTES = 8_000_000_000
 # Names of kernels of the routed experts in a prompt's calls.
-EXPERTS = re.compile(r"^(grouped|dequantise|stored|few)_")
+EXPERTS = re.compile(r"gate_up|(grouped|stored|few)_down|dequantise_")
 
 __all__ = ["Options", "bench", "good"]
 
@@ -203,7 +203,7 @@ def _call(prompts: Prompts, built: WholeModel, width: int, problems: list[str], 
         return row
     found = device_events(call)
     prompts.slots.free(0)
-    experts = sum(us for name, us in found if EXPERTS.match(name))
+    experts = sum(us for name, us in found if EXPERTS.search(name))
     if not experts:
         problems.append(f"call of {width} rows: the trace holds no kernels of experts")
         return row
