@@ -16,7 +16,7 @@ import numpy as np
 
 import ds4jax
 from ds4jax import bounds
-from ds4jax.cache.capacity import BUCKETS, capacity_for
+from ds4jax.cache.capacity import PREFILL, capacity_for
 from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.drafters.named import name_of
 from ds4jax.device import processor
@@ -28,7 +28,7 @@ from ds4jax.engine.prefix import PrefixCache
 from ds4jax.engine.prefix_folder import PrefixFolder
 from ds4jax.engine.request import Request
 from ds4jax.engine.scheduler import Scheduler
-from ds4jax.engine.shape import Shape, default_chunk, state_bytes
+from ds4jax.engine.shape import Shape, state_bytes, with_widths
 from ds4jax.engine.slots import Slots
 from ds4jax.engine.wish import Wish
 from ds4jax.errors import InputError
@@ -56,7 +56,7 @@ class Engine:
     Attributes:
         model: the model.
         context: maximum tokens of a request, prompt and reply.
-        chunk: rows of each call that appends a prompt. It depends on the kind of device or the option alone.
+        chunk: rows of the widest call that appends a prompt. It depends on the device's kind, the model and the options alone.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Engine:
             slots: S, the number of requests that run at once.
             context: by default the smaller of 8,192 and the model's context.
             strict: float32 products without Pallas kernels.
-            chunk: rows of each call that appends a prompt, at least 32; by default 512, and 128 on a CPU. A short last chunk is
-                padded to it.
+            chunk: maximum rows of a call that appends a prompt, at least 32; by default as many as the device's memory allows, up
+                to 4,096, and 128 on a CPU. While a call runs, no other request gets a token.
             drafter: the drafter; by default the model's MTP block.
             waiting: maximum number of requests that wait for a slot.
             prefix_bytes: maximum bytes of host memory for beginnings of prompts that may come again; 0 keeps none.
@@ -96,21 +96,22 @@ class Engine:
         self.model, self.context = model, min(CONTEXT, most) if context is None else bounds.CONTEXT.checked("context", context)
         if self.context > most:
             raise InputError(f"context is {self.context}; the model's context is {most}")
-        self.chunk = options.chunk or min(default_chunk(jax.devices()[0].platform), most)
-        if self.chunk < BUCKETS[0]:
-            raise InputError(f"chunk is {self.chunk}; an engine's chunk is at least {BUCKETS[0]}")
+        if options.chunk is not None and options.chunk < PREFILL[0]:
+            raise InputError(f"chunk is {options.chunk}; an engine's chunk is at least {PREFILL[0]}")
         count = bounds.SLOTS.checked("slots", slots)
         capacity = capacity_for(self.context, most)
-        self.shape = Shape(count, capacity, self.chunk, options.strict, model.drafter(drafter))
+        free = Shape(count, capacity, (), options.strict, model.drafter(drafter))
+        self.shape = with_widths(model, free, self.context, options.chunk)
+        self.chunk = self.shape.chunk
         _require_fit(model, self.shape, self.context)
         made = Slots(model, self.shape)
         store = None
         if prefix_folder is not None:
             most_stored = bounds.BYTES.checked("prefix-folder-bytes", prefix_folder_bytes)
-            like = made.chunk_shapes()
-            store = PrefixFolder(Path(prefix_folder), identity=self.fingerprint, like=like, maximum=most_stored)
+            likes = [made.chunk_shapes(width) for width in self.shape.kept]
+            store = PrefixFolder(Path(prefix_folder), identity=self.fingerprint, likes=likes, maximum=most_stored)
         ahead, kept = int(self.shape.drafter is not None), bounds.BYTES.checked("prefix-bytes", prefix_bytes)
-        prefix = PrefixCache(chunk=self.chunk, ahead=ahead, maximum=kept, store=store)
+        prefix = PrefixCache(ahead=ahead, maximum=kept, store=store)
         self._scheduler = Scheduler(made, prefix, bounds.WAITING.checked("waiting", waiting))
         self._forget = weakref.finalize(self, Scheduler.close, self._scheduler, cancel=True)
 
@@ -200,7 +201,7 @@ class Engine:
             "environment": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "DS4JAX_NO_SHARE_WARP")},
             "slots": shape.slots,
             "capacity": shape.capacity,
-            "chunk": shape.chunk,
+            "widths": shape.widths,
             "strict": shape.strict,
             "max_draft": model.max_draft,
             "drafter": repr(shape.drafter),

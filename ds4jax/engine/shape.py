@@ -7,21 +7,19 @@ import functools
 
 import jax
 
-from ds4jax.cache.capacity import PREFILL
+from ds4jax.cache.capacity import PREFILL, needed, widths
 from ds4jax.decode import loop
 from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.loop import DecodeState
 from ds4jax.engine import beginning
 from ds4jax.engine.loaded import Loaded
-from ds4jax.engine.prefill import nbytes
+from ds4jax.engine.prefill import buckets_here, chunk_here, nbytes
 
-# Rows of a prefill call, by platform. A prompt's rows have the bits of this width, so it must not depend on anything else.
-GRID = {"cpu": PREFILL[1]}
-
-
-def default_chunk(platform: str) -> int:
-    """Rows of each prefill call on a platform."""
-    return GRID.get(platform, PREFILL[-1])
+# Rows of a prefill call on a CPU, where a narrower one would save little and is one more program.
+CPU_CHUNK = PREFILL[1]
+# A state of the prefix cache has all ring buffers, whatever the call's width. So those of calls narrower than this share of the
+# chunk are not kept.
+KEPT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +29,26 @@ class Shape:
     Attributes:
         slots: S.
         capacity: rows of each slot's cache.
-        chunk: rows of each prefill call, padding included.
+        widths: rows of a prefill call, padding included, ascending. How a prompt is cut depends on them and its length alone.
         strict: float32 products without Pallas kernels.
         drafter: None at max_draft 0.
     """
 
     slots: int
     capacity: int
-    chunk: int
+    widths: tuple[int, ...]
     strict: bool
     drafter: Drafter | None
+
+    @property
+    def chunk(self) -> int:
+        """Rows of the widest prefill call."""
+        return self.widths[-1]
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Widths of the calls whose states a prefix cache keeps, ascending."""
+        return tuple(width for width in self.widths if width * KEPT >= self.chunk)
 
 
 def fresh(model: Loaded, shape: Shape) -> DecodeState:
@@ -60,3 +68,18 @@ def shapes(model: Loaded, shape: Shape) -> DecodeState:
 def state_bytes(model: Loaded, shape: Shape) -> int:
     """Bytes of the state of the slots."""
     return nbytes(shapes(model, shape))
+
+
+def with_widths(model: Loaded, shape: Shape, context: int, chunk: int | None) -> Shape:
+    """The shape with the widths of prefill calls, which the device's kind, the model and the options determine.
+
+    Args:
+        shape: its widths are not read.
+        context: maximum tokens of a request; widths that no prompt of this length needs are left out.
+        chunk: the maximum width; None for the widest call that the device's memory allows.
+    """
+    if jax.devices()[0].platform == "cpu":
+        return dataclasses.replace(shape, widths=(min(chunk or CPU_CHUNK, model.config.max_context),))
+    held = model.nbytes + state_bytes(model, shape)
+    allowed = widths(chunk or chunk_here(model.config, shape.capacity, held), buckets_here())
+    return dataclasses.replace(shape, widths=needed(allowed, context))

@@ -25,6 +25,7 @@ from ds4jax.model.row_slices import in_slices, slice_rows
 from ds4jax.model.tape import Record, ignore, under
 from pallas_kernels.attention.meaning import Segment, attend, in_window, ring_positions, round_rows
 from pallas_kernels.core.norm import rms_scale
+from pallas_kernels.formats import Quantized
 
 
 class Attention(nnx.Module):
@@ -49,12 +50,10 @@ class Attention(nnx.Module):
     def __call__(self, x_TD: jax.Array, rows: Rows, cache: LayerCache, record: Record = ignore) -> tuple[jax.Array, LayerCache]:
         """Attend from the call's rows, float32 [T, D] → [T, D], and take them into the cache."""
         config = self.config
-        frequencies = inverse_frequencies(config, compressed=self.ratio > 0)
         q_low_TL, kv_TQ = together(x_TD, self.wq_a, self.wkv, strict=rows.strict, decoding=rows.decoding)
         q_low_TL = self.q_norm(q_low_TL)
         record("q_low", q_low_TL)
         q_THQ = self.wq_b(q_low_TL, strict=rows.strict, decoding=rows.decoding).reshape(-1, config.n_heads, config.head_dim)
-        q_THQ = rotate(q_THQ * rms_scale(q_THQ, config.norm_eps), rows.position, frequencies)
         kv_TQ = self._key_rows(kv_TQ, rows)
         record("kv", kv_TQ)
 
@@ -62,6 +61,8 @@ class Attention(nnx.Module):
         index = self.indexer.queries(x_TD, q_low_TL, rows) if cache.indexer is not None else None
 
         def modules(q_THQ: jax.Array) -> jax.Array:
+            frequencies = inverse_frequencies(config, compressed=self.ratio > 0)
+            q_THQ = rotate(q_THQ * rms_scale(q_THQ, config.norm_eps), rows.position, frequencies)
             window, visible_TS = self._window(kv_TQ, rows, before, cache.window)
             sink_H = self.attn_sink.get_value().astype(jnp.float32)
             gather = rows.decoding or not rows.single
@@ -78,16 +79,18 @@ class Attention(nnx.Module):
             count = len(q_THQ)
             columns = window.shape[-2] + (cache.compressor.rows.shape[1] if cache.compressor else 0)
             size = count if gather or record is not ignore else slice_rows(config, count, columns)
-            return in_slices(some, (q_THQ, visible_TS, index, rows.position), count, size)
+            out_THQ = in_slices(some, (q_THQ, visible_TS, index, rows.position), count, size)
+            return rotate(out_THQ, rows.position, frequencies, inverse=True)
 
         if record is ignore and paths.why_not_prefill_attention(config, rows, self.wq_b.weight.get_value()) is None:
+            # The product with quantised weights rounds its activations to bfloat16.
+            dtype = jnp.bfloat16 if isinstance(self.wo_a.weight.get_value(), Quantized) else jnp.float16
             kernels = functools.partial(
-                prefill_kernels.attend, config, self.ratio, self.attn_sink.get_value(), kv_TQ, index, rows
+                prefill_kernels.attend, config, self.ratio, self.attn_sink.get_value(), kv_TQ, index, rows, dtype=dtype
             )
             out_THQ = jax.lax.platform_dependent(q_THQ, cuda=lambda q: kernels(before, cache, q), default=modules)
         else:
             out_THQ = modules(q_THQ)
-        out_THQ = rotate(out_THQ, rows.position, frequencies, inverse=True)
         out = self.wo_a(out_THQ.reshape(x_TD.shape[0], -1), strict=rows.strict, decoding=rows.decoding)
         return self.wo_b(out, strict=rows.strict, decoding=rows.decoding), cache
 

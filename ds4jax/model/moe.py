@@ -5,6 +5,7 @@ Source: `Gate`, `Expert` and `MoE` of the reference inference code; the shared e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,12 @@ from ds4jax.config import Config
 from ds4jax.model import paths
 from ds4jax.model.layers import Linear, Rngs, constant, parameter, together
 from ds4jax.model.tape import Record, ignore
+from pallas_kernels.core.dispatch import opt_out
 from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.experts import meaning, prefill
 from pallas_kernels.formats import Q8_0, Quantized
 from pallas_kernels.formats.stored import Stored
+from pallas_kernels.linear.meaning import AS_FLOAT32
 
 # Arithmetic of the experts for few rows. Q8_0 experts keep float32 activations: for a small model, quantising takes a CPU longer
 # than the product.
@@ -39,10 +42,24 @@ class Router(nnx.Module):
             self.bias = parameter(rngs, config.n_experts)
         self.config, self.hashed = config, hashed
 
-    def __call__(self, x_TD: jax.Array, ids_T: jax.Array, record: Record = ignore) -> tuple[jax.Array, jax.Array]:
-        """Expert ids int32 [T, K] and weights float32 [T, K] of rows float32 [T, D]. The bias affects the choice alone."""
+    def __call__(
+        self, x_TD: jax.Array, ids_T: jax.Array, record: Record = ignore, *, strict: bool = True, decoding: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Expert ids int32 [T, K] and weights float32 [T, K] of rows float32 [T, D]. The bias affects the choice alone.
+
+        Of a chunk of a prompt, the product uses tensor cores on CUDA unless `strict`.
+        """
         weight_ED = self.weight.get_value().astype(jnp.float32)
-        logits_TE = jax.lax.dot_general(x_TD, weight_ED, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+        def product(x_TD: jax.Array, precision: jax.lax.PrecisionLike = None) -> jax.Array:
+            contract = (((1,), (1,)), ((), ()))
+            return jax.lax.dot_general(x_TD, weight_ED, contract, precision=precision, preferred_element_type=jnp.float32)
+
+        if strict or decoding or opt_out():
+            logits_TE = product(x_TD)
+        else:
+            quick = functools.partial(product, precision=AS_FLOAT32)
+            logits_TE = jax.lax.platform_dependent(x_TD, cuda=quick, default=product)
         scores_TE = meaning.scores(logits_TE)
         if self.hashed:
             chosen_TK = self.tid2eid.get_value()[ids_T]
@@ -151,6 +168,6 @@ class MoE(nnx.Module):
     def __call__(
         self, x_TD: jax.Array, ids_T: jax.Array, *, strict: bool = False, decoding: bool = False, record: Record = ignore
     ) -> jax.Array:
-        chosen_TK, weights_TK = self.gate(x_TD, ids_T, record)
         how = {"strict": strict, "decoding": decoding}
+        chosen_TK, weights_TK = self.gate(x_TD, ids_T, record, **how)
         return self.experts(x_TD, chosen_TK, weights_TK, **how) + self.shared_experts(x_TD, **how)

@@ -16,7 +16,7 @@ from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.experts import prefill as grouped
 from pallas_kernels.experts.fragments import BLOCK, DECODERS
 from pallas_kernels.formats import Quantized
-from pallas_kernels.hyper_connections.decode import STREAMS
+from pallas_kernels.hyper_connections.gates import STREAMS
 from pallas_kernels.linear.dequantise import RUNS
 from pallas_kernels.linear.lane_formats import LANE_FORMATS
 from pallas_kernels.linear.meaning import Weight
@@ -142,6 +142,21 @@ def why_not_prefill_attention(config: Config, rows: Rows, weight: Weight) -> str
     if config.head_dim & -config.head_dim < MIN_COLUMNS:
         return f"head_dim is {config.head_dim}, not a multiple of {MIN_COLUMNS}"
     return _wide_enough(config, "index_dim")
+
+
+def why_not_prefill_streams(config: Config, rows: Rows, weight: Weight) -> str | None:
+    """Why the prefill kernel cannot compute the gates of a call's streams; None when it can.
+
+    Args:
+        weight: as for `why_not_prefill_attention`.
+    """
+    if rows.strict:
+        return "strict"
+    if rows.decoding:
+        return STEP
+    if not isinstance(weight, Quantized) and weight.dtype == "float32":
+        return "float32 weights"
+    return opt_out() or _streams(config)
 
 
 def why_not_grouped_experts(config: Config, stacks: Sequence[Weight], *, decoding: bool, strict: bool) -> str | None:

@@ -10,6 +10,10 @@ from pallas_kernels.formats import BLOCK, WORDS, Quantized, Terms
 from pallas_kernels.linear.activation import quantize_blocks
 
 Weight = jax.Array | Quantized
+# Nearly float32 on the tensor cores: each operand is a sum of two bfloat16 numbers. The product of the small parts is left out.
+NEARLY_FLOAT32 = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
+# The same with TF32 numbers, which together have all digits of a float32. It takes half as long again.
+AS_FLOAT32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 K_BLOCK = 256
 
 

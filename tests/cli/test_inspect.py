@@ -85,7 +85,7 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
         f"{plan['draft'] / 1e6:,.1f} more",
         "h100: 80 GB: fits",
         "tokens/s",
-        "in calls of 4,096",
+        "in calls of 1,024",
     ):
         assert part in text
     assert "h200" not in text

@@ -156,6 +156,22 @@ def test_prefill_attention(rows: Rows, dtype: Any, fields: dict, reason: str | N
 
 
 @pytest.mark.parametrize(
+    ("rows", "dtype", "fields", "reason"),
+    [
+        (chunk(9), jnp.bfloat16, {}, None),
+        (chunk(9, sequences=2), jnp.bfloat16, {}, None),
+        (chunk(9), jnp.float32, {}, "float32 weights"),
+        (chunk(9, strict=True), jnp.bfloat16, {}, "strict"),
+        (step(3, 3), jnp.bfloat16, {}, "a decode step"),
+        (chunk(9), jnp.bfloat16, {"hc_mult": 2}, "hc_mult is 2, not 4"),
+    ],
+)
+def test_prefill_streams(rows: Rows, dtype: Any, fields: dict, reason: str | None) -> None:
+    config, weight = dataclasses.replace(KINDS, **fields), number(64, 64, dtype=dtype)
+    assert paths.why_not_prefill_streams(config, rows, weight) == reason
+
+
+@pytest.mark.parametrize(
     ("decoding", "strict", "stack", "fields", "reason"),
     [
         (False, False, STORED, {}, None),
