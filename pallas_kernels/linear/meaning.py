@@ -60,9 +60,10 @@ def quantized_dot(x: jax.Array, weight: Quantized) -> jax.Array:
     terms = weight.terms().grouped(groups)
     blocks, (count, width) = xs.shape[-1], terms.values.shape[-2:]
     xq = xq.astype(jnp.float32).reshape(m, groups, blocks * count, width)
-    # A product's batches come first in memory. Integers are moved there, since a compiler takes the conversion of weights out of a
-    # loop of decode steps, with what comes before it, but not a move alone.
-    wq = jax.lax.optimization_barrier(jnp.moveaxis(terms.values.reshape(groups, -1, blocks * count, width), 2, 1)).astype(jnp.float32)
+    # A product's batches come first in memory. The integers are moved there, behind a barrier: a compiler takes the conversion of
+    # weights out of a loop of decode steps, but would copy the converted weights in every step.
+    values = jnp.moveaxis(terms.values.reshape(groups, -1, blocks * count, width), 2, 1)
+    wq = jax.lax.optimization_barrier(values).astype(jnp.float32)
     dots = jnp.einsum("mcgk,cgnk->mcng", xq, wq, precision="highest", preferred_element_type=jnp.float32)
     totals = jnp.sum(xq, axis=-1).reshape(m, groups, 1, blocks, count)
     sums, ws = _block_sums(dots.reshape(*dots.shape[:-1], blocks, count), totals, terms)
