@@ -25,7 +25,7 @@ def _table(content: Mapping[str, Any]) -> Any:
         floor = row["floor_ms"]
         made.add_row(
             f"{row['tokens']:,}",
-            _calls(row["calls"]),
+            by_width(row["calls"]),
             f"{cold:.1f}",
             f"{floor:.1f}" if floor else "",
             f"{cold / floor:.2f}" if floor else "",
@@ -36,7 +36,7 @@ def _table(content: Mapping[str, Any]) -> Any:
     return made
 
 
-def _calls(calls: list[list[int]]) -> str:
+def by_width(calls: list[list[int]]) -> str:
     """Numbers of calls by their width: "4×4096 + 64"."""
     widths = [width for width, _ in calls]
     counts = {width: widths.count(width) for width in widths}

@@ -59,7 +59,7 @@ def test_kernels_of_experts_are_known_by_name() -> None:
 
 
 def test_calls_are_counted_by_width() -> None:
-    assert prefill_report._calls([[8192, 8192], [8192, 8192], [64, 3]]) == "2×8192 + 64"
+    assert prefill_report.by_width([[8192, 8192], [8192, 8192], [64, 3]]) == "2×8192 + 64"
 
 
 def test_what_does_not_fit_is_named() -> None:
