@@ -43,7 +43,7 @@ REQUANTISED_FORMS = DENSE_FORMS | {"f16": "F16"}
 # What `ds4jax convert` writes: GGUF for llama.cpp, GGUF for the ds4 project's engine, or a checkpoint directory.
 FLAVOURS = ("mainline", "antirez", "hub")
 # Layouts of models with random weights.
-LAYOUT_NAMES = ("flash-q2", "small-q2", "ud-iq3-xxs", "small-ud-iq3-xxs", "flash-0731-q2", "small-0731-q2")
+LAYOUT_NAMES = ("flash-q2", "small-q2", "ud-iq3-xxs", "small-ud-iq3-xxs", "flash-0731-q2", "small-0731-q2", "mxfp4-layout")
 
 
 @dataclasses.dataclass(frozen=True)

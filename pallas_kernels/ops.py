@@ -222,8 +222,7 @@ def _narrow_dots(x: jax.Array, weights: tuple[Quantized, ...]) -> tuple[jax.Arra
 
 
 def _split_dots(x: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Nearly float32: each operand is a sum of two bfloat16 numbers. The product of the two small parts is left out."""
-    dot = functools.partial(meaning.dot, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3)
+    dot = functools.partial(meaning.dot, precision=meaning.NEARLY_FLOAT32)
     return tuple(dot(x, weight.astype(jnp.float32).reshape(x.shape[1], -1, x.shape[2])) for weight in weights)
 
 

@@ -1,39 +1,49 @@
-"""Measures prefill at full shape: tokens/s, memory in addition to weights and cache, and the longest kernels.
+"""Measures prompts at full shape: the time to the first token by the prompt's length, prefix cache empty or filled.
 
-Weights and tokens are random. Each call has the shapes of a real prompt of that length.
+Weights and tokens are random. A prompt goes the way of an engine's requests, through the same programs, without its threads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import re
 import statistics
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from ds4jax.bench import prefill_floor
+from ds4jax.bench.traffic import step_bytes
 from ds4jax.bench.whole_model import Note, Row, WholeModel, finite, good, longest, peak_bytes
-from ds4jax.cache.capacity import capacity_for
-from ds4jax.cache.state import Cache
+from ds4jax.cache.capacity import CALL_ROWS, capacity_for, cut
 from ds4jax.config import Config
-from ds4jax.decode import loop as decode
-from ds4jax.engine import compile
-from ds4jax.engine.prefill import nbytes
+from ds4jax.decode.module import merged
+from ds4jax.engine.intake import Intake
+from ds4jax.engine.prefix import PrefixCache
+from ds4jax.engine.request import Request
+from ds4jax.engine.shape import Shape, state_bytes, with_widths
+from ds4jax.engine.slots import Slots
+from ds4jax.engine.wish import Wish
 from ds4jax.errors import InputError
+from ds4jax.language_model import LanguageModel
+from ds4jax.loading.plan import plan
 from ds4jax.random_models import checkpoint as synthetic
 from pallas_kernels.core.timing import device_events
 
-SCHEMA = 1
+SCHEMA = 2
 RUNS = 2
 # Tokens after a prompt for which its cache has room.
 FOLLOWING = 128
 TOP = 15
+# Calls whose kernels are timed.
+LOOKED_AT = (256, 4096)
+PREFIX_BYTES = 8_000_000_000
+# Names of kernels of the routed experts in a prompt's calls.
+EXPERTS = re.compile(r"gate_up|(grouped|stored|few)_down|dequantise_")
 
-__all__ = ["Options", "bench", "good", "show"]
+__all__ = ["Options", "bench", "good"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +53,8 @@ class Options:
     Attributes:
         layout: a name in `LAYOUT_NAMES`.
         layers: number of first layers; None for all.
-        tokens: lengths of the prompts.
-        chunk: rows of a call; each prompt is a multiple of it, or shorter.
+        tokens: rows of the prompts. A prompt has one token more, which the first step takes in.
+        chunk: maximum rows of a call; None for an engine's default.
 
     Raises:
         InputError: the options cannot be measured; the message names the option.
@@ -52,171 +62,157 @@ class Options:
 
     layout: str = "flash-q2"
     layers: int | None = None
-    tokens: tuple[int, ...] = (4096, 32768)
-    chunk: int = 4096
+    tokens: tuple[int, ...] = (16, 64, 256, 1024, 4096, 8192, 32768)
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
-        config = synthetic.config_of(self.layout, self.layers)
+        end = synthetic.config_of(self.layout, self.layers).max_context
         for tokens in self.tokens:
-            if tokens + FOLLOWING > config.max_context:
-                raise InputError(f"tokens is {tokens}; {self.layout} ends at {config.max_context}, {FOLLOWING} of them to follow")
-            if tokens > self.chunk and tokens % self.chunk:
-                raise InputError(f"tokens is {tokens}; a prompt longer than a chunk of {self.chunk} must be a multiple of it")
+            if tokens + FOLLOWING > end:
+                raise InputError(f"tokens is {tokens}; {self.layout} ends at {end}, {FOLLOWING} of them to follow")
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """The compiled prefill call for prompts of one length.
+class Prompts:
+    """An engine's slot for prompts up to a length."""
 
-    Attributes:
-        tokens: length of the prompt.
-        width: rows of a call.
-        lower_seconds, compile_seconds: times of tracing and of compiling, in parallel with other programs.
-    """
+    model: LanguageModel
+    slots: Slots
+    context: int
 
-    config: Config
-    tokens: int
-    width: int
-    executable: Any
-    weights: tuple[jax.Array, ...]
-    lower_seconds: float
-    compile_seconds: float
+    @classmethod
+    def of(cls, options: Options, built: WholeModel) -> Prompts:
+        """Start compiling the programs, all at the same time."""
+        model, context = LanguageModel(merged(built.graph, built.weights), None, max_draft=0), max(options.tokens) + FOLLOWING
+        free = Shape(1, capacity_for(context, built.config.max_context), (), False, None)
+        return cls(model, Slots(model, with_widths(model, free, context, options.chunk)), context)
 
-    @property
-    def capacity(self) -> int:
-        """Rows of the cache."""
-        return capacity_for(self.tokens + FOLLOWING, self.config.max_context)
+    def request(self, rows: int, seed: int) -> Request:
+        """A request for one token after a random prompt."""
+        ids = tokens_of(self.model.config, rows + 1, seed)
+        wish = Wish.of(self.model, self.context - len(ids), max_new_tokens=1, ignore_eos=True)
+        return Request(self.model, ids, wish, drafter="none", strict=False, wake=_nobody)
 
-    def empty(self) -> Cache:
-        """An empty cache."""
-        return jax.block_until_ready(decode.start(self.config, self.capacity, [0], drafter=None, max_draft=0).cache)
-
-    def call(self, cache: Cache, ids_T: jax.Array) -> Cache:
-        """Prefill one chunk; the cache is donated."""
-        made, _ = self.executable(self.weights, cache, None, ids_T, ids_T, jnp.int32(self.width))
-        return made
-
-    def run(self) -> tuple[float, list[float], Cache]:
-        """Prefill the prompt twice: seconds of all calls together, then milliseconds of each call. Also returns the cache."""
-        chunks = [jnp.asarray(_tokens(self.config, self.width, i)) for i in range(self.tokens // self.width)]
-        cache = self.empty()
+    def first_token(self, request: Request, prefix: PrefixCache) -> float:
+        """Milliseconds until the request's first token is on the host."""
         began = time.perf_counter()
-        for ids_T in chunks:
-            cache = self.call(cache, ids_T)
-        jax.block_until_ready(cache)
-        seconds, each, cache = time.perf_counter() - began, [], self.empty()
-        for ids_T in chunks:
-            began = time.perf_counter()
-            cache = jax.block_until_ready(self.call(cache, ids_T))
-            each.append(1e3 * (time.perf_counter() - began))
-        return seconds, each, cache
+        intake = Intake(self.slots, prefix, 0, request)
+        while not intake.turn():
+            pass
+        self.slots.step(1)
+        took = 1e3 * (time.perf_counter() - began)
+        return took
+
+    def temporary_bytes(self) -> dict[str, int | None]:
+        """Bytes of a call's temporary arrays by its width."""
+        programs = self.slots.compiled()
+        analysed = {width: programs[width].memory_analysis() for width in self.slots.shape.widths}
+        return {str(width): getattr(one, "temp_size_in_bytes", None) for width, one in analysed.items()}
 
 
-def _tokens(config: Config, width: int, chunk: int) -> np.ndarray:
-    return np.random.default_rng(chunk).integers(0, config.vocab_size, width, dtype=np.int32)
+def _nobody() -> None:
+    """There is no scheduler to wake."""
+
+
+def tokens_of(config: Config, count: int, seed: int) -> np.ndarray:
+    """Random tokens, int32 [count]."""
+    return np.random.default_rng([seed, count]).integers(0, config.vocab_size, count, dtype=np.int32)
 
 
 def bench(options: Options, note: Note) -> Row:
     """Build, compile, time and profile. Returns the content of a result file."""
-    model = WholeModel.make(options.layout, options.layers, note)
-    problems: list[str] = []
-    rows = [_measured(prompt, model.nbytes, problems, note) for prompt in _compiled(options, model)]
+    built = WholeModel.make(options.layout, options.layers, note)
+    began = time.perf_counter()
+    prompts, problems = Prompts.of(options, built), list[str]()
+    prompts.slots.warm()
+    seconds = time.perf_counter() - began
+    shape = prompts.slots.shape
+    note(f"programs for calls of {', '.join(map(str, shape.widths))} rows and a step made in {seconds:.1f} s")
+    rows = [_measured(prompts, built, tokens, note) for tokens in sorted(options.tokens)]
+    if not finite(prompts.slots.state.cache):
+        problems.append("values that are not finite")
     return {
         "schema": SCHEMA,
-        **model.fields(),
-        "chunk": options.chunk,
-        "weight_bytes": model.nbytes,
+        **built.fields(),
+        "widths": shape.widths,
+        "call_rows": CALL_ROWS,
+        "weight_bytes": built.nbytes,
+        "state_bytes": state_bytes(prompts.model, shape),
+        "temporary_bytes": prompts.temporary_bytes(),
+        "programs_seconds": round(seconds, 1),
         "rows": rows,
+        "calls": [_call(prompts, built, width, problems, note) for width in shape.widths if width in LOOKED_AT],
+        "peak_bytes": peak_bytes(),
         "problems": problems,
     }
 
 
-def _compiled(options: Options, model: WholeModel) -> list[Prompt]:
-    """A program for each length, each compiled in its own thread while the next is traced."""
-    config, calls, lowers = model.config, [], []
-    for tokens in options.tokens:
-        width, capacity = min(tokens, options.chunk), capacity_for(tokens + FOLLOWING, config.max_context)
-        start = jax.eval_shape(lambda capacity=capacity: decode.start(config, capacity, [0], drafter=None, max_draft=0))
-        lower = functools.partial(decode.lower_prefill, model.graph, model.weights, start, width, drafter=None, strict=False)
-        calls.append((tokens, width))
-        lowers.append(lower)
-    return [
-        Prompt(config, tokens, width, one.executable, model.weights, one.lower_seconds, one.compile_seconds)
-        for (tokens, width), one in zip(calls, compile.compile_all(map(compile.Program, lowers), len(lowers)), strict=True)
-    ]
-
-
-def _measured(prompt: Prompt, held: int, problems: list[str], note: Note) -> Row:
-    prompt.run()
-    runs = []
-    for _ in range(RUNS):
-        seconds, each, cache = prompt.run()
-        runs.append((seconds, each))
-    if not finite(cache):
-        problems.append(f"{prompt.tokens} tokens: values that are not finite")
-    cache_bytes = nbytes(cache)
-    del cache
-    seconds = statistics.median(seconds for seconds, _ in runs)
-    analysis = prompt.executable.memory_analysis()
-    peak = peak_bytes()
+def _measured(prompts: Prompts, built: WholeModel, tokens: int, note: Note) -> Row:
+    """Time new prompts, each once more after it, and the least time."""
+    prefix, cold, warm, reused = PrefixCache(ahead=0, maximum=PREFIX_BYTES), [], [], 0
+    for seed in range(1 + RUNS):
+        times = []
+        for _ in range(2):
+            request = prompts.request(tokens, seed)
+            times.append(prompts.first_token(request, prefix))
+            prompts.slots.free(0)
+            reused = request.reused
+        # The first prompt of a length makes the small programs that move its states.
+        if seed:
+            cold.append(times[0])
+            warm.append(times[1])
+    bytes_read, operations = prefill_floor.work(built.config, built.checkpoint.tensors, tokens)
+    step = step_bytes(plan(built.checkpoint, prompts.context), built.config, 0)
+    bandwidth = built.bandwidth
+    floor = prefill_floor.milliseconds(bytes_read, operations, bandwidth) + step / bandwidth / 1e6 if bandwidth else None
+    ms = statistics.median(cold)
     row: Row = {
-        "tokens": prompt.tokens,
-        "width": prompt.width,
-        "capacity": prompt.capacity,
-        "seconds": [round(seconds, 4) for seconds, _ in runs],
-        "tokens_per_second": round(prompt.tokens / seconds, 1),
-        "call_ms": [round(ms, 2) for ms in runs[-1][1]],
-        "cache_bytes": cache_bytes,
-        "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None),
-        "peak_bytes": peak,
-        "peak_beside": peak - held - cache_bytes if peak else None,
-        "trace_seconds": round(prompt.lower_seconds, 2),
-        "compile_seconds": round(prompt.compile_seconds, 2),
-        "kernels": _profiled(prompt, problems),
+        "tokens": tokens,
+        "calls": list(cut(tokens, prompts.slots.shape.widths)),
+        "cold_ms": [round(sample, 2) for sample in cold],
+        "warm_ms": [round(sample, 2) for sample in warm],
+        "reused": reused,
+        "tokens_per_second": round(1e3 * tokens / ms, 1),
+        "bytes": bytes_read,
+        "operations": operations,
+        "step_bytes": step,
+        "floor_ms": floor and round(floor, 2),
     }
-    note(f"{prompt.tokens} tokens: {row['tokens_per_second']:.0f} a second")
+    note(f"{tokens} tokens: {ms:.1f} ms to the first token, {statistics.median(warm):.1f} ms with {reused} rows known")
     return row
 
 
-def _profiled(prompt: Prompt, problems: list[str]) -> list[Row]:
-    """The longest kernels of the prompt's last call; none without a GPU."""
+def _call(prompts: Prompts, built: WholeModel, width: int, problems: list[str], note: Note) -> Row:
+    """Time one call, and its kernels if there is a GPU: per layer, and the rate of the routed experts' products."""
+    config, ids = built.config, tokens_of(built.config, width + 1, 0)
+
+    def call() -> Any:
+        prompts.slots.prefill(0, ids, 0, width, width)
+        return prompts.slots.state.cache.length
+
+    samples = []
+    for _ in range(1 + RUNS):
+        began = time.perf_counter()
+        call()
+        samples.append(1e3 * (time.perf_counter() - began))
+        prompts.slots.free(0)
+    # The last layer makes only its rows of the cache.
+    layers, ms = max(config.n_layers - 1, 1), statistics.median(samples[1:])
+    row: Row = {"width": width, "ms": round(ms, 2), "ms_per_layer": round(ms / layers, 4), "experts": None, "kernels": []}
     if jax.default_backend() != "gpu":
-        return []
-    start = dataclasses.replace(prompt.empty(), length=jnp.full(1, prompt.tokens - prompt.width, jnp.int32))
-    ids_T = jnp.asarray(_tokens(prompt.config, prompt.width, 0))
-    found = device_events(lambda: prompt.call(start, ids_T))
-    if not found:
-        problems.append(f"{prompt.tokens} tokens: the trace holds no kernels")
-        return []
-    return longest(found, 1, TOP)
-
-
-def show(content: Mapping[str, Any]) -> None:
-    """Print a table of the prompts on stdout, and the longest kernels of each prompt's last call."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from ds4jax.bench.decode_report import LONGEST_NAME, title
-
-    console = Console(width=max(150, Console().width), highlight=False, markup=False)
-    made = Table(title=title({**content, "context": "0"}), box=box.SIMPLE)
-    for heading in ("tokens", "a call", "tokens/s", "first call ms", "last call ms", "temporaries GB", "cache GB", "peak GB"):
-        made.add_column(heading, justify="right", no_wrap=True)
-    for row in content["rows"]:
-        sizes = (row["temporary_bytes"], row["cache_bytes"], row["peak_bytes"])
-        cells = ("" if size is None else f"{size / 1e9:.2f}" for size in sizes)
-        times = (f"{row['call_ms'][place]:.1f}" for place in (0, -1))
-        made.add_row(f"{row['tokens']}", f"{row['width']}", f"{row['tokens_per_second']:.0f}", *times, *cells)
-    console.print(made)
-    for row in content["rows"]:
-        if row["kernels"]:
-            kernels = Table(title=f"kernels of the last call of {row['tokens']} tokens", box=box.SIMPLE)
-            for heading in ("kernel", "calls", "ms", "share"):
-                kernels.add_column(heading, justify="left" if heading == "kernel" else "right", no_wrap=True)
-            for kernel in row["kernels"]:
-                name, calls = kernel["name"][:LONGEST_NAME], f"{kernel['calls']:g}"
-                kernels.add_row(name, calls, f"{kernel['us'] / 1e3:.2f}", f"{kernel['share']:.3f}")
-            console.print(kernels)
-    for problem in content["problems"]:
-        console.print(f"problem: {problem}")
+        return row
+    found = device_events(call)
+    prompts.slots.free(0)
+    experts = sum(us for name, us in found if EXPERTS.search(name))
+    if not experts:
+        problems.append(f"call of {width} rows: the trace holds no kernels of experts")
+        return row
+    operations = 6 * width * config.n_active * config.dim * config.moe_dim * layers
+    row["experts"] = {
+        "ms": round(experts / 1e3, 3),
+        "ms_per_layer": round(experts / 1e3 / layers, 4),
+        "tflops": round(operations / experts / 1e6, 1),
+    }
+    row["kernels"] = longest(found, 1, TOP)
+    note(f"call of {width} rows: {ms:.1f} ms, experts {row['experts']['tflops']} TFLOP/s")
+    return row

@@ -134,13 +134,14 @@ def load_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
 
 
 def prefill_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
-    """Measure prefill of 4,096 and 32,768 tokens with V4-Flash. Writes `<slug>-prefill.json` and prints tables."""
+    """Measure prompts of 16 to 32,768 tokens with V4-Flash. Writes `<slug>-prefill.json` and a picture, and prints tables."""
     _start_gpu()
-    from ds4jax.bench import prefill, report
+    from ds4jax.bench import prefill, prefill_report, report
 
     content = prefill.bench(prefill.Options(), note)
     report.write(out / f"{slug}-prefill.json", content)
-    prefill.show(content)
+    prefill_report.plot(out / f"{slug}-prefill.png", content)
+    prefill_report.show(content)
     return prefill.good(content)
 
 
@@ -170,6 +171,7 @@ def start_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
 PREFILL = (
     "tests/kernels/test_attention_prefill.py",
     "tests/kernels/test_grouped_matmul.py",
+    "tests/kernels/test_hyper_connections_prefill.py",
     "tests/kernels/test_dispatch.py",
     "tests/model/test_prefill_kernels.py",
 )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-# Rows of a prefill call. The last is for accelerators with enough memory for its temporary arrays.
-BUCKETS = (32, 128, 512, 4096)
-PREFILL = BUCKETS[:3]
-# A call has at least one real row in this many; with fewer, a smaller bucket is taken.
-MIN_REAL = 4
+# Rows of a prefill call on a CPU, and by kernels.
+PREFILL = (32, 128, 512)
+KERNEL_PREFILL = (64, 256, 1024, 4096)
+# A call takes as long as this many rows more, because it reads nearly all weights.
+CALL_ROWS = 1000
 MIN_CAPACITY = 512
 
 
@@ -25,42 +26,68 @@ def capacities(context: int, max_context: int) -> list[int]:
     return sorted({capacity_for(min(count, context), max_context) for count in rows})
 
 
-def widths(chunk: int) -> tuple[int, ...]:
+def widths(chunk: int, buckets: Sequence[int] = PREFILL) -> tuple[int, ...]:
     """Possible widths of a prefill call with at most `chunk` real rows, ascending.
 
     All buckets below the chunk, and the chunk itself. A chunk below the smallest bucket is padded to it: a call of few rows
     would be one more program, with the rounding of a decode step.
     """
-    return (*(bucket for bucket in BUCKETS if bucket < chunk), max(chunk, BUCKETS[0]))
+    return (*(bucket for bucket in buckets if bucket < chunk), max(chunk, buckets[0]))
 
 
-def chunks(total: int, decode_from: int, chunk: int = PREFILL[-1]) -> Iterator[tuple[int, int, int]]:
+def needed(allowed: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    """The widths among `allowed` that a prompt of up to `rows` rows may use, ascending; at least the smallest."""
+    return tuple(width for width in allowed if width == allowed[0] or width in _tail(allowed, min(rows, width))[1])
+
+
+def chunks(
+    total: int, decode_from: int, chunk: int = PREFILL[-1], buckets: Sequence[int] = PREFILL
+) -> Iterator[tuple[int, int, int]]:
     """Start, width and number of real rows of each call that appends `total` tokens, one at a time from `decode_from` on.
 
     Args:
-        chunk: maximum real rows of a call, 1 or more. The rest at the end is one padded call, or several if most of that call
-            would be padding.
+        chunk: maximum real rows of a call, 1 or more.
+        buckets: usual widths of a call on this device.
     """
-    allowed = widths(chunk)
     start = 0
-    while start < total:
-        left = decode_from - start
-        width, count = _call(allowed, chunk, left) if left > 0 else (1, 1)
+    for width, count in cut(min(total, decode_from), widths(chunk, buckets), chunk):
         yield start, width, count
         start += count
+    for position in range(start, total):
+        yield position, 1, 1
 
 
-def _call(allowed: tuple[int, ...], chunk: int, left: int) -> tuple[int, int]:
-    """Width and real rows of the next call when `left` rows are to be appended."""
-    count = min(left, chunk)
-    below, width = 0, 0
-    for width in allowed:
-        if width >= count:
-            break
-        below = width
-    if below and count * MIN_REAL < width:
-        return below, below
-    return width, count
+def cut(rows: int, allowed: tuple[int, ...], chunk: int | None = None) -> Iterator[tuple[int, int]]:
+    """Width and number of real rows of each call that appends `rows` rows.
+
+    The widest calls come first. The rest is cut so that the calls together have the fewest rows, `CALL_ROWS` more for each and
+    padding included. The cut depends on nothing else, so the same prompt always has the same calls.
+
+    Args:
+        allowed: the widths, ascending.
+        chunk: maximum real rows of a call; by default the widest.
+    """
+    chunk = allowed[-1] if chunk is None else chunk
+    for _ in range(rows // chunk):
+        yield allowed[-1], chunk
+    left = rows % chunk
+    for width in _tail(allowed, left)[1]:
+        yield width, min(width, left)
+        left -= min(width, left)
+
+
+@functools.lru_cache(1 << 12)
+def _tail(allowed: tuple[int, ...], rows: int) -> tuple[int, tuple[int, ...]]:
+    """Rows, padding and `CALL_ROWS` included, and widths of the calls for the last `rows` rows, at most the widest."""
+    if rows <= 0:
+        return 0, ()
+    width = next(width for width in allowed if width >= rows)
+    best: tuple[int, tuple[int, ...]] = width + CALL_ROWS, (width,)
+    for full in reversed(allowed[: allowed.index(width)]):
+        cost, rest = _tail(allowed, rows - full)
+        if full + CALL_ROWS + cost < best[0]:
+            best = full + CALL_ROWS + cost, (full, *rest)
+    return best
 
 
 def padded(ids_T: np.ndarray, start: int, width: int) -> np.ndarray:

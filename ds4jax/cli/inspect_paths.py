@@ -61,11 +61,7 @@ def decode_step(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         maximum in a step of all sequences), the path on CUDA, the path elsewhere and the reason. A path is "kernels", or
         "modules", where each product takes its path from `dispatch`.
     """
-    weights: dict[tuple[str, str], dict[str, Any]] = {}
-    for tensor in checkpoint.tensors:
-        block, name = split_name(tensor.name)
-        weights.setdefault((block, tensor.name.split(".")[2] if block == DSPARK else ""), {})[name] = tensor.abstract
-    config = checkpoint.config
+    weights, config = _weights(checkpoint), checkpoint.config
     reasons: dict[tuple[str, str | None], list[str]] = {}
     for (block, _), own in weights.items():
         if block:
@@ -75,6 +71,42 @@ def decode_step(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     found.sort(key=lambda row: (PARTS.index(row["part"]), int(re.match(r"\d*", row["layers"])[0] or 0)))  # type: ignore[index]
     head = weights["", ""]["head"]
     return [*found, _row("head", paths.why_not_head(config, head, STEP_ROWS, strict=False), [""], STEP_ROWS)]
+
+
+def prompt_experts(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """How the routed experts of a chunk of a prompt are multiplied. Layers with one reason share a row.
+
+    Returns:
+        Rows with part, layers and count as for `decode_step`; hopper, cuda and default, the paths on Hopper GPUs, on other CUDA
+        devices and elsewhere; and the reason why the first is not "stored". A path is "stored" (grouped by expert, weights are
+        read as they are stored), "dequantised" (grouped, weights are dequantised before) or "every row" (every expert is computed
+        for all rows).
+    """
+    found: dict[tuple[str, str | None, str | None], list[str]] = {}
+    for (block, _), own in _weights(checkpoint).items():
+        if not block or not all(name in own for name in paths.EXPERTS):
+            continue
+        stacks = [own[name] for name in paths.EXPERTS]
+        grouped = paths.why_not_grouped_experts(checkpoint.config, stacks, decoding=False, strict=False)
+        stored = paths.why_not_stored_experts(checkpoint.config, stacks, paths.HOPPER[0])
+        part = block if block in PARTS else PARTS[0]
+        found.setdefault((part, grouped, stored), []).append(block)
+    rows = []
+    for (part, grouped, stored), blocks in found.items():
+        cuda = "every row" if grouped else "dequantised"
+        way = {"hopper": cuda if grouped or stored else "stored", "cuda": cuda, "default": "every row"}
+        reason = grouped or stored or "widths and types fit"
+        rows.append({"part": part, "layers": layers(blocks), "count": len(blocks), **way, "reason": reason})
+    return rows
+
+
+def _weights(checkpoint: Checkpoint) -> dict[tuple[str, str], dict[str, Any]]:
+    """The abstract weights of each block, and of each stage of a DSpark drafter, by their dotted names."""
+    weights: dict[tuple[str, str], dict[str, Any]] = {}
+    for tensor in checkpoint.tensors:
+        block, name = split_name(tensor.name)
+        weights.setdefault((block, tensor.name.split(".")[2] if block == DSPARK else ""), {})[name] = tensor.abstract
+    return weights
 
 
 def _rows(part: str, config: Config) -> int:

@@ -28,7 +28,7 @@ def model_text(found: dict[str, Any]) -> str:
     if origin:
         lines += ["", "origin", *(f"  {key:<34} {_value(value)}" for key, value in origin.items())]
     if "dispatch" in found:
-        lines += ["", *_dispatch_lines(found["dispatch"])]
+        lines += ["", *_dispatch_lines(found["dispatch"]), "", *_expert_lines(found["prompt_experts"])]
     return "\n".join(lines)
 
 
@@ -133,6 +133,15 @@ def _dispatch_lines(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
         lines.append(f"  {row['product']:<28} {shape:>14} {row['stored']:>8} {row['device']:>7} {row['count']:>5}  {_paths(row)}")
+    return lines
+
+
+def _expert_lines(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"{'experts of a prompt':<45} {'count':>5}  path (on Hopper / other CUDA / elsewhere) and reason"]
+    for row in rows:
+        part = f"layers {row['layers']}" if row["part"] == "layers" else row["part"]
+        path = " / ".join(row[where] for where in ("hopper", "cuda", "default"))
+        lines.append(f"  {part:<43} {row['count']:>5}  {path} ({row['reason']})")
     return lines
 
 

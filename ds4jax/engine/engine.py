@@ -53,7 +53,7 @@ class Engine:
     Attributes:
         model: the model.
         context: maximum tokens of a request, prompt and reply.
-        chunk: rows of each call that appends a prompt. It depends on the kind of device or the option alone.
+        chunk: rows of the widest call that appends a prompt. It depends on the device's kind, the model and the options alone.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class Engine:
             slots: S, the number of requests that run at once.
             context: by default the smaller of 8,192 and the model's context.
             strict: float32 products without Pallas kernels.
-            chunk: rows of each call that appends a prompt, at least 32; by default 512, and 128 on a CPU. A short last chunk is
-                padded to it.
+            chunk: maximum rows of a call that appends a prompt, at least 32; by default as many as the device's memory allows, up
+                to 4,096, and 128 on a CPU. While a call runs, no other request gets a token.
             drafter: the drafter; by default the model's MTP block.
             waiting: maximum number of requests that wait for a slot.
             prefix_bytes: maximum bytes of host memory for beginnings of prompts that may come again; 0 keeps none.
@@ -96,10 +96,10 @@ class Engine:
         store = None
         if prefix_folder is not None:
             most_stored = bounds.BYTES.checked("prefix-folder-bytes", prefix_folder_bytes)
-            like = made.chunk_shapes()
-            store = PrefixFolder(Path(prefix_folder), identity=self.fingerprint, like=like, maximum=most_stored)
+            likes = [made.chunk_shapes(width) for width in self.shape.kept]
+            store = PrefixFolder(Path(prefix_folder), identity=self.fingerprint, likes=likes, maximum=most_stored)
         ahead, kept = int(self.shape.drafter is not None), bounds.BYTES.checked("prefix-bytes", prefix_bytes)
-        prefix = PrefixCache(chunk=self.chunk, ahead=ahead, maximum=kept, store=store)
+        prefix = PrefixCache(ahead=ahead, maximum=kept, store=store)
         self._scheduler = Scheduler(made, prefix, bounds.WAITING.checked("waiting", waiting))
         self._forget = weakref.finalize(self, Scheduler.close, self._scheduler, cancel=True)
 
@@ -191,7 +191,7 @@ class Engine:
             **({"devices": mesh.size} if mesh and device.platform != "cpu" else {}),
             "slots": shape.slots,
             "capacity": shape.capacity,
-            "chunk": shape.chunk,
+            "widths": shape.widths,
             "strict": shape.strict,
             "max_draft": model.max_draft,
             "drafter": repr(shape.drafter),

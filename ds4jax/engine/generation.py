@@ -14,7 +14,7 @@ import numpy as np
 
 from ds4jax import bounds
 from ds4jax.bounds import NO_STOP
-from ds4jax.cache.capacity import capacity_for, chunks, padded
+from ds4jax.cache.capacity import PREFILL, capacity_for, chunks, padded
 from ds4jax.decode import loop as decode
 from ds4jax.decode.depth import AUTO, Policy
 from ds4jax.decode.drafters.named import name_of
@@ -25,7 +25,7 @@ from ds4jax.engine.compile import begin, wait
 from ds4jax.engine.host_copy import HostCopy
 from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.options import Options, Result, Snapshot, require_drafter
-from ds4jax.engine.prefill import Progress, chunk_here, nbytes
+from ds4jax.engine.prefill import Progress, buckets_here, chunk_here, nbytes
 from ds4jax.errors import InputError
 
 STREAM_BUDGET = 8
@@ -106,7 +106,8 @@ class Generation:
         model, missing = self._model, self._rows
         held = model.nbytes + nbytes(model.state_shapes(self._capacity, self._drafter)) if missing else 0
         chunk = self._options.chunk or (chunk_here(model.config, self._capacity, held) if missing else 1)
-        self._calls = [(there + offset, width, count) for offset, width, count in chunks(missing, missing, chunk)]
+        planned = chunks(missing, missing, chunk, buckets_here() if missing else PREFILL)
+        self._calls = [(there + offset, width, count) for offset, width, count in planned]
         self._done = 0
 
     @property

@@ -1,9 +1,10 @@
-"""A prompt on its way into a slot: first the chunks that the prefix cache has, then the others."""
+"""A prompt on its way into a slot: first the calls whose states the prefix cache has, then the others."""
 
 from __future__ import annotations
 
 import time
 
+from ds4jax.cache.capacity import cut
 from ds4jax.decode.depth import AUTO
 from ds4jax.engine.chunk_state import ChunkState
 from ds4jax.engine.pace import PIECE_SECONDS
@@ -23,13 +24,14 @@ class Intake:
         """Nothing is computed before the first turn."""
         self.slot, self.request = slot, request
         self._slots, self._prefix = slots, prefix
-        self._keys = prefix.keys(request.prompt_ids)
-        self._rows, self._chunk = 0, slots.shape.chunk
+        self._calls = list(cut(len(request.prompt_ids) - 1, slots.shape.widths))
+        self._keys = prefix.keys(request.prompt_ids, self._calls)
+        self._rows, self._done = 0, 0
         self._looking = True
         self._latest: ChunkState | None = None
 
     def turn(self) -> bool:
-        """Append the next chunk. Returns whether the prompt was complete, and then lets the request take part."""
+        """Append the next call's rows. Returns whether the prompt was complete, and then lets the request take part."""
         found = self._looking and self._look()
         if self._missing and not found:
             self._compute()
@@ -39,32 +41,37 @@ class Intake:
         return True
 
     @property
-    def _missing(self) -> int:
-        """Rows that are not in the slot. The first step appends the last token."""
-        return len(self.request.prompt_ids) - 1 - self._rows
+    def _missing(self) -> bool:
+        """Whether rows are not in the slot yet. The first step appends the last token."""
+        return self._done < len(self._calls)
 
     def _look(self) -> bool:
-        """Write chunks that are known, for as long as a piece may take. Returns whether there were any."""
-        until, begun = time.perf_counter() + PIECE_SECONDS, self._rows
+        """Write rows of calls that are known, for as long as a piece may take. Returns whether there were any."""
+        until, begun = time.perf_counter() + PIECE_SECONDS, self._done
         while self._looking and time.perf_counter() < until:
-            index = self._rows // self._chunk
-            state = self._prefix.get(self._keys[index]) if index < len(self._keys) else None
+            state = self._prefix.get(self._keys[self._done]) if self._done < len(self._keys) else None
             self._looking = state is not None
             if state:
                 self._slots.put_rows(self.slot, self._rows, state)
-                self._rows, self._latest = self._rows + self._chunk, state
+                self._latest = state
+                self._advance()
         if self._latest and not self._looking:
             self._slots.put_rings(self.slot, self._rows, self._latest)
-            self._prefix.used(self._keys[: self._rows // self._chunk])
+            self._prefix.used(self._keys[: self._done])
             self.request.reused, self._latest = self._rows, None
-        return self._rows > begun
+        return self._done > begun
+
+    def _advance(self) -> None:
+        self._rows += self._calls[self._done][1]
+        self._done += 1
 
     def _compute(self) -> None:
-        start = self._rows
-        self._rows = self._slots.prefill(self.slot, self.request.prompt_ids, start)
-        index = start // self._chunk
-        if index < len(self._keys) and self._prefix.wants(self._keys[index]):
-            self._prefix.put(self._keys[index], self._slots.taken(self.slot, start))
+        start, (width, count) = self._rows, self._calls[self._done]
+        self._slots.prefill(self.slot, self.request.prompt_ids, start, width, count)
+        key = self._keys[self._done] if self._done < len(self._keys) else None
+        if key and width in self._slots.shape.kept and self._prefix.wants(key):
+            self._prefix.put(key, self._slots.taken(self.slot, start, width))
+        self._advance()
 
     def _insert(self) -> None:
         wish, most = self.request.wish, self._slots.model.max_draft

@@ -26,7 +26,7 @@ from ds4jax.decode.module import Graph, flat
 from ds4jax.decode.scoring import extend
 from ds4jax.engine import beginning
 from ds4jax.engine.draft_arrays import draft_arrays, draft_positions
-from ds4jax.engine.prefill import Progress, chunk_here, nbytes
+from ds4jax.engine.prefill import Progress, buckets_here, chunk_here, nbytes
 from ds4jax.errors import InputError
 from ds4jax.loading import fingerprint
 from ds4jax.loading.placement import everywhere
@@ -167,7 +167,7 @@ class Loaded:
         mtp_cache = caches.empty_mtp(self.config, capacity) if mtp else None
         cache, mtp_cache = self.placed((cache, mtp_cache))
         max_width = chunk or chunk_here(self.config, capacity, self.nbytes + nbytes((cache, mtp_cache)), logits=True)
-        for start, width, count in chunks(total, decode_from, max_width):
+        for start, width, count in chunks(total, decode_from, max_width, buckets_here()):
             mtp_count = max(min(count, total - 1 - start), 0)
             cache, mtp_cache, logits_TV, mtp_logits_TV, means = extend(
                 self.graph, self.arrays, cache, mtp_cache,

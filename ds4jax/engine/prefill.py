@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ds4jax.cache.capacity import BUCKETS, PREFILL
+from ds4jax.cache.capacity import KERNEL_PREFILL, PREFILL, needed
 from ds4jax.cache.state import OVERLAP_RATIO
 from ds4jax.config import Config
 from ds4jax.device import device_memory, host_memory
@@ -21,6 +21,8 @@ Progress = Callable[[int, int], None]
 
 # Maximum bytes of a call's temporary arrays, whatever the size of the memory.
 MAX_BYTES = 8_000_000_000
+# Maximum rows of a call where the free memory is unknown.
+UNKNOWN_ROWS = 1024
 
 
 def call_bytes(config: Config, rows: int, capacity: int, *, logits: bool = False, kernels: bool = True) -> int:
@@ -66,16 +68,28 @@ def _module_bytes(config: Config, rows: int, capacity: int) -> int:
 def chunk_for(config: Config, capacity: int, free: int | None, *, logits: bool = False, kernels: bool = True) -> int:
     """Rows of a prefill call: the largest bucket that fits in `free` bytes and `MAX_BYTES`, or the smallest bucket.
 
+    A bucket that no prompt in a cache of this capacity needs is left out.
+
     Args:
         free: bytes of memory next to weights and cache; None where it is unknown.
         logits, kernels: as for `call_bytes`. Without kernels, as on a CPU, 512 rows are as fast as more and are the maximum.
     """
+    usual = needed(buckets(kernels=kernels), capacity)
     if free is None:
-        return PREFILL[-1]
+        return max(rows for rows in usual if rows <= UNKNOWN_ROWS)
     room = min(free, MAX_BYTES)
-    buckets = BUCKETS if kernels else PREFILL
-    fitting = [rows for rows in buckets if call_bytes(config, rows, capacity, logits=logits, kernels=kernels) <= room]
-    return max(fitting, default=BUCKETS[0])
+    fitting = [rows for rows in usual if call_bytes(config, rows, capacity, logits=logits, kernels=kernels) <= room]
+    return max(fitting, default=usual[0])
+
+
+def buckets(*, kernels: bool) -> tuple[int, ...]:
+    """Usual widths of a prefill call, ascending, by kernels or as on a CPU."""
+    return KERNEL_PREFILL if kernels else PREFILL
+
+
+def buckets_here() -> tuple[int, ...]:
+    """`buckets` on the default device."""
+    return buckets(kernels=jax.devices()[0].platform != "cpu")
 
 
 def chunk_here(config: Config, capacity: int, held: int, *, logits: bool = False) -> int:

@@ -1,13 +1,14 @@
-"""The prefix cache: states of prompts' chunks, found by the tokens before and in them.
+"""The prefix cache: states of prompts' full calls, found by the tokens before and in them.
 
-A hit gives the state that computing the prompt would give, bit for bit: keys are chained digests over the tokens of whole chunks,
-and a state is that of the same calls.
+A hit gives the state that computing the prompt would give, bit for bit: keys are chained digests over the widths and tokens of
+full calls, and a state is that of the same calls.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -29,31 +30,37 @@ class Store(Protocol):
 
 
 class PrefixCache:
-    """States of chunks in host memory, the least recently used ones dropped; behind it perhaps a folder.
+    """States of full calls in host memory, the least recently used ones dropped; behind it perhaps a folder.
 
     Attributes:
         nbytes: bytes of the states in memory.
     """
 
-    def __init__(self, *, chunk: int, ahead: int, maximum: int, store: Store | None = None):
+    def __init__(self, *, ahead: int, maximum: int, store: Store | None = None):
         """Start empty.
 
         Args:
-            chunk: tokens of a chunk.
-            ahead: tokens after a chunk that its state depends on: 1 with a drafter, which reads the token after each row.
+            ahead: tokens after a call that its state depends on: 1 with a drafter, which reads the token after each row.
             maximum: bytes of the states in memory.
             store: asked for what is not in memory, and given all that is new.
         """
-        self._chunk, self._ahead, self._maximum, self._store = chunk, ahead, maximum, store
+        self._ahead, self._maximum, self._store = ahead, maximum, store
         self._states: OrderedDict[str, ChunkState] = OrderedDict()
         self.nbytes = 0
 
-    def keys(self, ids_T: np.ndarray) -> list[str]:
-        """The key of each whole chunk of a prompt's rows, which are all its tokens except the last."""
+    def keys(self, ids_T: np.ndarray, calls: Sequence[tuple[int, int]]) -> list[str]:
+        """The key of each full call of a prompt's rows, up to the first that has padding.
+
+        Args:
+            calls: width and number of real rows of each call.
+        """
         ids = ids_T.astype("<i4")
-        digest, keys = hashlib.sha256(), []
-        for end in range(self._chunk, len(ids), self._chunk):
-            digest.update(ids[end - self._chunk : end].tobytes())
+        digest, keys, end = hashlib.sha256(), [], 0
+        for width, count in calls:
+            if count < width:
+                break
+            digest.update(width.to_bytes(4, "little") + ids[end : end + width].tobytes())
+            end += width
             own = digest.copy()
             own.update(ids[end : end + self._ahead].tobytes())
             keys.append(own.hexdigest())

@@ -11,6 +11,7 @@ import hashlib
 import os
 import queue
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ KEPT_BAD = 8
 class PrefixFolder:
     """States in a folder, the least recently used ones deleted."""
 
-    def __init__(self, folder: Path, *, identity: str, like: ChunkState, maximum: int):
+    def __init__(self, folder: Path, *, identity: str, likes: Sequence[ChunkState], maximum: int):
         """Use a folder, which is made if it does not exist, and start the thread that writes.
 
         Args:
             identity: a digest of all that the states depend on, besides tokens: weights, versions, device, options.
-            like: shapes and types of a state.
+            likes: shapes and types of a state, of each width of a call.
             maximum: bytes of all files.
 
         Raises:
@@ -50,8 +51,9 @@ class PrefixFolder:
             raise InputError(f"{folder}: cannot be made ({error.strerror}); give another prefix folder") from error
         for left in folder.glob(f".*{SUFFIX}.*.unfinished"):
             remove_unlocked(left)
-        leaves, self._structure = jax.tree_util.tree_flatten_with_path(like)
-        self._like = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+        leaves, self._structure = jax.tree_util.tree_flatten_with_path(likes[0])
+        self._names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+        self._forms = [[(leaf.shape, np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(like)] for like in likes]
         self._queue: queue.Queue[tuple[str, ChunkState] | None] = queue.Queue(QUEUED)
         self._thread = threading.Thread(target=self._write_all, name="ds4jax prefix folder", daemon=True)
         self._thread.start()
@@ -91,12 +93,11 @@ class PrefixFolder:
         with session_file.opened(path, KIND) as file:
             if (file.fields.get("identity"), file.fields.get("key")) != (self._identity, key):
                 raise InputError(f"{path}: key: of another state")
-            for name, like in self._like.items():
-                tensor = file.tensors.get(name)
-                if tensor is None or (tensor.shape, tensor.dtype) != (like.shape, np.dtype(like.dtype)):
-                    raise InputError(f"{path}: {name}: of another shape")
+            tensors = [file.tensors.get(name) for name in self._names]
+            if [(one.shape, one.dtype) if one else None for one in tensors] not in self._forms:
+                raise InputError(f"{path}: of other shapes")
             file.check_bytes()
-            arrays = [file.read(name) for name in self._like]
+            arrays = [file.read(name) for name in self._names]
         state: ChunkState = jax.tree.unflatten(self._structure, arrays)
         return state
 
@@ -106,7 +107,7 @@ class PrefixFolder:
                 self._write(*item)
 
     def _write(self, key: str, state: ChunkState) -> None:
-        arrays = dict(zip(self._like, jax.tree.leaves(state), strict=True))
+        arrays = dict(zip(self._names, jax.tree.leaves(state), strict=True))
         self._make_room(state.nbytes)
         listed: list[Any] = [(name, array, lambda array=array: array) for name, array in arrays.items()]
         session_file.write(self._path(key), {"identity": self._identity, "key": key}, listed, KIND)

@@ -8,26 +8,24 @@ import functools
 import jax
 
 from ds4jax import bounds
-from ds4jax.cache.capacity import BUCKETS, PREFILL, capacity_for
+from ds4jax.cache.capacity import PREFILL, capacity_for, needed, widths
 from ds4jax.decode import loop
 from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.loop import DecodeState
 from ds4jax.engine import beginning
 from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.options import Options, require_drafter
-from ds4jax.engine.prefill import nbytes
+from ds4jax.engine.prefill import buckets_here, chunk_here, nbytes
 from ds4jax.errors import InputError
 
 CONTEXT = 8192
 SLOTS = 8
 
-# Rows of a prefill call, by platform. A prompt's rows have the bits of this width, so it must not depend on anything else.
-GRID = {"cpu": PREFILL[1]}
-
-
-def default_chunk(platform: str) -> int:
-    """Rows of each prefill call on a platform."""
-    return GRID.get(platform, PREFILL[-1])
+# Rows of a prefill call on a CPU, where a narrower one would save little and is one more program.
+CPU_CHUNK = PREFILL[1]
+# A state of the prefix cache has all ring buffers, whatever the call's width. So those of calls narrower than this share of the
+# chunk are not kept.
+KEPT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +35,26 @@ class Shape:
     Attributes:
         slots: S.
         capacity: rows of each slot's cache.
-        chunk: rows of each prefill call, padding included.
+        widths: rows of a prefill call, padding included, ascending. How a prompt is cut depends on them and its length alone.
         strict: float32 products without Pallas kernels.
         drafter: None at max_draft 0.
     """
 
     slots: int
     capacity: int
-    chunk: int
+    widths: tuple[int, ...]
     strict: bool
     drafter: Drafter | None
+
+    @property
+    def chunk(self) -> int:
+        """Rows of the widest prefill call."""
+        return self.widths[-1]
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Widths of the calls whose states a prefix cache keeps, ascending."""
+        return tuple(width for width in self.widths if width * KEPT >= self.chunk)
 
     @classmethod
     def of(
@@ -70,11 +78,11 @@ class Shape:
         context = min(CONTEXT, most) if context is None else bounds.CONTEXT.checked("context", context)
         if context > most:
             raise InputError(f"context is {context}; the model's context is {most}")
-        rows = options.chunk or min(default_chunk(jax.devices()[0].platform), most)
-        if rows < BUCKETS[0]:
-            raise InputError(f"chunk is {rows}; an engine's chunk is at least {BUCKETS[0]}")
+        if options.chunk is not None and options.chunk < PREFILL[0]:
+            raise InputError(f"chunk is {options.chunk}; an engine's chunk is at least {PREFILL[0]}")
         count = bounds.SLOTS.checked("slots", slots)
-        return cls(count, capacity_for(context, most), rows, options.strict, model.drafter(drafter)), context
+        free = cls(count, capacity_for(context, most), (), options.strict, model.drafter(drafter))
+        return with_widths(model, free, context, options.chunk), context
 
 
 def fresh(model: Loaded, shape: Shape) -> DecodeState:
@@ -95,3 +103,18 @@ def shapes(model: Loaded, shape: Shape) -> DecodeState:
 def state_bytes(model: Loaded, shape: Shape) -> int:
     """Bytes of the state of the slots."""
     return nbytes(shapes(model, shape))
+
+
+def with_widths(model: Loaded, shape: Shape, context: int, chunk: int | None) -> Shape:
+    """The shape with the widths of prefill calls, which the device's kind, the model and the options determine.
+
+    Args:
+        shape: its widths are not read.
+        context: maximum tokens of a request; widths that no prompt of this length needs are left out.
+        chunk: the maximum width; None for the widest call that the device's memory allows.
+    """
+    if jax.devices()[0].platform == "cpu":
+        return dataclasses.replace(shape, widths=(min(chunk or CPU_CHUNK, model.config.max_context),))
+    held = model.nbytes + state_bytes(model, shape)
+    allowed = widths(chunk or chunk_here(model.config, shape.capacity, held), buckets_here())
+    return dataclasses.replace(shape, widths=needed(allowed, context))

@@ -28,6 +28,9 @@ from ds4jax.engine.costs import engine_costs
 from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.shape import Shape, fresh, shapes
 
+# The name of the loop's call among the programs; a prefill's is its width.
+CALL = "call"
+
 
 class News(NamedTuple):
     """What a call of the loop added to a slot.
@@ -60,7 +63,7 @@ class Slots:
         self.model, self.shape = model, shape
         self._numbers: dict[int, jax.Array] = {}
         self._empty()
-        self._programs = [begin((*self._key(), name), lower) for name, lower in self._lowers().items()]
+        self._programs = {name: begin((*self._key(), name), lower) for name, lower in self._lowers().items()}
 
     def rebuild(self) -> None:
         """Start again with free slots, after a failed call, which lost the state."""
@@ -84,14 +87,19 @@ class Slots:
         """The key of the programs. Models of equal shapes share them."""
         return self.model.graph, self.model.config, self.model.max_draft, self.shape
 
-    def _lowers(self) -> dict[str, Any]:
+    def _lowers(self) -> dict[int | str, Callable[[], jax.stages.Lowered]]:
+        """What lowers each program: the prefill of each width, and the loop's call."""
         model, shape = self.model, self.shape
         arguments, drafter, strict = (model.graph, model.arrays, self.shapes()), shape.drafter, shape.strict
         return {
-            "prefill": lambda: loop.lower_prefill(*arguments, shape.chunk, drafter=drafter, strict=strict),
-            "call": lambda: slots.lower_call(
+            # What takes the longest to compile is lowered first.
+            CALL: lambda: slots.lower_call(
                 *arguments, self._asked, self._mask, drafter=drafter, max_draft=model.max_draft, strict=strict
             ),
+            **{
+                width: functools.partial(loop.lower_prefill, *arguments, width, drafter=drafter, strict=strict)
+                for width in reversed(shape.widths)
+            },
         }
 
     def shapes(self) -> DecodeState:
@@ -110,56 +118,53 @@ class Slots:
         """Whether any request goes on in the next step."""
         return bool(self._active)
 
-    def ready(self) -> None:
-        """Wait until the programs of all slots are compiled."""
-        self._compiled()
-
     def warm(self) -> None:
         """Compile all programs, so that no request waits for those of another. Changes nothing."""
-        self.ready()
-        state = self.taken(0, 0)
-        self.put_rows(0, 0, state)
-        self.put_rings(0, 0, state)
+        for width in self.shape.kept:
+            state = self.taken(0, 0, width)
+            self.put_rows(0, 0, state)
+            self.put_rings(0, 0, state)
         self.insert(0, 0, max_new_tokens=1, sampling=Sampling(), depth=0, stop_ids=())
         self.free(0)
+        # Last: the small programs compile here while the large ones compile in their threads.
+        self.compiled()
 
-    def prefill(self, slot: int, ids_T: np.ndarray, start: int) -> int:
-        """Append the prompt's chunk that begins at row `start` to a slot that does not take part yet. Waits for the device.
+    def prefill(self, slot: int, ids_T: np.ndarray, start: int, width: int, count: int) -> None:
+        """Append `count` rows of a prompt from row `start` on to a slot that does not take part yet. Waits for the device.
 
         All tokens except the last are appended; the first step appends the last one.
 
-        Returns:
-            The number of rows in the cache after it.
+        Args:
+            width: of the call, at least `count`.
         """
-        count, width = min(self.shape.chunk, len(ids_T) - 1 - start), self.shape.chunk
         self.append(slot, padded(ids_T, start, width), padded(ids_T, start + 1, width), count)
-        return start + count
 
     def append(self, slot: int, ids_C: np.ndarray, following_C: np.ndarray, count: int) -> None:
-        """Append a chunk, int32 [C], to a slot. Waits for the device.
+        """Append the rows of one call, int32 [C], to a slot. Waits for the device.
 
         Args:
             following_C: int32 [C], the token after each.
-            count: rows of the chunk that are no padding.
+            count: rows that are no padding.
         """
-        program, _ = self._compiled()
+        program = self.compiled()[len(ids_C)]
         index = (np.int32(slot),) if self.shape.slots > 1 else ()
         state = self.state
         cache, drafting = program(self.model.arrays, state.cache, state.drafting, ids_C, following_C, np.int32(count), *index)
         self._state = dataclasses.replace(state, cache=cache, drafting=drafting)
         jax.block_until_ready(cache.length)
 
-    def taken(self, slot: int, start: int) -> ChunkState:
-        """The state of the chunk from row `start` on, which has just been appended, on the host."""
-        state, options = self.state, {"config": self.model.config, "chunk": self.shape.chunk}
+    def taken(self, slot: int, start: int, width: int) -> ChunkState:
+        """The state of the `width` rows from row `start` on, which have just been appended, on the host."""
+        state, options = self.state, {"config": self.model.config, "chunk": width}
         found = chunk_state.taken(state.cache, state.drafting, np.int32(slot), np.int32(start), **options)
-        on_host: ChunkState = jax.tree.map(np.asarray, found)
+        # One after the other, the copies of some hundred arrays would each wait for the device.
+        on_host: ChunkState = jax.device_get(found)
         return on_host
 
-    def chunk_shapes(self) -> ChunkState:
+    def chunk_shapes(self, width: int) -> ChunkState:
         """Shapes and types of `taken`."""
         state, number = self.shapes(), jax.ShapeDtypeStruct((), np.int32)
-        options = {"config": self.model.config, "chunk": self.shape.chunk}
+        options = {"config": self.model.config, "chunk": width}
         shapes: ChunkState = jax.eval_shape(
             functools.partial(chunk_state.taken, **options), state.cache, state.drafting, number, number
         )
@@ -229,7 +234,7 @@ class Slots:
         Returns:
             The number of steps, and what is new in each of these slots.
         """
-        _, program = self._compiled()
+        program = self.compiled()[CALL]
         arguments = self.model.arrays, self.state, self._asked, self._mask, self._number(steps)
         self._state, report, scores = program(*arguments)
         numbers_SN = np.array(report)
@@ -273,6 +278,7 @@ class Slots:
             self._numbers[number] = jax.device_put(np.int32(number))
         return self._numbers[number]
 
-    def _compiled(self) -> list[Any]:
-        futures: list[Future[Any]] = self._programs
-        return wait(futures)
+    def compiled(self) -> dict[int | str, Any]:
+        """The executables, a prefill's by its width. Waits for those that are not compiled yet."""
+        futures: list[Future[Any]] = list(self._programs.values())
+        return dict(zip(self._programs, wait(futures), strict=True))

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 
-from ds4jax.cache.capacity import BUCKETS, MIN_REAL, capacities, widths
+from ds4jax.cache.capacity import capacities, needed, widths
 from ds4jax.decode import loop as decode
 from ds4jax.decode.depth import Policy
 from ds4jax.decode.loop import Limits
 from ds4jax.decode.sampling import Filters, Sampling
 from ds4jax.engine import compile
 from ds4jax.engine.loaded import Loaded
-from ds4jax.engine.prefill import chunk_here, nbytes
+from ds4jax.engine.prefill import buckets_here, chunk_here, nbytes
 from ds4jax.errors import InputError
 from ds4jax.loading.checkpoint import Checkpoint
 from ds4jax.loading.placement import Devices, abstract, chosen
@@ -74,11 +74,11 @@ def programs(model: Loaded, context: int, *, strict: bool, chunk: int | None = N
     for capacity in capacities(context, maximum):
         state, key = model.state_shapes(capacity, drafter), model.program_key(capacity, drafter, strict=strict)
         arguments = (model.graph, model.arrays, state)
-        for width in widths(chunk or chunk_here(model.config, capacity, model.nbytes + nbytes(state))):
-            # A prompt that fits this cache needs no wider call.
-            if width == BUCKETS[0] or width < MIN_REAL * capacity:
-                lower = functools.partial(decode.lower_prefill, *arguments, width, drafter=drafter, strict=strict)
-                made.append(Program(lower, (*key, width), f"prefill of {width} rows, cache of {capacity}"))
+        most = chunk or chunk_here(model.config, capacity, model.nbytes + nbytes(state))
+        # A prompt that fits this cache needs no wider call.
+        for width in needed(widths(most, buckets_here()), capacity):
+            lower = functools.partial(decode.lower_prefill, *arguments, width, drafter=drafter, strict=strict)
+            made.append(Program(lower, (*key, width), f"prefill of {width} rows, cache of {capacity}"))
         run = functools.partial(decode.lower_run, *arguments, *loop, drafter=drafter, max_draft=depth, strict=strict)
         made.append(Program(run, key, f"decode, cache of {capacity}"))
     return made

@@ -25,6 +25,7 @@ from ds4jax.model.row_slices import in_slices, slice_rows
 from ds4jax.model.tape import Record, ignore, under
 from pallas_kernels.attention.meaning import Segment, attend, in_window, ring_positions, round_rows
 from pallas_kernels.core.norm import rms_scale
+from pallas_kernels.formats import Quantized
 from pallas_kernels.linear.cut import gathered, own_part, rows_of, spread
 
 
@@ -50,15 +51,11 @@ class Attention(nnx.Module):
     def __call__(self, x_TD: jax.Array, rows: Rows, cache: LayerCache, record: Record = ignore) -> tuple[jax.Array, LayerCache]:
         """Attend from the call's rows, float32 [T, D] → [T, D], and take them into the cache."""
         config = self.config
-        frequencies = inverse_frequencies(config, compressed=self.ratio > 0)
         q_low_TL, kv_TQ = together(x_TD, self.wq_a, self.wkv, strict=rows.strict, decoding=rows.decoding)
         q_low_TL = self.q_norm(q_low_TL)
         record("q_low", q_low_TL)
         by_heads = self.wq_b.weight.get_value()
         q_THQ = self.wq_b.part(q_low_TL, strict=rows.strict, decoding=rows.decoding).reshape(x_TD.shape[0], -1, config.head_dim)
-        # The sum over a head has the shape of all heads: XLA may sum in another order for fewer.
-        scale_TH1 = own_part(rms_scale(spread(q_THQ, by_heads, 1), config.norm_eps), by_heads, 1)
-        q_THQ = rotate(q_THQ * scale_TH1, rows.position, frequencies)
         kv_TQ = self._key_rows(kv_TQ, rows)
         record("kv", kv_TQ)
 
@@ -71,6 +68,9 @@ class Attention(nnx.Module):
             else:
                 # A record has all heads.
                 q_THQ = gathered(q_THQ.reshape(len(q_THQ), -1), by_heads).reshape(len(q_THQ), -1, config.head_dim)
+            # The sum over a head has the shape of all heads: XLA may sum in another order for fewer.
+            frequencies = inverse_frequencies(config, compressed=self.ratio > 0)
+            q_THQ = rotate(q_THQ * rms_scale(q_THQ, config.norm_eps), rows.position, frequencies)
             window, visible_TS = self._window(kv_TQ, rows, before, cache.window)
             sink_H = self.attn_sink.get_value().astype(jnp.float32)
             gather = rows.decoding or not rows.single
@@ -87,16 +87,17 @@ class Attention(nnx.Module):
             count = len(q_THQ)
             columns = window.shape[-2] + (cache.compressor.rows.shape[1] if cache.compressor else 0)
             size = count if gather or record is not ignore else slice_rows(config, count, columns)
-            return own_part(in_slices(some, (q_THQ, visible_TS, index, rows.position), count, size), by_heads, 1)
+            out_THQ = in_slices(some, (q_THQ, visible_TS, index, rows.position), count, size)
+            return own_part(rotate(out_THQ, rows.position, frequencies, inverse=True), by_heads, 1)
 
         if record is ignore and paths.why_not_prefill_attention(config, rows, rows_of(by_heads)) is None:
-            kernels = functools.partial(
-                prefill_kernels.attend, config, self.ratio, own_part(self.attn_sink.get_value(), by_heads), kv_TQ, index, rows
-            )
+            # The product with quantised weights rounds its activations to bfloat16.
+            dtype = jnp.bfloat16 if isinstance(rows_of(self.wo_a.weight.get_value()), Quantized) else jnp.float16
+            sink_H = own_part(self.attn_sink.get_value(), by_heads)
+            kernels = functools.partial(prefill_kernels.attend, config, self.ratio, sink_H, kv_TQ, index, rows, dtype=dtype)
             out_THQ = jax.lax.platform_dependent(q_THQ, cuda=lambda q: kernels(before, cache, q), default=modules)
         else:
             out_THQ = modules(q_THQ)
-        out_THQ = rotate(out_THQ, rows.position, frequencies, inverse=True)
         out = self.wo_a(out_THQ.reshape(x_TD.shape[0], -1), strict=rows.strict, decoding=rows.decoding)
         return self.wo_b(out, strict=rows.strict, decoding=rows.decoding), cache
 

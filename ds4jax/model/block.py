@@ -8,11 +8,14 @@ from flax import nnx
 
 from ds4jax.cache.state import LayerCache, Rows
 from ds4jax.config import Config
+from ds4jax.model import paths
 from ds4jax.model.attention import Attention
 from ds4jax.model.layers import RMSNorm, Rngs, constant, parameter
 from ds4jax.model.moe import MoE
 from ds4jax.model.tape import Record, ignore, under
 from pallas_kernels.hyper_connections import meaning as hc
+from pallas_kernels.hyper_connections import prefill
+from pallas_kernels.linear.meaning import NEARLY_FLOAT32
 
 
 def initial_base(config: Config, layer: int) -> np.ndarray:
@@ -54,14 +57,14 @@ class Block(nnx.Module):
             Streams float32 [T, N, D], and the cache with the live rows.
         """
         with jax.named_scope("attention"):
-            x_TD, post, comb = self._collapse("attn", h_TND, record)
+            x_TD, post, comb = self._collapse("attn", h_TND, rows, record)
             x_TD = self.attn_norm(x_TD)
             y_TD, cache = self.attn(x_TD, rows, cache, under(record, "attn"))
             record("attn_in", x_TD)
             record("attn_out", y_TD)
             h_TND = hc.write_back(y_TD, h_TND, post, comb)
         with jax.named_scope("experts"):
-            x_TD, post, comb = self._collapse("ffn", h_TND, record)
+            x_TD, post, comb = self._collapse("ffn", h_TND, rows, record)
             x_TD = self.ffn_norm(x_TD)
             y_TD = self.ffn(x_TD, ids_T, strict=rows.strict, decoding=rows.decoding, record=under(record, "ffn"))
             record("ffn_in", x_TD)
@@ -70,11 +73,22 @@ class Block(nnx.Module):
         record("streams", h_TND)
         return h_TND, cache
 
-    def _collapse(self, part: str, h_TND: jax.Array, record: Record) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _collapse(self, part: str, h_TND: jax.Array, rows: Rows, record: Record) -> tuple[jax.Array, jax.Array, jax.Array]:
         fn, base, scale = (getattr(self, f"hc_{part}_{name}").get_value() for name in ("fn", "base", "scale"))
         config = self.config
-        mixes_TM = hc.mixes(h_TND, fn, config.norm_eps)
-        pre, post, comb = hc.split(mixes_TM, scale, base, n=config.hc_mult, iterations=config.hc_iters, eps=config.hc_eps)
+
+        def modules(h_TND: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            mixes_TM = hc.mixes(h_TND, fn, config.norm_eps)
+            return hc.split(mixes_TM, scale, base, n=config.hc_mult, iterations=config.hc_iters, eps=config.hc_eps)
+
+        def kernels(h_TND: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            mixes_TM = hc.mixes(h_TND, fn, config.norm_eps, NEARLY_FLOAT32)
+            return prefill.split(mixes_TM, scale, base, iterations=config.hc_iters, eps=config.hc_eps)
+
+        if record is ignore and paths.why_not_prefill_streams(config, rows, self.attn.wq_b.weight.get_value()) is None:
+            pre, post, comb = jax.lax.platform_dependent(h_TND, cuda=kernels, default=modules)
+        else:
+            pre, post, comb = modules(h_TND)
         for name, value in (("pre", pre), ("post", post), ("comb", comb)):
             record(f"hc_{part}_{name}", value)
         return hc.collapse(h_TND, pre), post, comb

@@ -5,6 +5,7 @@ Source: `Gate`, `Expert` and `MoE` of the reference inference code; the shared e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,13 @@ from ds4jax.config import Config
 from ds4jax.model import paths
 from ds4jax.model.layers import Linear, Rngs, constant, parameter, together
 from ds4jax.model.tape import Record, ignore
+from pallas_kernels.core.dispatch import opt_out
 from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.experts import meaning, prefill
 from pallas_kernels.formats import Q8_0, Quantized
 from pallas_kernels.formats.stored import Stored
 from pallas_kernels.linear.cut import gathered, rows_of
+from pallas_kernels.linear.meaning import AS_FLOAT32
 
 # Arithmetic of the experts for few rows. Q8_0 experts keep float32 activations: for a small model, quantising takes a CPU longer
 # than the product.
@@ -40,10 +43,24 @@ class Router(nnx.Module):
             self.bias = parameter(rngs, config.n_experts)
         self.config, self.hashed = config, hashed
 
-    def __call__(self, x_TD: jax.Array, ids_T: jax.Array, record: Record = ignore) -> tuple[jax.Array, jax.Array]:
-        """Expert ids int32 [T, K] and weights float32 [T, K] of rows float32 [T, D]. The bias affects the choice alone."""
+    def __call__(
+        self, x_TD: jax.Array, ids_T: jax.Array, record: Record = ignore, *, strict: bool = True, decoding: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Expert ids int32 [T, K] and weights float32 [T, K] of rows float32 [T, D]. The bias affects the choice alone.
+
+        Of a chunk of a prompt, the product uses tensor cores on CUDA unless `strict`.
+        """
         weight_ED = self.weight.get_value().astype(jnp.float32)
-        logits_TE = jax.lax.dot_general(x_TD, weight_ED, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+        def product(x_TD: jax.Array, precision: jax.lax.PrecisionLike = None) -> jax.Array:
+            contract = (((1,), (1,)), ((), ()))
+            return jax.lax.dot_general(x_TD, weight_ED, contract, precision=precision, preferred_element_type=jnp.float32)
+
+        if strict or decoding or opt_out():
+            logits_TE = product(x_TD)
+        else:
+            quick = functools.partial(product, precision=AS_FLOAT32)
+            logits_TE = jax.lax.platform_dependent(x_TD, cuda=quick, default=product)
         scores_TE = meaning.scores(logits_TE)
         if self.hashed:
             chosen_TK = self.tid2eid.get_value()[ids_T]
@@ -82,8 +99,8 @@ class Experts(nnx.Module):
         not depend on the number of rows. Otherwise weights of fewer than eight bits are multiplied by quantised activations. More
         than eight rows are computed eight at a time, and formats without a kernel one row at a time: the decoded experts of one
         row take 0.5 GB in V4-Flash.
-        A chunk of a prompt: on CUDA and not strict, rows are grouped by expert and multiplied in bfloat16. Otherwise every expert
-        is computed for all rows.
+        A chunk of a prompt: on CUDA and not strict, rows are grouped by expert and multiplied in bfloat16; on Hopper the weights
+        are read as they are stored. Otherwise every expert is computed for all rows.
 
         Args:
             decoding: static; as in `Rows`.
@@ -92,7 +109,12 @@ class Experts(nnx.Module):
         limit = self.config.swiglu_limit
 
         def grouped(x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
-            return prefill.experts(x_TD, chosen_TK, weights_TK, *stacks, limit=limit)
+            if paths.why_not_stored_experts(self.config, stacks, jax.devices()[0].device_kind):
+                return prefill.experts(x_TD, chosen_TK, weights_TK, *stacks, limit=limit)
+            # Imported where it runs: Mosaic GPU takes most of a second.
+            from pallas_kernels.experts import hopper
+
+            return hopper.experts(x_TD, chosen_TK, weights_TK, *stacks, limit=limit)
 
         def one_by_one(x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
             return meaning.one_by_one(x_TD, chosen_TK, weights_TK, *stacks, limit=limit)
@@ -153,7 +175,7 @@ class MoE(nnx.Module):
     def __call__(
         self, x_TD: jax.Array, ids_T: jax.Array, *, strict: bool = False, decoding: bool = False, record: Record = ignore
     ) -> jax.Array:
-        chosen_TK, weights_TK = self.gate(x_TD, ids_T, record)
         how = {"strict": strict, "decoding": decoding}
+        chosen_TK, weights_TK = self.gate(x_TD, ids_T, record, **how)
         y_TD = self.experts(x_TD, chosen_TK, weights_TK, **how) + self.shared_experts(x_TD, **how)
         return gathered(y_TD, self.shared_experts.w2.weight.get_value())

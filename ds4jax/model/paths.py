@@ -14,9 +14,10 @@ from ds4jax.config import Config
 from pallas_kernels.core.dispatch import opt_out
 from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.experts import prefill as grouped
+from pallas_kernels.experts.fragments import BLOCK, DECODERS
 from pallas_kernels.formats import Quantized
-from pallas_kernels.hyper_connections.decode import STREAMS
-from pallas_kernels.linear.cut import rows_of
+from pallas_kernels.hyper_connections.gates import STREAMS
+from pallas_kernels.linear.cut import Cut, rows_of
 from pallas_kernels.linear.dequantise import RUNS
 from pallas_kernels.linear.lane_formats import LANE_FORMATS
 from pallas_kernels.linear.meaning import Weight
@@ -42,6 +43,8 @@ FLOATS = ("float16", "bfloat16", "float32")
 MIN_WIDTH = {"dim": 256, "moe_dim": 256, "head_dim": 64, "index_dim": 32}
 # A tensor core's operand has at least this many columns.
 MIN_COLUMNS = 16
+# Names in JAX of GPUs whose tensor cores take an operand from the registers of a warpgroup.
+HOPPER = ("H100", "H200", "GH200", "H800", "H20")
 # The kinds of calls, where they are the reason.
 PROMPT, STEP = "a chunk of a prompt", "a decode step"
 
@@ -143,6 +146,21 @@ def why_not_prefill_attention(config: Config, rows: Rows, weight: Weight) -> str
     return _wide_enough(config, "index_dim")
 
 
+def why_not_prefill_streams(config: Config, rows: Rows, weight: Weight) -> str | None:
+    """Why the prefill kernel cannot compute the gates of a call's streams; None when it can.
+
+    Args:
+        weight: as for `why_not_prefill_attention`.
+    """
+    if rows.strict:
+        return "strict"
+    if rows.decoding:
+        return STEP
+    if not isinstance(weight, Quantized) and weight.dtype == "float32":
+        return "float32 weights"
+    return opt_out() or _streams(config)
+
+
 def why_not_grouped_experts(config: Config, stacks: Sequence[Weight], *, decoding: bool, strict: bool) -> str | None:
     """Why the prefill kernels cannot run the experts of a call; None when they can.
 
@@ -162,4 +180,26 @@ def why_not_grouped_experts(config: Config, stacks: Sequence[Weight], *, decodin
     for width in (config.dim, config.moe_dim, *(rows_of(stack).shape[1] for stack in stacks)):
         if not grouped.fits(width, width):
             return f"a width of {width} does not divide into tiles"
+    return None
+
+
+def why_not_stored_experts(config: Config, stacks: Sequence[Weight], device_kind: str) -> str | None:
+    """Why grouped experts must dequantise their weights first; None where the products read them as they are stored.
+
+    Args:
+        stacks: gate, up and down, for which `why_not_grouped_experts` gives no reason.
+        device_kind: the name of the device in JAX.
+    """
+    if not any(name in device_kind for name in HOPPER):
+        return f"{device_kind} is not a Hopper GPU"
+    for name, stack in zip(EXPERTS, stacks, strict=True):
+        if isinstance(stack, Cut):
+            return f"{name} is cut over devices"
+        if type(stack) not in DECODERS:
+            return f"{name} is {type(stack).__name__}, which the products do not decode"
+    if type(stacks[0]) is not type(stacks[1]):
+        return f"gate and up experts are of two types, {type(stacks[0]).__name__} and {type(stacks[1]).__name__}"
+    for name, width in (("dim", config.dim), ("moe_dim", config.moe_dim)):
+        if width % BLOCK:
+            return f"{name} is {width}, not a multiple of {BLOCK}"
     return None

@@ -5,6 +5,8 @@ The modules define the result by a masked product over all rows of the cache.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -23,19 +25,22 @@ SCORE_BYTES = 1 << 28
 
 def attend(
     config: Config, ratio: int, sink_H: jax.Array, kv_TQ: jax.Array, index: Queries | None, rows: Rows,
-    before: jax.Array, cache: LayerCache, q_THQ: jax.Array, *, interpret: bool = False,
+    before: jax.Array, cache: LayerCache, q_THQ: jax.Array, *, dtype: Any = jnp.float16, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """Attend from the call's rows, all of one sequence, to their windows and to the compressed rows of the layer.
+
+    Queries are normed and rotated, and outputs rotated back.
 
     Args:
         kv_TQ: float32 [T, Q], the call's own rows.
         index: the indexer's queries; None without an indexer.
         before: the windows' rings [B, ring, Q] before the call.
         cache: the layer's cache with the call's rows.
-        q_THQ: float32 [T, H, Q], normed and rotated.
+        q_THQ: float32 [T, H, Q].
+        dtype: static; outputs are rounded to it.
 
     Returns:
-        float32 [T, H, Q], not rotated back.
+        float32 [T, H, Q].
     """
     start = rows.start[rows.readers]
     past = _past(config.window, own(before, rows), start)
@@ -45,11 +50,18 @@ def attend(
         visible = (rows.position + 1) // ratio
         compressed_rows = widen(own(cache.compressor.rows, rows)).astype(jnp.float16)[None]
         compressed = _seen(config, compressed_rows, index, cache.indexer, rows, visible, interpret)
+    cos, sin = _angles(config, rows, compressed=ratio > 0)
     out_THQ = attend_prefill(
-        q_THQ.astype(jnp.float16), keys, start, sink_H.astype(jnp.float32), compressed, visible,
-        window=config.window, scale=config.head_dim**-0.5, interpret=interpret,
+        q_THQ, cos, sin, keys, start, sink_H.astype(jnp.float32), compressed, visible,
+        window=config.window, scale=config.head_dim**-0.5, eps=config.norm_eps, dtype=dtype, interpret=interpret,
     )  # fmt: skip
     return out_THQ.astype(jnp.float32)
+
+
+def _angles(config: Config, rows: Rows, *, compressed: bool) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines float32 [T, R/2] of the rows' angles."""
+    angle = rows.position.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config, compressed=compressed))
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def _past(window: int, ring: jax.Array, start: jax.Array) -> jax.Array:
@@ -68,14 +80,12 @@ def _seen(
     count = compressed_rows.shape[1]
     if keys is None or index is None or count <= config.index_topk:
         return Leading(compressed_rows, visible)
-    angle = rows.position.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config, compressed=True))
-    operands = (index.q, index.weights, jnp.cos(angle), jnp.sin(angle), rows.sequence, visible)
+    operands = (index.q, index.weights, *_angles(config, rows, compressed=True), rows.sequence, visible)
 
     def choose(operands: tuple[jax.Array, ...]) -> jax.Array:
         q, weights, cos, sin, sequence, visible = operands
-        return indexer.index(
-            q, weights, cos, sin, keys.rows, sequence, visible, topk=config.index_topk, qat=config.qat, interpret=interpret
-        )
+        how: dict[str, Any] = {"topk": config.index_topk, "qat": config.qat, "one_sequence": True, "interpret": interpret}
+        return indexer.index(q, weights, cos, sin, keys.rows, sequence, visible, **how)
 
     width = _rows_at_once(rows.position.shape[0], count)
     parts = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), operands)

@@ -29,7 +29,7 @@ class LedSlots(Slots):
         super().__init__(model, shape)
 
     def warm(self) -> None:
-        self.ready()
+        self.compiled()
         self._job.meet()
         super().warm()
 
@@ -37,9 +37,9 @@ class LedSlots(Slots):
         self._job.order("append", [ids_C, following_C], slot=slot, count=count)
         super().append(slot, ids_C, following_C, count)
 
-    def taken(self, slot: int, start: int) -> ChunkState:
-        self._job.order("taken", slot=slot, start=start)
-        return super().taken(slot, start)
+    def taken(self, slot: int, start: int, width: int) -> ChunkState:
+        self._job.order("taken", slot=slot, start=start, width=width)
+        return super().taken(slot, start, width)
 
     def put_rows(self, slot: int, start: int, state: ChunkState) -> None:
         self._job.order("put_rows", jax.tree.leaves(state.rows), slot=slot, start=start)
@@ -88,8 +88,8 @@ class LedSlots(Slots):
 
 def follow(slots: Slots, job: Job) -> None:
     """Repeat in another process what process 0 does with its slots, until the job ends."""
-    like = slots.chunk_shapes()
-    slots.ready()
+    like = slots.chunk_shapes(slots.shape.chunk)
+    slots.compiled()
     job.meet()
     for message in job.orders():
         fields = dict(message.fields)

@@ -93,6 +93,14 @@ UD_IQ3_XXS = Types(
 )
 
 
+# The published checkpoint with FP8 matrices as Q8_0: experts keep their bits. 43 layers are more than any one GPU holds.
+PUBLISHED = Types(
+    names={"hc_attn_fn": "F32", "hc_ffn_fn": "F32", "hc_head_fn": "F32"},
+    ends={},
+    kinds={DENSE: "Q8_0", EXPERTS: "MXFP4", SMALL: "BF16", EMBEDDING: "BF16"},
+)
+
+
 # antirez's file of a DSpark drafter, by its size and the types that its reader takes.
 DSPARK = Types(
     names={**Q2.names, "ffn.gate.weight": "F32", "confidence.weight": "F32"},
@@ -132,6 +140,7 @@ LAYOUTS = dict(
             Layout(SMALL_Q2, UD_IQ3_XXS),
             Layout(with_dspark(Config(), noise_id=128799, rank=256), Q2),
             Layout(with_dspark(SMALL_Q2, noise_id=5, rank=32), Q2),
+            Layout(Config(), PUBLISHED),
         ),
         strict=True,
     )

@@ -86,8 +86,8 @@ def decode(
 
 
 def prefill(
-    q: jax.Array, keys: jax.Array, start: jax.Array, sink: jax.Array, compressed: Compressed | None = None,
-    visible: jax.Array | None = None, *, window: int, scale: float,
+    q: jax.Array, cos: jax.Array, sin: jax.Array, keys: jax.Array, start: jax.Array, sink: jax.Array,
+    compressed: Compressed | None = None, visible: jax.Array | None = None, *, window: int, scale: float, eps: float,
 ) -> jax.Array:  # fmt: skip
     """What `prefill.attend_prefill` computes, float32 [T, H, Q]; arguments as there."""
     place, row = jnp.arange(keys.shape[0], dtype=jnp.int32), jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
@@ -100,7 +100,8 @@ def prefill(
         chosen = widen(compressed.rows)[0, jnp.maximum(compressed.index, 0)]
         real = jnp.arange(chosen.shape[1], dtype=jnp.int32) < visible[:, None]
         segments.append((chosen.astype(jnp.float32), real))
-    return attend(q.astype(jnp.float32), segments, sink, scale)[0]
+    out, _ = attend(rotary.rotate(q * rms_scale(q, eps), cos, sin), segments, sink, scale)
+    return rotary.rotate(out, cos, sin, inverse=True)
 
 
 def qkv(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.core import rounding
+from pallas_kernels.core.parts import parts
 from pallas_kernels.core.rounding import FP4_BLOCK
 
 
@@ -62,7 +63,23 @@ def hadamard(x: jax.Array) -> jax.Array:
     return y.reshape(x.shape) * jnp.float32(n**-0.5)
 
 
-def round_fp4(x: jax.Array) -> jax.Array:
-    """Inside a kernel: Hadamard transform of x [..., n], n at least 32, and FP4 rounding in blocks of 32."""
-    blocks = hadamard(x).reshape(*x.shape[:-1], x.shape[-1] // FP4_BLOCK, FP4_BLOCK)
+def hadamard_of_many(x: jax.Array) -> jax.Array:
+    """Inside a kernel: `hadamard` of x [m, n], m and n at least 16, on the tensor cores.
+
+    x is the sum of three bfloat16 numbers, and so is its product with a sign.
+    """
+    signs = _signs(x.shape[1], 2, 0, 1).astype(jnp.bfloat16)
+    total = jnp.zeros(x.shape, jnp.float32)
+    for part in reversed(parts(x, 3)):
+        total += jax.lax.dot_general(part, signs, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return total * jnp.float32(x.shape[1] ** -0.5)
+
+
+def round_fp4(x: jax.Array, *, many: bool = False) -> jax.Array:
+    """Inside a kernel: Hadamard transform of x [..., n], n at least 32, and FP4 rounding in blocks of 32.
+
+    Args:
+        many: static; transform on the tensor cores.
+    """
+    blocks = (hadamard_of_many(x) if many else hadamard(x)).reshape(*x.shape[:-1], x.shape[-1] // FP4_BLOCK, FP4_BLOCK)
     return rounding.fp4(blocks).reshape(x.shape)

@@ -10,6 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+# Rows of a unit in which Hopper's copies address shared memory.
+ALIGNMENT = 8
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,72 @@ def plan(chosen: jax.Array, experts: int, rows: int) -> Plan:
         ValueError: an expert's and a pair's number together need more than 31 bits.
     """
     pairs = chosen.size
+    in_order, first = _sorted(chosen, experts)
+    count = first[1:] - first[:-1]
+    first_tile = _first_tile(count, rows)
+    owner, used = _owners(first_tile, max_tiles(pairs, experts, rows))
+    tile = jnp.arange(owner.shape[0], dtype=jnp.int32)
+    rank = ((tile - first_tile[owner]) * rows)[:, None] + jnp.arange(rows, dtype=jnp.int32)
+    real = used[:, None] & (rank < count[owner][:, None])
+    place = jnp.minimum(first[owner][:, None] + rank, pairs - 1)
+    return Plan(jnp.where(real, in_order[place], -1).reshape(-1), jnp.where(used, owner, -1), first_tile)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """Tiles as spans of one list of pairs sorted by expert. The tiles of an expert have about as many pairs each.
+
+    Every tile begins at a multiple of `ALIGNMENT`, so that an expert's pairs may be followed by some empty places.
+
+    Attributes:
+        pair: int32 [places], the pair of each place; 0 for an empty one. `rows` places can be read from any tile's first.
+        expert, first, count: int32 [tiles], expert, first place and number of pairs of each tile, the fullest first. Tiles with
+            count 0 are unused.
+    """
+
+    pair: jax.Array
+    expert: jax.Array
+    first: jax.Array
+    count: jax.Array
+
+
+def spans(chosen: jax.Array, experts: int, rows: int) -> Spans:
+    """Group pairs of rows and experts into tiles of at most `rows` pairs, a multiple of `ALIGNMENT`.
+
+    Arguments and errors as for `plan`.
+    """
+    in_order, start = _sorted(chosen, experts)
+    count = start[1:] - start[:-1]
+    first_tile = _first_tile(count, rows)
+    owner, used = _owners(first_tile, max_tiles(chosen.size, experts, rows))
+    tiles = jnp.maximum(first_tile[1:] - first_tile[:-1], 1)
+    each = _aligned(-(-count // tiles))
+    done = (jnp.arange(owner.shape[0], dtype=jnp.int32) - first_tile[owner]) * each[owner]
+    left = jnp.where(used, jnp.minimum(count[owner] - done, each[owner]), 0)
+
+    first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(_aligned(count), dtype=jnp.int32)])
+    place = jnp.arange(places(chosen.size, experts, rows), dtype=jnp.int32)
+    whose, there = _owners(first, place.shape[0])
+    rank = place - first[whose]
+    pair = jnp.where(there & (rank < count[whose]), in_order[jnp.minimum(start[whose] + rank, chosen.size - 1)], 0)
+    # A processor takes tiles in turn, and gets about as much work as another if full tiles come first.
+    by_size = jnp.argsort(-left)
+    return Spans(pair, owner[by_size], jnp.where(used, first[owner] + done, 0)[by_size], left[by_size])
+
+
+def places(pairs: int, experts: int, rows: int) -> int:
+    """Places of `Spans`: the pairs, the empty places after those of each expert, and a tile's rows after all."""
+    return pairs + min(pairs, experts) * (ALIGNMENT - 1) + rows
+
+
+def _aligned(count: jax.Array) -> jax.Array:
+    return (count + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def _sorted(chosen: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """The pairs sorted by expert, int32 [pairs], and the place of each expert's first, int32 [E + 1]."""
+    pairs = chosen.size
     bits = (pairs - 1).bit_length()
     if experts << bits > 1 << 31:
         raise ValueError(f"chosen is {list(chosen.shape)} among {experts} experts; their pairs cannot be numbered in 31 bits")
@@ -61,15 +130,17 @@ def plan(chosen: jax.Array, experts: int, rows: int) -> Plan:
     in_order = jnp.sort((chosen.reshape(-1) << bits) | pair) & ((1 << bits) - 1)
     every = jnp.arange(experts + 1, dtype=jnp.int32)
     # The compiler fuses the comparison with the sum, so no array of this size is stored.
-    first = jnp.sum(chosen.reshape(1, -1) < every[:, None], axis=1, dtype=jnp.int32)
-    count = first[1:] - first[:-1]
-    first_tile = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum((count + rows - 1) // rows, dtype=jnp.int32)])
+    return in_order, jnp.sum(chosen.reshape(1, -1) < every[:, None], axis=1, dtype=jnp.int32)
 
-    tile = jnp.arange(max_tiles(pairs, experts, rows), dtype=jnp.int32)
+
+def _first_tile(count: jax.Array, rows: int) -> jax.Array:
+    """The first tile of each expert, then the number of used tiles, int32 [E + 1]."""
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum((count + rows - 1) // rows, dtype=jnp.int32)])
+
+
+def _owners(first_tile: jax.Array, tiles: int) -> tuple[jax.Array, jax.Array]:
+    """The expert of each tile, int32 [tiles], and whether the tile is used; an unused tile has the last expert."""
+    tile = jnp.arange(tiles, dtype=jnp.int32)
     owner = jnp.sum(first_tile[None, 1:] <= tile[:, None], axis=1, dtype=jnp.int32)
-    used = owner < experts
-    owner = jnp.minimum(owner, experts - 1)
-    rank = ((tile - first_tile[owner]) * rows)[:, None] + jnp.arange(rows, dtype=jnp.int32)
-    real = used[:, None] & (rank < count[owner][:, None])
-    place = jnp.minimum(first[owner][:, None] + rank, pairs - 1)
-    return Plan(jnp.where(real, in_order[place], -1).reshape(-1), jnp.where(used, owner, -1), first_tile)
+    experts = first_tile.shape[0] - 1
+    return jnp.minimum(owner, experts - 1), owner < experts

@@ -69,15 +69,16 @@ def gathered(
     def gate_or_up(weight: Weight) -> jax.Array:
         if _quantises(weight, in_float):
             return expert_dot(x_TD[:, None], weight)
-        return jnp.einsum("td,tkfd->tkf", x_TD, as_float32(weight), precision=precision, preferred_element_type=jnp.float32)
+        # With the matrices on the left, a CPU multiplies them as they lie in memory; otherwise it copies them for each row.
+        return jnp.einsum("tkfd,td->tkf", as_float32(weight), x_TD, precision=precision, preferred_element_type=jnp.float32)
 
     gate_TKF, up_TKF = gate_or_up(gate_TKFD), gate_or_up(up_TKFD)
     hidden_TKF = completed(swiglu(gate_TKF, up_TKF, limit) * weights_TK[..., None], up)
     if _quantises(down_TKDF, in_float):
         return own_part(expert_dot(hidden_TKF, down_TKDF, add_up=True), down)
     down_TKDF = as_float32(down_TKDF)
-    y_TD = jnp.einsum("tkf,tkdf->td", hidden_TKF, down_TKDF, precision=precision, preferred_element_type=jnp.float32)
-    return own_part(y_TD, down)
+    products = jnp.einsum("tkdf,tkf->tkd", down_TKDF, hidden_TKF, precision=precision, preferred_element_type=jnp.float32)
+    return own_part(jnp.sum(products, axis=1), down)
 
 
 def _take_chosen(stack: Weight | Cut, chosen_TK: jax.Array) -> Weight | Cut:

@@ -23,20 +23,17 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.core.launch import TRAFFIC, Part
 from pallas_kernels.formats import BLOCK, HALF, Q8_0, WORDS, Quantized
+from pallas_kernels.hyper_connections.gates import MIXES, STREAMS, Row, mixing, sigmoid
 from pallas_kernels.linear import activation_k
 from pallas_kernels.linear.activation import Activation, quantize_blocks
 from pallas_kernels.linear.activation_k import ORDERS, ActivationK, Order
 
 MIX, ENTER, SINKHORN = "hc_mix", "hc_enter", "hc_sinkhorn"
-STREAMS = 4
 # Columns per program of the two launches.
 SLICE, COLUMNS = 64, 256
 # Partial results of a slice: up to 32 projections, then the products of streams i and j.
 PARTS, PRODUCTS = 48, 32
-MIXES = STREAMS * (2 + STREAMS)
 PAIRS = [(i, j) for i in range(STREAMS) for j in range(i, STREAMS)]
-
-Row = list[jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -113,30 +110,6 @@ def _store_parts(parts_ref: Any, row: jax.Array, part: jax.Array, first: int, te
     plt.store(parts_ref.at[row, place, jnp.full_like(place, 0) + part], jnp.sum(terms, axis=1))
 
 
-def _sigmoid(x: jax.Array) -> jax.Array:
-    return 1.0 / (1.0 + jnp.exp(-x))
-
-
-def _sinkhorn(c: Row, iterations: int, eps: float) -> Row:
-    """Normalise the columns of a positive 4×4 matrix, sixteen numbers, then rows and columns alternately."""
-
-    def scaled(c: Row, lines: list[list[int]]) -> Row:
-        out = list(c)
-        for line in lines:
-            inverse = 1.0 / ((c[line[0]] + c[line[1]]) + (c[line[2]] + c[line[3]]) + eps)
-            for i in line:
-                out[i] = c[i] * inverse
-        return out
-
-    rows = [[STREAMS * j + k for k in range(STREAMS)] for j in range(STREAMS)]
-    columns = [list(line) for line in zip(*rows, strict=True)]
-
-    def one_round(_: jax.Array, c: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(scaled(scaled(list(c), rows), columns))
-
-    return list(jax.lax.fori_loop(0, iterations - 1, one_round, tuple(scaled(c, columns))))
-
-
 @dataclasses.dataclass(frozen=True)
 class _Gates:
     """Gates of a row. Every program of the second launch computes the same numbers."""
@@ -204,7 +177,7 @@ def _store_input(
     sums = gates.sums_of([*range(STREAMS), *(PRODUCTS + STREAMS * i + j for i, j in PAIRS)])
     products = dict(zip(PAIRS, sums[STREAMS:], strict=True))
     scale = gates.scale_of([products[j, j] for j in range(STREAMS)])
-    pre = [_sigmoid(gates.gate(sums[j] * scale, j, 0)) + eps for j in range(STREAMS)]
+    pre = [sigmoid(gates.gate(sums[j] * scale, j, 0)) + eps for j in range(STREAMS)]
     norm = gates.norm(pre, products)
 
     def normed(streams: Row) -> jax.Array:
@@ -233,16 +206,9 @@ def _store_mixing(gates: _Gates, post_ref: Any, comb_ref: Any, iterations: int, 
     scale = gates.scale_of(sums[-STREAMS:])
     mixes = [mix * scale for mix in sums[:-STREAMS]]
     for k in range(STREAMS):
-        post_ref[gates.row, k] = 2.0 * _sigmoid(gates.gate(mixes[k], STREAMS + k, 1))
-    comb = []
-    for j in range(STREAMS):
-        places = [STREAMS * (2 + j) + k for k in range(STREAMS)]
-        logits = [gates.gate(mixes[place - STREAMS], place, 2) for place in places]
-        top = functools.reduce(jnp.maximum, logits)
-        weights = [jnp.exp(logit - top) for logit in logits]
-        total = (weights[0] + weights[1]) + (weights[2] + weights[3])
-        comb += [weight / total + eps for weight in weights]
-    comb = _sinkhorn(comb, iterations, eps)
+        post_ref[gates.row, k] = 2.0 * sigmoid(gates.gate(mixes[k], STREAMS + k, 1))
+    logits = [gates.gate(mix, place, 2) for place, mix in enumerate(mixes[STREAMS:], 2 * STREAMS)]
+    comb = mixing(logits, iterations, eps)
     for i, value in enumerate(comb):
         comb_ref[gates.row, i // STREAMS, i % STREAMS] = value
 

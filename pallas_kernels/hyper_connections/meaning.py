@@ -11,19 +11,20 @@ import jax.numpy as jnp
 from pallas_kernels.core.norm import rms_scale
 
 
-def mixes(h_TND: jax.Array, fn: jax.Array, norm_eps: float) -> jax.Array:
+def mixes(h_TND: jax.Array, fn: jax.Array, norm_eps: float, precision: jax.lax.PrecisionLike = None) -> jax.Array:
     """Project the flattened streams, divided by their root mean square.
 
     Args:
         h_TND: float32 [T, N, D].
         fn: float [rows, N·D].
         norm_eps: added to the mean square.
+        precision: of the product.
 
     Returns:
         float32 [T, rows].
     """
-    flat = h_TND.reshape(h_TND.shape[0], -1)
-    product = jax.lax.dot_general(flat, fn.astype(jnp.float32), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    flat, contract = h_TND.reshape(h_TND.shape[0], -1), (((1,), (1,)), ((), ()))
+    product = jax.lax.dot_general(flat, fn.astype(jnp.float32), contract, precision=precision, preferred_element_type=jnp.float32)
     return product * rms_scale(flat, norm_eps)
 
 

@@ -25,25 +25,29 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attention import stored_rows
 from pallas_kernels.attention.stored_rows import NarrowKeys, Stored
+from pallas_kernels.core import parts
 from pallas_kernels.core.rounding import FP4_BLOCK
 from pallas_kernels.core.row_rounding import angles, rotate, round_fp4
 
 NAMES = ("index_queries", "index_scores", "index_chunks", "index_select")
 HEADS_A_PROGRAM = 4
 KEYS_A_TILE = 64
+# Rows of one sequence that share a tile of keys, which is 32 KB from the L2.
+ROWS_A_PROGRAM = 4
 # Programs of a row: at most two per multiprocessor of an H100 or H200, fewer each in calls of many rows. If there are more
 # tiles, a program loops over them.
 MAX_PROGRAMS = 264
 MIN_PROGRAMS = 4
 FEW_ROWS = 8
 MIN_HEADS = 16
+# From so many rows on, a program takes all heads of a row.
+MANY_ROWS = 256
 # A float32 is the sum of three bfloat16 numbers. A value rounded to FP4 is one.
 PARTS = 3
 # Scores that one program chooses from. With fewer of them, more programs share the work.
 MIN_CHUNK, MAX_CHUNK = 2048, 16384
 SCORES_A_WARP = 256
 INT_MIN, INT_MAX = -(1 << 31), (1 << 31) - 1
-HIGH_HALF = -(1 << 16)
 
 
 def _value(i: int) -> jax.Array:
@@ -51,38 +55,15 @@ def _value(i: int) -> jax.Array:
     return jax.lax.full((), i, jnp.int32)
 
 
-def _parts(x: jax.Array, count: int) -> list[jax.Array]:
-    """Split x into `count` bfloat16 arrays that sum to x; each has the leading eight digits of the remainder."""
-    found = []
-    for _ in range(count):
-        # The digits are masked as integers, because a compiler may remove a conversion to bfloat16 and back.
-        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(HIGH_HALF)
-        high = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        found.append(high.astype(jnp.bfloat16))
-        x = x - high
-    return found
-
-
-def _queries(q: Any, cos: Any, sin: Any, visible: Any, out: Any, *, topk: int, qat: bool) -> None:
-    m, heads = pl.program_id(0), math.gcd(q.shape[1], HEADS_A_PROGRAM)
+def _queries(q: Any, cos: Any, sin: Any, visible: Any, out: Any, *, topk: int, qat: bool, heads: int) -> None:
+    m = pl.program_id(0)
     span = pl.ds(pl.program_id(1) * heads, heads)
 
     @pl.when(visible[m] > topk)
     def _() -> None:
         x = rotate(q[m, span, :], *angles(cos, sin, m, q.shape[2] // 2))
-        for i, part in enumerate(_parts(round_fp4(x) if qat else x, out.shape[1])):
+        for i, part in enumerate(parts.parts(round_fp4(x, many=heads >= MIN_HEADS) if qat else x, out.shape[1])):
             out[m, _value(i), span, :] = part
-
-
-def _products(keys: jax.Array, queries: list[jax.Array]) -> jax.Array:
-    """Dot products [tile, heads] of float32 keys [tile, Di] and query parts [heads, Di]. Products of small parts are left out."""
-    parts, total = _parts(keys, len(queries)), jnp.zeros((keys.shape[0], queries[0].shape[0]), jnp.float32)
-    # The smallest first.
-    for order in reversed(range(len(queries))):
-        for i in range(order + 1):
-            dims = (((1,), (1,)), ((), ()))
-            total += jax.lax.dot_general(parts[i], queries[order - i], dims, preferred_element_type=jnp.float32)
-    return total
 
 
 def _narrow_products(
@@ -115,14 +96,15 @@ def _narrow_products(
     return total
 
 
-def _scores(q: Any, weights: Any, *refs: Any, topk: int, programs: int) -> None:
+def _scores(q: Any, weights: Any, *refs: Any, topk: int, programs: int, rows: int) -> None:
     *leaves, of, visible, out = refs
     keys = leaves[0] if len(leaves) == 1 else NarrowKeys(*leaves)
-    m, first = pl.program_id(0), pl.program_id(1)
+    m, first = pl.program_id(0) * rows, pl.program_id(1)
     sequence = of[m]
-    parts, heads, dim = q.shape[1:]
+    count_of_parts, heads, dim = q.shape[1:]
     chunk = min(FP4_BLOCK, dim // 2) if isinstance(keys, NarrowKeys) else dim
-    count = jnp.minimum(visible[m], keys.shape[1])
+    most = functools.reduce(jnp.maximum, [visible[m + row] for row in range(rows)])
+    count = jnp.minimum(most, keys.shape[1])
     tiles = jnp.where(count > topk, (count + (KEYS_A_TILE - 1)) // KEYS_A_TILE, 0)
 
     @pl.when(first < tiles)
@@ -132,20 +114,26 @@ def _scores(q: Any, weights: Any, *refs: Any, topk: int, programs: int) -> None:
         real_queries = jnp.broadcast_to(real[:, None], (head.shape[0], chunk))
         # Padding heads are past the end; a slice with a constant start must not reach there.
         span = pl.ds(_value(0), head.shape[0])
-        chunks = [(i, pl.ds(channel, chunk)) for i in range(parts) for channel in range(0, dim, chunk)]
-        queries = [plt.load(q.at[m, _value(i), span, channels], mask=real_queries, other=0.0) for i, channels in chunks]
+        chunks = [(i, pl.ds(channel, chunk)) for i in range(count_of_parts) for channel in range(0, dim, chunk)]
         scale = jnp.float32(dim**-0.5 * heads**-0.5)
-        weight = plt.load(weights.at[m, span], mask=real, other=0.0) * scale
+        queries, weight = [], []
+        for row in range(rows):
+            loads = [q.at[m + row, _value(i), span, channels] for i, channels in chunks]
+            queries.append([plt.load(ref, mask=real_queries, other=0.0) for ref in loads])
+            weight.append(plt.load(weights.at[m + row, span], mask=real, other=0.0) * scale)
 
         def tile(i: jax.Array, carry: jax.Array) -> jax.Array:
             span = pl.ds((first + i * programs) * KEYS_A_TILE, KEYS_A_TILE)
             there = (first + i * programs) * KEYS_A_TILE + jax.lax.broadcasted_iota(jnp.int32, (KEYS_A_TILE, dim), 0) < count
-            if isinstance(keys, NarrowKeys):
-                products = _narrow_products(keys, sequence, (first + i * programs) * KEYS_A_TILE, count, queries)
-            else:
-                products = _products(plt.load(keys.at[sequence, span, :], mask=there, other=0.0), queries)
-            weight_of = jnp.broadcast_to(weight[None, :], products.shape)
-            out[m, span] = jnp.sum(jnp.maximum(products, 0.0) * weight_of, axis=1)
+            if not isinstance(keys, NarrowKeys):
+                wide = plt.load(keys.at[sequence, span, :], mask=there, other=0.0)
+            for row in range(rows):
+                if isinstance(keys, NarrowKeys):
+                    products = _narrow_products(keys, sequence, (first + i * programs) * KEYS_A_TILE, count, queries[row])
+                else:
+                    products = parts.products(wide, queries[row])
+                weight_of = jnp.broadcast_to(weight[row][None, :], products.shape)
+                out[m + row, span] = jnp.sum(jnp.maximum(products, 0.0) * weight_of, axis=1)
             return carry
 
         jax.lax.fori_loop(0, (tiles - first + (programs - 1)) // programs, tile, jnp.int32(0))
@@ -249,44 +237,47 @@ def _select(scores: Any, visible: Any, *refs: Any, topk: int, keys: int, size: i
 
 
 def _launch(
-    kernel: Callable[..., None], shape: jax.ShapeDtypeStruct, programs: int, warps: int, name: str, interpret: bool
-) -> Any:
-    """A kernel with a grid of the rows of its output times `programs`."""
+    kernel: Callable[..., None], shape: jax.ShapeDtypeStruct, programs: int, warps: int, name: str, interpret: bool,
+    rows: int = 1,
+) -> Any:  # fmt: skip
+    """A kernel with a grid of the rows of its output, `rows` to a program, times `programs`."""
     return pl.pallas_call(
         kernel,
         out_shape=shape,
-        grid=(shape.shape[0], programs),
+        grid=(shape.shape[0] // rows, programs),
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name=name,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "qat", "interpret"))
+@functools.partial(jax.jit, static_argnames=("topk", "qat", "many", "interpret"))
 def finish_queries(
-    q: jax.Array, cos: jax.Array, sin: jax.Array, visible: jax.Array, *, topk: int, qat: bool, interpret: bool = False
-) -> jax.Array:
+    q: jax.Array, cos: jax.Array, sin: jax.Array, visible: jax.Array, *, topk: int, qat: bool, many: bool = False,
+    interpret: bool = False,
+) -> jax.Array:  # fmt: skip
     """Rotate the index queries of a call. With `qat`, also transform and round them like the keys.
 
     Args:
         q: float32 [M, Hi, Di].
         cos, sin: float32 [M, R/2] at each row's position.
         visible: int32 [M]; the queries of a row with at most `topk` visible keys are undefined.
+        many: static; a program takes all heads of a row, for calls with more rows than multiprocessors.
 
     Returns:
         bfloat16 [M, P, Hi, Di]: P parts that sum to the query. P is 1 with `qat`, which is exact, and 3 without.
     """
     m, heads, dim = q.shape
     shape = jax.ShapeDtypeStruct((m, 1 if qat else PARTS, heads, dim), jnp.bfloat16)
-    programs = heads // math.gcd(heads, HEADS_A_PROGRAM)
-    kernel = functools.partial(_queries, topk=topk, qat=qat)
-    queries: jax.Array = _launch(kernel, shape, programs, 4, NAMES[0], interpret)(q, cos, sin, visible)
+    mine = heads if many else math.gcd(heads, HEADS_A_PROGRAM)
+    kernel = functools.partial(_queries, topk=topk, qat=qat, heads=mine)
+    queries: jax.Array = _launch(kernel, shape, heads // mine, 8 if many else 4, NAMES[0], interpret)(q, cos, sin, visible)
     return queries
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "interpret"))
+@functools.partial(jax.jit, static_argnames=("topk", "rows", "interpret"))
 def scores(
-    queries: jax.Array, weights: jax.Array, keys: Stored, sequence: jax.Array, visible: jax.Array, *, topk: int,
+    queries: jax.Array, weights: jax.Array, keys: Stored, sequence: jax.Array, visible: jax.Array, *, topk: int, rows: int = 1,
     interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """Score keys against queries: Σ over heads of weight · relu(query · key) / √(Di · Hi).
@@ -297,16 +288,17 @@ def scores(
         keys: [B, S, Di], float32 or narrow; narrow keys need queries of one part.
         sequence: int32 [M], the sequence of each row.
         visible: int32 [M]; a row with at most `topk` visible keys gets no scores.
+        rows: static; rows of a program, a divisor of M. They share each tile of keys, so all must be of one sequence.
 
     Returns:
         float32 [M, S'] with S' at least S; undefined from index `visible`.
     """
     tiles = pl.cdiv(keys.shape[1], KEYS_A_TILE)
     # In a prefill of many rows each row gets few programs, so its queries are loaded less often.
-    programs = min(tiles, max(MAX_PROGRAMS * FEW_ROWS // max(weights.shape[0], FEW_ROWS), MIN_PROGRAMS))
+    programs = min(tiles, max(MAX_PROGRAMS * FEW_ROWS // max(weights.shape[0] // rows, FEW_ROWS), MIN_PROGRAMS))
     shape = jax.ShapeDtypeStruct((weights.shape[0], tiles * KEYS_A_TILE), jnp.float32)
-    kernel = functools.partial(_scores, topk=topk, programs=programs)
-    score: jax.Array = _launch(kernel, shape, programs, 4, NAMES[1], interpret)(
+    kernel = functools.partial(_scores, topk=topk, programs=programs, rows=rows)
+    score: jax.Array = _launch(kernel, shape, programs, 4, NAMES[1], interpret, rows)(
         queries, weights, *jax.tree.leaves(keys), sequence, visible
     )  # fmt: skip
     return score
@@ -350,18 +342,9 @@ def select(score: jax.Array, visible: jax.Array, *, topk: int, keys: int, interp
 
 
 def index(
-    q: jax.Array,
-    weights: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    keys: Stored,
-    sequence: jax.Array,
-    visible: jax.Array,
-    *,
-    topk: int,
-    qat: bool,
-    interpret: bool = False,
-) -> jax.Array:
+    q: jax.Array, weights: jax.Array, cos: jax.Array, sin: jax.Array, keys: Stored, sequence: jax.Array, visible: jax.Array,
+    *, topk: int, qat: bool, one_sequence: bool = False, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
     """Choose the compressed rows that each row of a call attends to. Three launches, four for more than 2,048 keys.
 
     Args:
@@ -373,6 +356,7 @@ def index(
         visible: int32 [M], the number of keys that each row may see.
         topk: static, the maximum number of keys that a row attends to.
         qat: static; multiply queries by the Hadamard matrix and round them to FP4. The keys must have been rounded the same way.
+        one_sequence: static; all rows are of one sequence. Then several share a program, and the bits are the same.
 
     Returns:
         int32 [M, topk], indices of the row's keys, ascending, then -1. Of equal scores the lower index is chosen.
@@ -388,6 +372,8 @@ def index(
         raise ValueError(f"{heads} heads of {dim} values; both must be powers of two, the values at least 32")
     if isinstance(keys, NarrowKeys) and not qat:
         raise ValueError("the keys are narrow, but qat is off; set qat, so that the queries are rounded like the keys")
-    queries = finish_queries(q.reshape(m, heads, dim), cos, sin, visible, topk=topk, qat=qat, interpret=interpret)
-    score = scores(queries, weights, keys, sequence, visible, topk=topk, interpret=interpret)
+    of_queries: dict[str, Any] = {"topk": topk, "qat": qat, "many": one_sequence and m >= MANY_ROWS, "interpret": interpret}
+    queries = finish_queries(q.reshape(m, heads, dim), cos, sin, visible, **of_queries)
+    rows = math.gcd(m, ROWS_A_PROGRAM) if one_sequence else 1
+    score = scores(queries, weights, keys, sequence, visible, topk=topk, rows=rows, interpret=interpret)
     return select(score, visible, topk=topk, keys=count, interpret=interpret)

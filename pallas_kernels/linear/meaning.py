@@ -10,6 +10,10 @@ from pallas_kernels.formats import BLOCK, WORDS, Quantized, Terms
 from pallas_kernels.linear.activation import quantize_blocks
 
 Weight = jax.Array | Quantized
+# Nearly float32 on the tensor cores: each operand is a sum of two bfloat16 numbers. The product of the small parts is left out.
+NEARLY_FLOAT32 = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
+# The same with TF32 numbers, which together have all digits of a float32. It takes half as long again.
+AS_FLOAT32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 K_BLOCK = 256
 
 
@@ -56,8 +60,11 @@ def quantized_dot(x: jax.Array, weight: Quantized) -> jax.Array:
     terms = weight.terms().grouped(groups)
     blocks, (count, width) = xs.shape[-1], terms.values.shape[-2:]
     xq = xq.astype(jnp.float32).reshape(m, groups, blocks * count, width)
-    wq = terms.values.astype(jnp.float32).reshape(groups, -1, blocks * count, width)
-    dots = jnp.einsum("mcgk,cngk->mcng", xq, wq, precision="highest", preferred_element_type=jnp.float32)
+    # A product's batches come first in memory. The integers are moved there, behind a barrier: a compiler takes the conversion of
+    # weights out of a loop of decode steps, but would copy the converted weights in every step.
+    values = jnp.moveaxis(terms.values.reshape(groups, -1, blocks * count, width), 2, 1)
+    wq = jax.lax.optimization_barrier(values).astype(jnp.float32)
+    dots = jnp.einsum("mcgk,cgnk->mcng", xq, wq, precision="highest", preferred_element_type=jnp.float32)
     totals = jnp.sum(xq, axis=-1).reshape(m, groups, 1, blocks, count)
     sums, ws = _block_sums(dots.reshape(*dots.shape[:-1], blocks, count), totals, terms)
     xs = jnp.concatenate([xs] * (ws.shape[-1] // blocks), axis=-1)

@@ -1,27 +1,14 @@
-"""`bench prefill` and `bench decode` over several contexts: a whole run with a toy, and what cannot be measured."""
+"""`bench decode` over several contexts: a whole run with a toy, and what cannot be measured."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from ds4jax.bench import long, prefill, report
+from ds4jax.bench import long, report
 from ds4jax.cli import main as cli
 from ds4jax.errors import InputError
-
-
-@pytest.mark.slow
-def test_prefill(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    file = tmp_path / "prefill.json"
-    options = ["--synthetic", "small-q2", "--layers", "2", "--tokens", "32,64", "--chunk", "32", "--json", str(file)]
-    assert cli.main(["bench", "prefill", *options]) == 0
-    content = json.loads(file.read_text())
-    assert [(row["tokens"], row["width"], len(row["call_ms"])) for row in content["rows"]] == [(32, 32, 1), (64, 32, 2)]
-    assert all(row["tokens_per_second"] > 0 and row["cache_bytes"] > 0 for row in content["rows"])
-    assert content["slice"]
-    assert "a SLICE of 2 of 6 layers" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
@@ -42,8 +29,6 @@ def test_decode_over_contexts_and_caches(capsys: pytest.CaptureFixture, tmp_path
 @pytest.mark.parametrize(
     ("make", "field"),
     [
-        (lambda: prefill.Options("small-q2", tokens=(100,), chunk=64), "tokens is 100"),
-        (lambda: prefill.Options("small-q2", tokens=(1 << 20,), chunk=64), "tokens is 1048576"),
         (lambda: long.Options("small-q2", contexts=(1 << 20,)), "context is 1048576"),
     ],
 )

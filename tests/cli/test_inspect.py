@@ -88,7 +88,7 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
         f"{plan['draft'] / 1e6:,.1f} more",
         "h100: 80 GB: fits",
         "tokens/s",
-        "in calls of 4,096",
+        "in calls of 1,024",
     ):
         assert part in text
     assert "h200" not in text
@@ -277,6 +277,16 @@ def test_decode_step_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setenv(OPT_OUT, "1")
     told = json.loads(output(capsys, "--dispatch", "--json"))["decode_step"]
     assert {(row["cuda"], row["reason"]) for row in told} == {("modules", f"{OPT_OUT}=1")}
+
+
+def test_experts_of_a_prompt_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads(output(capsys, "--dispatch", "--json"))["prompt_experts"]
+    text = output(capsys, "--dispatch")
+    assert [row["part"] for row in rows] == ["layers", "mtp"]
+    for row in rows:
+        part = f"layers {row['layers']}" if row["part"] == "layers" else row["part"]
+        line = f"{part} +{row['count']}  every row / every row / every row \\({re.escape(row['reason'])}\\)\n"
+        assert re.search(line, text), line
 
 
 def test_check(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,26 @@ def test_decode_step_of_the_published_types() -> None:
     assert inspect_paths.costs(checkpoint) == []
 
 
+def test_experts_of_a_prompt() -> None:
+    whole = synthetic.checkpoint(synthetic.config_of("flash-q2", 3), "flash-q2")
+    paths = {"hopper": "stored", "cuda": "dequantised", "default": "every row", "reason": "widths and types fit"}
+    layers = {"part": "layers", "layers": "0-2", "count": 3, **paths}
+    mtp = {"part": "mtp", "layers": "mtp", "count": 1, **paths}
+    assert inspect_paths.prompt_experts(whole) == [layers, mtp]
+    name = "layers.1.ffn.experts.w2.weight"
+
+    def changed(form: str) -> list[dict]:
+        tensors = tuple(dataclasses.replace(one, form=form) if one.name == name else one for one in whole.tensors)
+        return inspect_paths.prompt_experts(dataclasses.replace(whole, tensors=tensors))
+
+    around = [{**layers, "layers": "0, 2", "count": 2}, mtp]
+    reason = "ffn.experts.w2 is Q8_0, which the products do not decode"
+    one = {**layers, "layers": "1", "count": 1, "hopper": "dequantised", "reason": reason}
+    assert changed("Q8_0") == [around[0], one, mtp]
+    reason = "ffn.experts.w2 is IQ1_S, which has no kernel"
+    assert changed("IQ1_S") == [around[0], one | {"hopper": "every row", "cuda": "every row", "reason": reason}, mtp]
+
+
 @pytest.mark.parametrize(
     ("name", "form", "reasons"),
     [

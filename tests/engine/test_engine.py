@@ -157,7 +157,7 @@ def test_a_bad_engine_is_refused_in_one_line(options: dict[str, Any], said: str)
 
 
 def test_an_engine_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = state_bytes(shallow_model(), Shape(8, 1024, CHUNK, False, None))
+    state = state_bytes(shallow_model(), Shape(8, 1024, (CHUNK,), False, None))
     monkeypatch.setattr(shallow_model(), "drafter", lambda chosen: None)
     calls = call_bytes(shallow_model().config, CHUNK, 1024, kernels=False)
     monkeypatch.setattr("ds4jax.engine.engine.free_bytes", lambda: calls + state // 8 * 3 + 100)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numerics import END_TO_END, arrays, assert_bits_equal, assert_close, golden_model, short_model
 
 import ds4jax
-from ds4jax.cache.capacity import BUCKETS, PREFILL, chunks, widths
+from ds4jax.cache.capacity import KERNEL_PREFILL, PREFILL, chunks, cut, needed, widths
 from ds4jax.config import Config
 from ds4jax.engine.options import Options
 from ds4jax.engine.prefill import MAX_BYTES, call_bytes, chunk_for
@@ -30,8 +30,8 @@ def test_calls_take_every_row_once_and_pad_little(total, chunk):
     for _, width, count in calls:
         assert 1 <= count <= min(chunk, width)
         assert width in widths(chunk)
-        assert width <= max(chunk, BUCKETS[0])
-        assert width <= max(4 * count, BUCKETS[0]) or width == min(widths(chunk))
+        assert width <= max(chunk, PREFILL[0])
+        assert width <= max(4 * count, PREFILL[0]) or width == min(widths(chunk))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,8 @@ def test_calls_take_every_row_once_and_pad_little(total, chunk):
         (600, 512, [(512, 512), (128, 88)]),
         (3000, 4096, [(4096, 3000)]),
         (600, 4096, [(512, 512), (128, 88)]),
+        (1000, 4096, [(512, 512), (512, 488)]),
+        (2000, 4096, [(4096, 2000)]),
         (20, 7, [(32, 7), (32, 7), (32, 6)]),
         (250, 100, [(100, 100), (100, 100), (100, 50)]),
     ],
@@ -49,14 +51,45 @@ def test_widths_of_calls(total, chunk, expected):
     assert [(width, count) for _, width, count in chunks(total, total, chunk)] == expected
 
 
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (16, [(64, 16)]),
+        (65, [(256, 65)]),
+        (300, [(1024, 300)]),
+        (2000, [(1024, 1024), (1024, 976)]),
+        (3000, [(4096, 3000)]),
+        (5000, [(4096, 4096), (1024, 904)]),
+        (9000, [(4096, 4096), (4096, 4096), (1024, 808)]),
+    ],
+)
+def test_calls_by_kernels(rows, expected):
+    """A short prompt pays for no wide call, and a long one for few calls."""
+    assert list(cut(rows, KERNEL_PREFILL)) == expected
+
+
+@given(st.integers(1, 20_000), st.sampled_from([PREFILL, KERNEL_PREFILL]))
+def test_no_prompt_needs_a_width_that_is_left_out(rows, allowed):
+    assert {width for width, _ in cut(rows, allowed)} <= {*needed(allowed, rows)}
+
+
+def test_widths_that_a_context_needs():
+    assert needed(KERNEL_PREFILL, 4096) == KERNEL_PREFILL
+    assert needed(KERNEL_PREFILL, 2048) == KERNEL_PREFILL[:3]
+    assert needed(KERNEL_PREFILL, 100) == KERNEL_PREFILL[:2]
+    assert needed(KERNEL_PREFILL, 1) == KERNEL_PREFILL[:1]
+
+
 def test_the_plan_bounds_a_call_of_v4_flash():
     config = Config()
-    assert chunk_for(config, 32768, None) == PREFILL[-1]
+    assert chunk_for(config, 32768, None) == 1024
+    assert chunk_for(config, 32768, None, kernels=False) == PREFILL[-1]
     assert chunk_for(config, 32768, 45_000_000_000) == 4096
+    assert chunk_for(config, 2048, 45_000_000_000) == 1024
     assert chunk_for(config, 1 << 20, 45_000_000_000) == 4096
-    assert chunk_for(config, 32768, 3_000_000_000) == 512
-    assert chunk_for(config, 32768, 0) == BUCKETS[0]
-    for rows in BUCKETS:
+    assert chunk_for(config, 32768, 3_000_000_000) == 1024
+    assert chunk_for(config, 32768, 0) == KERNEL_PREFILL[0]
+    for rows in KERNEL_PREFILL:
         assert call_bytes(config, rows, 1 << 20, logits=True) > call_bytes(config, rows, 1 << 20)
     assert call_bytes(config, 4096, 1 << 20, logits=True) < MAX_BYTES
 

@@ -14,7 +14,7 @@ from numerics import assert_bits_equal
 
 from ds4jax.bounds import WORKING_BYTES
 from ds4jax.cache import state as caches
-from ds4jax.cache.capacity import BUCKETS, PREFILL
+from ds4jax.cache.capacity import PREFILL
 from ds4jax.cache.state import LayerCache, Rows
 from ds4jax.config import Config
 from ds4jax.device import DeviceMemory
@@ -95,7 +95,7 @@ def test_the_chunk_of_a_cpu_follows_memory_and_capacity(monkeypatch: pytest.Monk
     assert prefill.chunk_for(config, short, free, kernels=False) == ROWS
     assert prefill.chunk_for(config, long, free, kernels=False) < ROWS
     assert prefill.chunk_for(config, short, 1 << 40, kernels=False) == ROWS
-    assert prefill.chunk_for(config, short, 0, kernels=False) == BUCKETS[0]
+    assert prefill.chunk_for(config, short, 0, kernels=False) == PREFILL[0]
     monkeypatch.setattr(prefill, "host_memory", lambda: DeviceMemory(4 * free, 3 * free, None))
     assert prefill.chunk_here(config, short, free) == ROWS
     monkeypatch.setattr(prefill, "host_memory", lambda: DeviceMemory(4 * free, 3 * free + 1, None))

@@ -28,6 +28,7 @@ class Case:
     start: int = 3
     heads: int = 4
     dim: int = 64
+    rope: int = 64
     window: int = 40
     leading: int = 0
     chosen: int = 0
@@ -41,13 +42,16 @@ class Case:
         rows = normal((1, stored, self.dim)).astype(np.float16)
         visible = random.integers(0, (self.leading or self.chosen) + 1, self.t, np.int32)
         visible[0] = 0
+        angles = random.uniform(-3.0, 3.0, (self.t, self.rope // 2))
         if self.leading:
             compressed = Leading(rows, visible)
         if self.chosen:
             index = random.integers(0, stored, (self.t, self.chosen), np.int32)
             compressed = Chosen(rows, np.where(np.arange(self.chosen) < visible[:, None], index, np.int32(-1)))
         return {
-            "q": normal((self.t, self.heads, self.dim)).astype(np.float16) * 3,
+            "q": normal((self.t, self.heads, self.dim)),
+            "cos": np.cos(angles, dtype=np.float32),
+            "sin": np.sin(angles, dtype=np.float32),
             "keys": normal((self.window + self.t, self.dim)).astype(np.float16),
             "start": np.full(1, self.start, np.int32),
             "sink": normal(self.heads),
@@ -58,7 +62,7 @@ class Case:
     @property
     def options(self) -> dict[str, Any]:
         """Static arguments."""
-        return {"window": self.window, "scale": self.dim**-0.5}
+        return {"window": self.window, "scale": 3 * self.dim**-0.5, "eps": 1e-6}
 
 
 CASES = {
@@ -74,7 +78,7 @@ FLASH = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("window", "scale"))
+@functools.partial(jax.jit, static_argnames=("window", "scale", "eps"))
 def _meaning(**operands: Any) -> jax.Array:
     with jax.default_matmul_precision("highest"):
         return meaning.prefill(**operands)
@@ -92,6 +96,16 @@ def test_interpreted_like_jnp(name: str) -> None:
     operands = case.operands()
     out = jax.jit(functools.partial(attend_prefill, **case.options, interpret=True))(**operands)
     assert_close(out, _meaning(**operands, **case.options), name)
+
+
+@pytest.mark.long
+def test_outputs_are_rounded_to_the_type_that_is_asked_for() -> None:
+    case = Case(start=0)
+    wide, narrow = (
+        jax.jit(functools.partial(attend_prefill, **case.options, dtype=dtype, interpret=True))(**case.operands())
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    assert np.array_equal(narrow, wide.astype(jnp.bfloat16))
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -302,6 +303,15 @@ def experts(form: str) -> tuple[Experts, tuple[jax.ShapeDtypeStruct, ...]]:
         one.weight.set_value(normal(seed, *shape) if form == "float" else format.from_bytes(random_blocks(format, shape)))
     rows = [((64, 256), "float32"), ((64, 2), "int32"), ((64, 2), "float32")]
     return made, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in rows)
+
+
+@pytest.mark.parametrize(("device", "stored"), [("NVIDIA H200", 2), ("NVIDIA A100-SXM4-80GB", 0)])
+def test_experts_of_many_rows_are_read_as_stored_on_hopper(monkeypatch, device, stored):
+    made, arguments = experts("quantised")
+    monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(device_kind=device, core_count=132)])
+    text = lowered_for_cuda(jax.jit(made), *arguments)
+    assert text.count("custom_call @mosaic_gpu") == stored
+    assert kernel_calls(text, experts_prefill.GATE_UP) == (0 if stored else 1)
 
 
 @pytest.mark.parametrize(

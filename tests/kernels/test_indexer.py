@@ -70,6 +70,7 @@ _best = jax.jit(meaning.select, static_argnames="topk")
 _hadamard_fp4 = jax.jit(rounding.hadamard_fp4)
 _select = jax.jit(indexer.select, static_argnames=("topk", "keys", "interpret"))
 _narrow_keys = jax.jit(narrow_keys)
+_finish_queries = jax.jit(indexer.finish_queries, static_argnames=("topk", "qat", "many", "interpret"))
 ROUNDED_OR_NOT = pytest.mark.parametrize("qat", [True, pytest.param(False, marks=pytest.mark.long)])
 
 
@@ -118,20 +119,23 @@ def test_each_row_has_the_bits_of_the_row_alone(qat):
 
 def _score(
     case: Case, visible: list[int], *, first: int = 0, keys: Stored | None = None, sequence: list[int] | None = None,
-    interpret: bool = True,
+    share: int = 1, interpret: bool = True,
 ) -> list[jax.Array]:  # fmt: skip
-    """Finished queries as bits, and scores with 0 where there are none, of the case's keys or others, all of one sequence."""
+    """Finished queries as bits, and scores with 0 where there are none, of the case's keys or others, all of one sequence.
+
+    `share` rows are in one program.
+    """
     q, *rows = (array[first : first + len(visible)] for array in case.inputs[:4])
     q, keys = q.reshape(len(visible), case.heads, case.dim), case.inputs[4] if keys is None else keys
-    options = {"topk": case.topk, "qat": case.qat, "interpret": interpret}
+    options = {"topk": case.topk, "qat": case.qat, "share": share, "interpret": interpret}
     sequence = sequence or [0] * len(visible)
     return _queries_and_scores(q, *rows, keys, np.asarray(sequence, np.int32), np.asarray(visible, np.int32), **options)
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "qat", "interpret"))
-def _queries_and_scores(q, weights, cos, sin, keys, sequence, visible, *, topk, qat, interpret):
+@functools.partial(jax.jit, static_argnames=("topk", "qat", "share", "interpret"))
+def _queries_and_scores(q, weights, cos, sin, keys, sequence, visible, *, topk, qat, interpret, share=1):
     queries = indexer.finish_queries(q, cos, sin, visible, topk=topk, qat=qat, interpret=interpret)
-    score = indexer.scores(queries, weights, keys, sequence, visible, topk=topk, interpret=interpret)
+    score = indexer.scores(queries, weights, keys, sequence, visible, topk=topk, rows=share, interpret=interpret)
     some = (visible > topk)[:, None]
     bits = jnp.where(some[..., None, None], jax.lax.bitcast_convert_type(queries, jnp.uint16), jnp.uint16(0))
     block = jnp.arange(score.shape[1], dtype=jnp.int32)
@@ -162,6 +166,17 @@ def two_sequences(case: Case) -> np.ndarray:
     other = keys[:, ::-1].copy()
     other[0, -1] = np.nan
     return np.concatenate([other, keys])
+
+
+@pytest.mark.parametrize("narrow", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_rows_that_share_a_program_have_the_bits_of_each_alone(narrow):
+    """Among them one that sees few keys, whose scores nothing reads."""
+    case = Case(100, 16, True)
+    visible = [100, 15, 65, 64, 17, 16, 99, 50]
+    keys = _narrow_keys(case.inputs[4]) if narrow else case.inputs[4]
+    alone, shared = (_score(case, visible, keys=keys, share=share)[1] for share in (1, 4))
+    assert np.any(np.asarray(alone))
+    assert_bits_equal(shared, alone)
 
 
 def test_rows_of_two_sequences_are_those_of_each_alone():
@@ -198,17 +213,20 @@ def test_narrow_keys_have_the_same_scores(case):
     check_narrow(case, interpret=True)
 
 
-def test_finished_queries():
-    case = Case(100, 16, True)
+@pytest.mark.parametrize("many", [False, True])
+def test_finished_queries(many):
+    """Also on the tensor cores, where a query is the sum of three bfloat16 numbers."""
+    case = Case(100, 16, True, heads=16)
     q, _, cos, sin, _ = case.inputs
-    bits, _ = _score(case, [100] * 8)
+    operands = q.reshape(8, case.heads, case.dim), cos, sin, np.full(8, 100, np.int32)
+    made = _finish_queries(*operands, topk=16, qat=True, many=many, interpret=True)
 
     @jax.jit
     def by_the_model(q, cos, sin):
         rotated = rotary.rotate(q.reshape(8, case.heads, case.dim), cos, sin)
-        return rounding.hadamard_fp4(rotated)
+        return rounding.hadamard_fp4(rotated, precision="highest")
 
-    assert_bits_equal(np.asarray(bits).view(jnp.bfloat16)[:, 0].astype(np.float32), by_the_model(q, cos, sin))
+    assert_bits_equal(np.asarray(made)[:, 0].astype(np.float32), by_the_model(q, cos, sin))
 
 
 SCORES = {
@@ -261,6 +279,13 @@ def operands(rows: int, keys: int) -> tuple[jax.ShapeDtypeStruct, ...]:
 def test_v4_flash_lowers(keys, rows, qat):
     jitted = jax.jit(functools.partial(indexer.index, topk=512, qat=qat))
     check_lowers(jitted, operands(rows, keys), dict(zip(indexer.NAMES, [1, 1, int(keys > 2048), 1], strict=True)))
+
+
+@pytest.mark.long
+def test_a_chunk_of_a_prompt_lowers():
+    *rows, keys, sequence, visible = operands(512, 16384)
+    given = *rows, jax.ShapeDtypeStruct((1, *keys.shape[1:]), keys.dtype), sequence, visible
+    check_lowers(functools.partial(indexer.index, topk=512, qat=True, one_sequence=True), given, dict.fromkeys(indexer.NAMES, 1))
 
 
 @pytest.mark.long

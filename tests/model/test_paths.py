@@ -21,7 +21,7 @@ from ds4jax.random_models import checkpoint as synthetic
 from ds4jax.random_models import layouts
 from pallas_kernels.core.dispatch import OPT_OUT
 from pallas_kernels.core.limits import MAX_ROWS, STEP_ROWS
-from pallas_kernels.formats import MXFP4, Q4_K, Q8_0, Quantized
+from pallas_kernels.formats import IQ2_XXS, MXFP4, Q2_K, Q4_K, Q6_K, Q8_0, Quantized
 from pallas_kernels.formats.iq3_s import IQ3_S
 
 # One layer of each kind.
@@ -156,6 +156,22 @@ def test_prefill_attention(rows: Rows, dtype: Any, fields: dict, reason: str | N
 
 
 @pytest.mark.parametrize(
+    ("rows", "dtype", "fields", "reason"),
+    [
+        (chunk(9), jnp.bfloat16, {}, None),
+        (chunk(9, sequences=2), jnp.bfloat16, {}, None),
+        (chunk(9), jnp.float32, {}, "float32 weights"),
+        (chunk(9, strict=True), jnp.bfloat16, {}, "strict"),
+        (step(3, 3), jnp.bfloat16, {}, "a decode step"),
+        (chunk(9), jnp.bfloat16, {"hc_mult": 2}, "hc_mult is 2, not 4"),
+    ],
+)
+def test_prefill_streams(rows: Rows, dtype: Any, fields: dict, reason: str | None) -> None:
+    config, weight = dataclasses.replace(KINDS, **fields), number(64, 64, dtype=dtype)
+    assert paths.why_not_prefill_streams(config, rows, weight) == reason
+
+
+@pytest.mark.parametrize(
     ("decoding", "strict", "stack", "fields", "reason"),
     [
         (False, False, STORED, {}, None),
@@ -169,6 +185,25 @@ def test_prefill_attention(rows: Rows, dtype: Any, fields: dict, reason: str | N
 def test_grouped_experts(decoding: bool, strict: bool, stack: Any, fields: dict, reason: str | None) -> None:
     config = dataclasses.replace(KINDS, **fields)
     assert paths.why_not_grouped_experts(config, [stack] * 3, decoding=decoding, strict=strict) == reason
+
+
+@pytest.mark.parametrize(
+    ("device", "formats", "fields", "reason"),
+    [
+        ("NVIDIA H200", (IQ2_XXS, IQ2_XXS, Q2_K), {}, None),
+        ("NVIDIA GH200 480GB", (Q2_K, Q2_K, Q2_K), {}, None),
+        ("NVIDIA A100-SXM4-80GB", (IQ2_XXS, IQ2_XXS, Q2_K), {}, "NVIDIA A100-SXM4-80GB is not a Hopper GPU"),
+        ("NVIDIA GB200", (IQ2_XXS, IQ2_XXS, Q2_K), {}, "NVIDIA GB200 is not a Hopper GPU"),
+        ("cpu", (IQ2_XXS, IQ2_XXS, Q2_K), {}, "cpu is not a Hopper GPU"),
+        ("NVIDIA H200", (IQ2_XXS, IQ2_XXS, Q8_0), {}, "ffn.experts.w2 is Q8_0, which the products do not decode"),
+        ("NVIDIA H200", (Q4_K, Q4_K, Q6_K), {}, "ffn.experts.w2 is Q6_K, which the products do not decode"),
+        ("NVIDIA H200", (IQ2_XXS, Q2_K, Q2_K), {}, "gate and up experts are of two types, IQ2_XXS and Q2_K"),
+        ("NVIDIA H200", (IQ2_XXS, IQ2_XXS, Q2_K), {"moe_dim": 384}, "moe_dim is 384, not a multiple of 256"),
+    ],
+)
+def test_stored_experts(device: str, formats: tuple, fields: dict, reason: str | None) -> None:
+    config, stacks = dataclasses.replace(KINDS, **fields), [stored(format, 4, 256, 256) for format in formats]
+    assert paths.why_not_stored_experts(config, stacks, device) == reason
 
 
 def test_the_opt_out_is_the_reason_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:

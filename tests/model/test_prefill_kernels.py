@@ -18,6 +18,7 @@ from ds4jax.cache import state as caches
 from ds4jax.cache.state import Rows
 from ds4jax.model import attention, prefill_kernels
 from ds4jax.model.indexer import Queries
+from ds4jax.model.rope import inverse_frequencies, rotate
 from ds4jax.random_models import checkpoint as synthetic
 from ds4jax.random_models import layouts
 from pallas_kernels.attention import meaning
@@ -75,13 +76,14 @@ def both(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Outputs of the kernels and of the modules for the rows after `start`."""
     attend, rows = nnx.merge(graph, weights), Rows.following(start, 24, 19)
-    q_THQ = q_THQ * rms_scale(q_THQ, 1e-6)
+    frequencies = inverse_frequencies(KINDS, compressed=attend.ratio > 0)
+    rotated_THQ = rotate(q_THQ * rms_scale(q_THQ, KINDS.norm_eps), rows.position, frequencies)
     cache = attend._append(x_TD, kv_TQ, rows, held, attention.ignore)
     index = attend.indexer.queries(x_TD, q_low_TL, rows) if cache.indexer is not None else None
     segments = [attend._window(kv_TQ, rows, held.window, cache.window)]
     segments += attend._compressed(index, rows, cache, False, attention.ignore)
     sink, scale = attend.attn_sink.get_value().astype(jnp.float32), KINDS.head_dim**-0.5
-    wanted, _ = meaning.attend(q_THQ, segments, sink, scale)
+    wanted = rotate(meaning.attend(rotated_THQ, segments, sink, scale)[0], rows.position, frequencies, inverse=True)
     kernels = functools.partial(prefill_kernels.attend, KINDS, attend.ratio, sink, kv_TQ, index, rows, held.window, cache)
     return kernels(q_THQ, interpret=interpret), wanted
 

@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
         "--chunk",
         type=cli_options.integer(bounds.CHUNK),
         metavar="N",
-        help="tokens of the prompt per prefill call, at least 32 (512, and 128 on a CPU)",
+        help="maximum tokens of the prompt per prefill call, at least 32 (by the device's memory, up to 4096, and 128 on a CPU)",
     )
     parser.add_argument(
         "--max-new-tokens",

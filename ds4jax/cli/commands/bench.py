@@ -9,7 +9,7 @@ from typing import Any
 
 from ds4jax.bounds import LAYOUT_NAMES, Integers, Numbers
 from ds4jax.cli import options as cli_options
-from ds4jax.cli.commands import bench_batch, bench_costs, bench_serve
+from ds4jax.cli.commands import bench_batch, bench_costs, bench_prefill, bench_serve
 from ds4jax.cli.commands import model as models
 from ds4jax.cli.commands.bench_result import ended, notes
 from ds4jax.config import CACHES
@@ -74,16 +74,6 @@ examples:
   ds4jax bench decode --synthetic flash-q2 --acceptance 0.79,0.58
   ds4jax bench decode --synthetic flash-q2 --context 2048,32768,131072,1000000"""
 
-PREFILL = """\
-Prefill prompts of random tokens in chunks, with a model of random weights as in `bench decode`. Print tokens/s, the time of the
-first and the last call, and the memory that a call needs in addition to weights and cache. The figures do not include
-compilation. Exit code 1 if a measurement fails."""
-
-PREFILL_EXAMPLES = """\
-examples:
-  ds4jax bench prefill --synthetic flash-q2
-  ds4jax bench prefill --synthetic flash-q2 --layers 6 --tokens 4096 --json prefill.json"""
-
 LOAD = """\
 Write a GGUF file with random blocks in the layout of the published q2 file. Then time three steps, alternating, three times each:
 reading the file with `cat`, copying as many bytes to the device from page-locked memory (on a CPU, to other memory), and loading
@@ -144,7 +134,7 @@ def add_parser(commands: Any) -> None:
     bench_batch.add_parser(targets)
     bench_costs.add_parser(targets)
     bench_serve.add_parser(targets)
-    _add_prefill(targets)
+    bench_prefill.add_parser(targets)
     start = targets.add_parser("start", help="the first token of a process", description=START, epilog=START_EXAMPLES)
     start.add_argument("--synthetic", choices=LAYOUT_NAMES, help="a model of these shapes with random weights (the tiny model)")
     start.add_argument("--layers", type=cli_options.token_count, metavar="N", help="only the first N layers: a slice")
@@ -211,18 +201,6 @@ def _add_decode(targets: Any) -> None:
     parser.add_argument("--json", type=cli_options.output_file, metavar="FILE", help="write the result to this file")
     parser.add_argument("--plot", type=cli_options.plot_file, metavar="FILE.png", help="draw the kernels; needs matplotlib")
     parser.set_defaults(run=run_decode)
-
-
-def _add_prefill(targets: Any) -> None:
-    parser = targets.add_parser("prefill", help="prefill at full shape", description=PREFILL, epilog=PREFILL_EXAMPLES)
-    parser.add_argument("--synthetic", choices=LAYOUT_NAMES, required=True, help="the model of the shapes")
-    parser.add_argument("--layers", type=cli_options.token_count, metavar="N", help="only the first N layers: a slice")
-    parser.add_argument(
-        "--tokens", type=cli_options.lengths, default="4096,32768", metavar="N,...", help="lengths of the prompts (4096,32768)"
-    )
-    parser.add_argument("--chunk", type=cli_options.token_count, default=4096, metavar="N", help="rows of a call (4096)")
-    parser.add_argument("--json", type=cli_options.output_file, metavar="FILE", help="write the result to this file")
-    parser.set_defaults(run=run_prefill)
 
 
 def _require_matplotlib(options: argparse.Namespace) -> None:
@@ -300,22 +278,6 @@ def _run_long(options: argparse.Namespace) -> int:
     chosen = long.Options(options.synthetic, options.layers, (options.cache,), options.context, options.steps)
     content = long.bench(chosen, notes())
     return ended(options, content, long.show, long.good(content))
-
-
-def run_prefill(options: argparse.Namespace) -> int:
-    """Run `bench prefill`. Returns 0, or 1 if a measurement failed.
-
-    Raises:
-        InputError: the layers, a prompt or the chunk do not fit.
-    """
-    from ds4jax import runtime
-
-    runtime.configure()
-    from ds4jax.bench import prefill
-
-    chosen = prefill.Options(options.synthetic, options.layers, options.tokens, options.chunk)
-    content = prefill.bench(chosen, notes())
-    return ended(options, content, prefill.show, prefill.good(content))
 
 
 def run_reference(options: argparse.Namespace) -> int:

@@ -146,7 +146,9 @@ def _model(options: argparse.Namespace) -> dict[str, Any]:
 
     found = summary(checkpoint) | {"plan": planned(checkpoint, options.context, options.device, options.slots)}
     found |= {"decode_step": inspect_paths.decode_step(checkpoint), "costs": inspect_paths.costs(checkpoint)}
-    return found | ({"dispatch": inspect_paths.dispatch(checkpoint)} if options.dispatch else {})
+    if options.dispatch:
+        found |= {"dispatch": inspect_paths.dispatch(checkpoint), "prompt_experts": inspect_paths.prompt_experts(checkpoint)}
+    return found
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -147,7 +147,7 @@ def add_chunk(parser: argparse.ArgumentParser) -> None:
         "--chunk",
         type=cli_options.token_count,
         metavar="N",
-        help="maximum tokens of the prompt per prefill call (by the device's memory: 512 or 4096)",
+        help="maximum tokens of the prompt per prefill call (by the device's memory, up to 4096)",
     )
 
 
