@@ -15,6 +15,7 @@ from ds4jax.model.moe import MoE
 from ds4jax.model.tape import Record, ignore, under
 from pallas_kernels.hyper_connections import meaning as hc
 from pallas_kernels.hyper_connections import prefill
+from pallas_kernels.linear.cut import rows_of
 from pallas_kernels.linear.meaning import NEARLY_FLOAT32
 
 
@@ -85,7 +86,7 @@ class Block(nnx.Module):
             mixes_TM = hc.mixes(h_TND, fn, config.norm_eps, NEARLY_FLOAT32)
             return prefill.split(mixes_TM, scale, base, iterations=config.hc_iters, eps=config.hc_eps)
 
-        if record is ignore and paths.why_not_prefill_streams(config, rows, self.attn.wq_b.weight.get_value()) is None:
+        if record is ignore and paths.why_not_prefill_streams(config, rows, rows_of(self.attn.wq_b.weight.get_value())) is None:
             pre, post, comb = jax.lax.platform_dependent(h_TND, cuda=kernels, default=modules)
         else:
             pre, post, comb = modules(h_TND)
