@@ -10,7 +10,9 @@ Source of the idea: Flash-Decoding.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,9 +20,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.attention.split import HEADS, Chosen, Compressed, Form, Leading, split_kernel, tile
+from pallas_kernels.attention.split import GROUP, HEADS, Chosen, Compressed, Form, Leading, group_kernel, merge, split_kernel, tile
 from pallas_kernels.attention.stored_rows import NarrowRows
-from pallas_kernels.core import rotary
+from pallas_kernels.core import arithmetic, rotary
 from pallas_kernels.formats import BLOCK, HALF, WORDS
 from pallas_kernels.linear.activation import Activation, quantize_blocks
 
@@ -28,52 +30,59 @@ SPLIT_NAME = "attend_split"
 COMBINE_NAME = "attend_combine"
 SPLIT_WARPS = 8
 COMBINE_WARPS = 4
-# Splits that the combining kernel holds at once.
-TOGETHER = 32
+# Rows of a call from which on a program takes a group of splits, its heads and its warps.
+MANY_ROWS = 8
+TILE, TILE_WARPS = 16, 8
+COMBINE_WIDTH = 128
 
 __all__ = ["COMBINE_NAME", "SPLIT_NAME", "Chosen", "Compressed", "Leading", "attend"]
 
 
-def _combine_kernel(*refs: Any, form: Form, groups: int) -> None:
+def _combine_kernel(*refs: Any, form: Form, groups: int, grouped: bool, width: int) -> None:
+    """`grouped`: the parts are of groups of splits."""
     top_ref, total_ref, part_ref, sink_ref, cos_ref, sin_ref, out_ref, quants_ref, scales_ref = refs
     m, head, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    width = min(TOGETHER, pl.next_power_of_2(form.splits))
-    splits = [jnp.arange(width, dtype=jnp.int32) + first for first in range(0, form.splits, width)]
+    column = chunk * width + jnp.arange(width, dtype=jnp.int32)
+    group, count = jnp.arange(pl.next_power_of_2(form.groups), dtype=jnp.int32), part_ref.shape[2]
 
-    def load(ref: Any, split: jax.Array, other: float) -> jax.Array:
+    def load(split: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """A part of each group: the largest score, and sums: of weights, of weighted rows, and of their pairs' other values."""
         place = (jnp.full_like(split, m), jnp.full_like(split, head), split)
-        return plt.load(ref.at[place], mask=split < form.splits, other=other)
+        top = plt.load(top_ref.at[place], mask=split < count, other=-jnp.inf)
+        total = plt.load(total_ref.at[place], mask=split < count, other=0.0)
+        # A split without rows has stored none.
+        there = (top != -jnp.inf)[:, None]
+        outs = []
+        for columns, wanted in ((column, column >= 0), (column ^ 1, column >= form.plain)):
+            places = tile(split, columns)
+            index = (jnp.full_like(places[0], m), jnp.full_like(places[0], head), *places)
+            outs.append(plt.load(part_ref.at[index], mask=there & wanted[None, :], other=0.0))
+        return top, [total, *outs]
 
-    tops = [load(top_ref, split, -jnp.inf) for split in splits]
-    totals = [load(total_ref, split, 0.0) for split in splits]
+    if grouped:
+        top, (total, *outs) = load(group)
+    else:
+        top, total = jnp.full(group.shape, -jnp.inf, jnp.float32), jnp.zeros(group.shape, jnp.float32)
+        outs = [jnp.zeros((group.shape[0], width), jnp.float32)] * 2
+        for own, others in [load(group * GROUP + i) for i in range(GROUP)]:
+            top, (total, *outs) = merge(top, own, [total, *outs], others, form.interpret)
     sink = sink_ref[head]
-    top_of_all = functools.reduce(jnp.maximum, [jnp.max(top) for top in tops], sink)
-    weights = [jnp.exp(top - top_of_all) for top in tops]
-    whole = functools.reduce(jnp.add, [jnp.sum(t * w) for t, w in zip(totals, weights, strict=True)], jnp.exp(sink - top_of_all))
-
-    def add_up(column: jax.Array, wanted: jax.Array) -> jax.Array:
-        total = jnp.zeros(column.shape, jnp.float32)
-        for split, top, weight in zip(splits, tops, weights, strict=True):
-            place = tile(split, column)
-            index = (jnp.full_like(place[0], m), jnp.full_like(place[0], head), *place)
-            # A split without rows has stored none.
-            mask = (top > -jnp.inf)[:, None] & wanted[None, :]
-            total += jnp.sum(plt.load(part_ref.at[index], mask=mask, other=0.0) * weight[:, None], axis=0)
-        return total
-
-    column = chunk * form.chunk + jnp.arange(form.chunk, dtype=jnp.int32)
+    top_of_all = jnp.maximum(jnp.max(top), sink)
+    weight = jnp.exp(top - top_of_all)
+    times = functools.partial(arithmetic.multiply, interpret=form.interpret)
+    whole = jnp.sum(times(total, weight)) + jnp.exp(sink - top_of_all)
     cos, sin = rotary.factors(cos_ref, sin_ref, m, column, form.plain, inverse=True)
-    sums, partners = add_up(column, column >= 0), add_up(column ^ 1, column >= form.plain)
-    out = rotary.rotate_columns(sums, partners, cos, sin, interpret=form.interpret) / whole
-    plt.store(out_ref.at[m, head, pl.ds(chunk * form.chunk, form.chunk)], out)
+    out, partner = (jnp.sum(times(out, jnp.broadcast_to(weight[:, None], out.shape)), axis=0) for out in outs)
+    out = rotary.rotate_columns(out, partner, cos, sin, interpret=form.interpret) / whole
+    plt.store(out_ref.at[m, head, pl.ds(chunk * width, width)], out)
 
-    blocks, a_group = form.chunk // BLOCK, form.heads // groups
+    blocks, a_group = width // BLOCK, form.heads // groups
     words, scales = quantize_blocks(out.reshape(blocks, WORDS, 4), interpret=form.interpret)
-    group, first = head // a_group, (head % a_group) * (form.dim // BLOCK) + chunk * blocks
+    of_head, first = head // a_group, (head % a_group) * (form.dim // BLOCK) + chunk * blocks
     words = words.reshape(blocks, 2, HALF)
     block, half, word = (jax.lax.broadcasted_iota(jnp.int32, words.shape, axis) for axis in range(3))
-    plt.store(quants_ref.at[jnp.full_like(block, m), jnp.full_like(block, group), half, first + block, word], words)
-    plt.store(scales_ref.at[m, group, pl.ds(first, blocks)], scales)
+    plt.store(quants_ref.at[jnp.full_like(block, m), jnp.full_like(block, of_head), half, first + block, word], words)
+    plt.store(scales_ref.at[m, of_head, pl.ds(first, blocks)], scales)
 
 
 @functools.partial(jax.jit, static_argnames=("window", "groups", "scale", "eps", "interpret"))
@@ -112,12 +121,16 @@ def attend(
     sizes = {"heads": heads, "dim": dim, "rope": 2 * cos.shape[1], "window": window, "scale": scale, "eps": eps}
     form = Form.of(ring.shape[1], compressed, interpret=interpret, **sizes)
     extra = () if compressed is None else tuple(jax.tree.leaves(compressed))
-    state = jax.ShapeDtypeStruct((m, heads, form.splits), jnp.float32)
+    grouped = m >= MANY_ROWS
+    taken, warps = (TILE, TILE_WARPS) if grouped else (HEADS, SPLIT_WARPS)
+    form = dataclasses.replace(form, tile=taken)
+    count = form.groups if grouped else form.splits
+    state = jax.ShapeDtypeStruct((m, heads, count), jnp.float32)
     parts = pl.pallas_call(
-        functools.partial(split_kernel, form=form, compressed=compressed is not None),
-        out_shape=(state, state, jax.ShapeDtypeStruct((m, heads, form.splits, dim), jnp.float32)),
-        grid=(m, pl.cdiv(heads, HEADS), form.splits),
-        compiler_params=plt.CompilerParams(num_warps=SPLIT_WARPS, num_stages=1),
+        functools.partial(group_kernel if grouped else split_kernel, form=form, compressed=compressed is not None),
+        out_shape=(state, state, jax.ShapeDtypeStruct((m, heads, count, dim), jnp.float32)),
+        grid=(m, pl.cdiv(heads, taken), count),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name=SPLIT_NAME,
     )(sequence, q.reshape(m, heads, dim), cos, sin, position, end, ring, *extra)
@@ -127,10 +140,11 @@ def attend(
         jax.ShapeDtypeStruct((m, groups, 2, blocks, HALF), jnp.int32),
         jax.ShapeDtypeStruct((m, groups, blocks), jnp.float32),
     )
+    width = min(COMBINE_WIDTH, dim & -dim) if grouped else form.chunk
     out, quants, scales = pl.pallas_call(
-        functools.partial(_combine_kernel, form=form, groups=groups),
+        functools.partial(_combine_kernel, form=form, groups=groups, grouped=grouped, width=width),
         out_shape=outputs,
-        grid=(m, heads, dim // form.chunk),
+        grid=(m, heads, dim // width),
         compiler_params=plt.CompilerParams(num_warps=COMBINE_WARPS, num_stages=1),
         interpret=interpret,
         name=COMBINE_NAME,

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attention.stored_rows import NarrowRows, Stored, fp8_values, scales
-from pallas_kernels.core import rotary
+from pallas_kernels.core import arithmetic, rotary
 from pallas_kernels.core.rounding import FP8_BLOCK
 
 # A tensor core's tile has 16 rows.
@@ -25,6 +25,8 @@ HEADS = 16
 SPAN = 32
 CHUNK = 128
 MAX_SPLITS = 64
+# Splits that are added up before the others, in both forms of the kernel.
+GROUP = 6
 
 Parts = tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]
 # One float16 number for each value of a row, or two.
@@ -85,6 +87,7 @@ class Form:
     scale: float
     eps: float
     interpret: bool
+    tile: int = HEADS
 
     @classmethod
     def of(cls, ring: int, compressed: Compressed | None, **sizes: Any) -> Form:
@@ -112,9 +115,38 @@ class Form:
         return (chunk + 1) * self.chunk > self.plain
 
     @property
+    def groups(self) -> int:
+        """Groups of neighbouring splits that are added up first."""
+        return pl.cdiv(self.splits, GROUP)
+
+    @property
     def plain(self) -> int:
         """Columns that do not rotate."""
         return self.dim - self.rope
+
+
+def merge(
+    top: jax.Array, own: jax.Array, sums: Sequence[jax.Array], others: Sequence[jax.Array], interpret: bool
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Add the sums of some rows, weighted for the largest score `own`, to sums that are weighted for `top`.
+
+    Args:
+        top, own: float32 [n].
+        sums, others: float32 [n] or [n, ...] each.
+
+    Returns:
+        The largest score of all rows, and the sums weighted for it.
+    """
+    new = jnp.maximum(top, own)
+    finite = jnp.where(new == -jnp.inf, 0.0, new)
+    kept, added = jnp.exp(top - finite), jnp.exp(own - finite)
+    made = []
+    for old, other in zip(sums, others, strict=True):
+        shape = (*top.shape, *(1,) * (old.ndim - top.ndim))
+        a, b, there = (jnp.broadcast_to(x.reshape(shape), old.shape) for x in (kept, added, own != -jnp.inf))
+        weighted = arithmetic.multiply(other, b, interpret=interpret)
+        made.append(jnp.where(there, arithmetic.fma(old, a, weighted, interpret=interpret), old))
+    return new, made
 
 
 def tile(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -158,7 +190,7 @@ class Split:
     @property
     def heads(self) -> jax.Array:
         """The 16 heads' numbers, of which those past the last are padding."""
-        return self.tile * HEADS + jnp.arange(HEADS, dtype=jnp.int32)
+        return self.tile * self.form.tile + jnp.arange(self.form.tile, dtype=jnp.int32)
 
     @property
     def own(self) -> jax.Array:
@@ -182,12 +214,12 @@ class Split:
         chunks = [self.load_heads(column) for column in form.columns]
         # The pair's other value comes from memory again: lanes would have to exchange registers for it.
         partners = {i: self.load_heads(column ^ 1) for i, column in enumerate(form.columns) if form.rotates(i)}
-        squares = functools.reduce(jnp.add, [jnp.sum(x * x, axis=-1) for x in chunks])
+        squares = functools.reduce(jnp.add, [jnp.sum(self.times(x, x), axis=-1) for x in chunks])
         scale = jax.lax.rsqrt(squares / form.dim + form.eps)[:, None]
         for i, partner in partners.items():
             cos, sin = rotary.factors(self.cos, self.sin, self.m, form.columns[i], form.plain, inverse=False)
             chunks[i] = rotary.rotate_columns(chunks[i], partner, cos[None, :], sin[None, :], interpret=form.interpret)
-        return [_halves(x * scale) for x in chunks]
+        return [_halves(self.times(x, jnp.broadcast_to(scale, x.shape))) for x in chunks]
 
     def load_heads(self, column: jax.Array) -> jax.Array:
         """Columns of the heads' raw queries."""
@@ -281,46 +313,80 @@ class Split:
 
     def nothing(self) -> Parts:
         """The parts of no rows."""
-        outs = tuple(jnp.zeros((HEADS, self.form.chunk), jnp.float32) for _ in self.form.columns)
-        return jnp.full(HEADS, -jnp.inf, jnp.float32), jnp.zeros(HEADS, jnp.float32), outs
+        heads = self.form.tile
+        outs = tuple(jnp.zeros((heads, self.form.chunk), jnp.float32) for _ in self.form.columns)
+        return jnp.full(heads, -jnp.inf, jnp.float32), jnp.zeros(heads, jnp.float32), outs
 
     def add(self, queries: Sequence[tuple[jax.Array, jax.Array]], span: tuple[jax.Array, Chunks], parts: Parts) -> Parts:
         """Parts with a span of rows added."""
         (seen, chunks), (top, total, outs) = span, parts
         # Each chunk's scores are scaled on their own: one chain of all the products would be four times as long.
-        scores = [_dot(q, kv, 1) * self.form.scale for q, kv in zip(queries, chunks, strict=True)]
+        dots = [_dot(q, kv, 1) for q, kv in zip(queries, chunks, strict=True)]
+        scores = [self.times(dot, jnp.full_like(dot, self.form.scale)) for dot in dots]
         score = functools.reduce(jnp.add, scores)
         score = jnp.where(jnp.broadcast_to(seen[None, :], score.shape), score, -jnp.inf)
         new = jnp.maximum(top, jnp.max(score, axis=-1))
         finite = jnp.where(new == -jnp.inf, 0.0, new)
         weight, kept = jnp.exp(score - finite[:, None]), jnp.exp(top - finite)
         parts_of_weight = _halves(weight)
-        outs = tuple(out * kept[:, None] + _dot(parts_of_weight, kv, 0) for out, kv in zip(outs, chunks, strict=True))
-        return new, total * kept + jnp.sum(weight, axis=-1), outs
+        outs = tuple(
+            self.times(out, jnp.broadcast_to(kept[:, None], out.shape)) + _dot(parts_of_weight, kv, 0)
+            for out, kv in zip(outs, chunks, strict=True)
+        )
+        return new, self.times(total, kept) + jnp.sum(weight, axis=-1), outs
 
-    def run(self, passes: jax.Array) -> Parts:
+    def times(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """A product that is rounded by itself."""
+        return arithmetic.multiply(a, b, interpret=self.form.interpret)
+
+    def run(self, passes: jax.Array, queries: Sequence[tuple[jax.Array, jax.Array]] | None = None) -> Parts:
         """The parts of all the split's rows."""
         if self.form.longest == 1:
             # The rows are on their way while the queries are normed.
             span = self.span(jnp.zeros_like(passes))
-            return self.add(self.queries(), span, self.nothing())
-        queries = self.queries()
+            return self.add(queries or self.queries(), span, self.nothing())
+        queries = queries or self.queries()
         parts: Parts = jax.lax.fori_loop(0, passes, lambda i, parts: self.add(queries, self.span(i), parts), self.nothing())
         return parts
 
-    def store_state(self, top_ref: Any, total_ref: Any, top: jax.Array, total: jax.Array) -> None:
+    def store_state(self, top_ref: Any, total_ref: Any, top: jax.Array, total: jax.Array, number: jax.Array) -> None:
         """Store the largest scores and the sums of the weights."""
         heads = self.heads
-        place, real = (jnp.full_like(heads, self.m), heads, jnp.full_like(heads, self.split)), heads < self.form.heads
+        place, real = (jnp.full_like(heads, self.m), heads, jnp.full_like(heads, number)), heads < self.form.heads
         plt.store(top_ref.at[place], top, mask=real)
         plt.store(total_ref.at[place], total, mask=real)
 
-    def store_outs(self, out_ref: Any, outs: Sequence[jax.Array]) -> None:
+    def store_outs(self, out_ref: Any, outs: Sequence[jax.Array], number: jax.Array) -> None:
         """Store the weighted rows."""
         for column, out in zip(self.form.columns, outs, strict=True):
             heads, column = tile(self.heads, column)
-            place = (jnp.full_like(heads, self.m), heads, jnp.full_like(heads, self.split), column)
+            place = (jnp.full_like(heads, self.m), heads, jnp.full_like(heads, number), column)
             plt.store(out_ref.at[place], out, mask=heads < self.form.heads)
+
+
+def group_kernel(*refs: Any, form: Form, compressed: bool) -> None:
+    """The body of a program that takes all splits of a group one after the other, for many rows."""
+    sequence, q, cos, sin, position, end, ring, *extra, top_ref, total_ref, out_ref = refs
+    *leaves, which = extra if compressed else (None, None)
+    rows = leaves[0] if len(leaves) == 1 else NarrowRows(*leaves)
+    m, tile, group = (pl.program_id(axis) for axis in range(3))
+
+    def of(split: jax.Array) -> Split:
+        return Split(form, m, tile, split, sequence[m], q, cos, sin, position, end, ring, rows, which)
+
+    first = of(group * GROUP)
+    queries = first.queries()
+
+    def one(split: jax.Array, parts: Parts) -> Parts:
+        program = of(split)
+        own, total, outs = program.run(program.passes(), queries)
+        top, (new, *made) = merge(parts[0], own, [parts[1], *parts[2]], [total, *outs], form.interpret)
+        return top, new, tuple(made)
+
+    last = jnp.minimum((group + 1) * GROUP, form.splits)
+    top, total, outs = jax.lax.fori_loop(group * GROUP, last, one, first.nothing())
+    first.store_state(top_ref, total_ref, top, total, group)
+    first.store_outs(out_ref, outs, group)
 
 
 def split_kernel(*refs: Any, form: Form, compressed: bool) -> None:
@@ -335,10 +401,10 @@ def split_kernel(*refs: Any, form: Form, compressed: bool) -> None:
     @pl.when(passes == 0)
     def nothing() -> None:
         top, total, _ = program.nothing()
-        program.store_state(top_ref, total_ref, top, total)
+        program.store_state(top_ref, total_ref, top, total, split)
 
     @pl.when(passes > 0)
     def something() -> None:
         top, total, outs = program.run(passes)
-        program.store_state(top_ref, total_ref, top, total)
-        program.store_outs(out_ref, outs)
+        program.store_state(top_ref, total_ref, top, total, split)
+        program.store_outs(out_ref, outs, split)

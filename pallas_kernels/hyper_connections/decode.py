@@ -34,6 +34,7 @@ SLICE, COLUMNS = 64, 256
 # Partial results of a slice: up to 32 projections, then the products of streams i and j.
 PARTS, PRODUCTS = 48, 32
 MIXES = STREAMS * (2 + STREAMS)
+MIX_ROWS = lambda m: 1
 PAIRS = [(i, j) for i in range(STREAMS) for j in range(i, STREAMS)]
 
 Row = list[jax.Array]
@@ -73,9 +74,9 @@ def _write_stream(h: Row, outputs: Row, post: jax.Array, comb: Row) -> jax.Array
     return post * functools.reduce(jnp.add, outputs) + mixed
 
 
-def _mix_kernel(h_ref: Any, fn_ref: Any, post_ref: Any, comb_ref: Any, *refs: Any, mixes: int, width: int) -> None:
+def _mix_kernel(h_ref: Any, fn_ref: Any, post_ref: Any, comb_ref: Any, *refs: Any, mixes: int, width: int, rows: int) -> None:
     *output_refs, new_ref, parts_ref = refs
-    row, part = pl.program_id(0), pl.program_id(1)
+    part, last = pl.program_id(1), h_ref.shape[0] - 1
     span = pl.ds(part * width, width)
     number = jax.lax.broadcasted_iota(jnp.int32, (PRODUCTS, width), 0)
     column = part * width + jax.lax.broadcasted_iota(jnp.int32, (PRODUCTS, width), 1)
@@ -83,20 +84,28 @@ def _mix_kernel(h_ref: Any, fn_ref: Any, post_ref: Any, comb_ref: Any, *refs: An
     # from the cache.
     index = jnp.minimum(number, mixes - 1)
     fn = [plt.load(fn_ref.at[index, jnp.full_like(index, j), column]) for j in range(STREAMS)]
-    h = [plt.load(h_ref.at[row, jnp.int32(j), span]) for j in range(STREAMS)]
-    outputs = [plt.load(ref.at[row, span]) for ref in output_refs]
-    new = h
-    if outputs:
-        gains = [[comb_ref[row, source, target] for source in range(STREAMS)] for target in range(STREAMS)]
-        new = [_write_stream(h, outputs, post_ref[row, target], gain) for target, gain in enumerate(gains)]
-    products = jnp.zeros((PRODUCTS, width), jnp.float32)
-    for weights, stream in zip(fn, new, strict=True):
-        products = products + weights.astype(jnp.float32) * stream[None, :]
-    _store_parts(parts_ref, row, part, 0, products)
-    for i, stream in enumerate(new):
-        plt.store(new_ref.at[row, jnp.int32(i), span], stream)
     pair = jax.lax.broadcasted_iota(jnp.int32, (STREAMS * STREAMS, width), 0)
-    _store_parts(parts_ref, row, part, PRODUCTS, _select_stream(new, pair // STREAMS) * _select_stream(new, pair % STREAMS))
+
+    def mix(row: jax.Array) -> None:
+        h = [plt.load(h_ref.at[row, jnp.int32(j), span]) for j in range(STREAMS)]
+        outputs = [plt.load(ref.at[row, span]) for ref in output_refs]
+        new = h
+        if outputs:
+            gains = [[comb_ref[row, source, target] for source in range(STREAMS)] for target in range(STREAMS)]
+            new = [_write_stream(h, outputs, post_ref[row, target], gain) for target, gain in enumerate(gains)]
+        products = jnp.zeros((PRODUCTS, width), jnp.float32)
+        for weights, stream in zip(fn, new, strict=True):
+            products = products + weights.astype(jnp.float32) * stream[None, :]
+        _store_parts(parts_ref, row, part, 0, products)
+        for i, stream in enumerate(new):
+            plt.store(new_ref.at[row, jnp.int32(i), span], stream)
+        _store_parts(parts_ref, row, part, PRODUCTS, _select_stream(new, pair // STREAMS) * _select_stream(new, pair % STREAMS))
+
+    first = pl.program_id(0) * rows
+    if rows == 1:
+        mix(first)
+    else:
+        jax.lax.fori_loop(first, jnp.minimum(first + rows, last + 1), lambda row, _: mix(row), None)
 
 
 def _select_stream(streams: Row, number: jax.Array) -> jax.Array:
@@ -258,15 +267,15 @@ def _mixed(
         )
     if post is None or comb is None:
         post, comb = jnp.zeros((m, n), jnp.float32), jnp.zeros((m, n, n), jnp.float32)
-    width, name = min(SLICE, dim), f"{MIX}_{fn.shape[0]}"
+    width, name, rows = min(SLICE, dim), f"{MIX}_{fn.shape[0]}", MIX_ROWS(m)
     TRAFFIC[name] = fn.size * fn.dtype.itemsize
     new, parts = pl.pallas_call(
-        functools.partial(_mix_kernel, mixes=fn.shape[0], width=width),
+        functools.partial(_mix_kernel, mixes=fn.shape[0], width=width, rows=rows),
         out_shape=(
             jax.ShapeDtypeStruct(h.shape, jnp.float32),
             jax.ShapeDtypeStruct((m, PARTS, dim // width), jnp.float32),
         ),
-        grid=(m, dim // width),
+        grid=(pl.cdiv(m, rows), dim // width),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name=name,
