@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.attention.split import GROUP, HEADS, Chosen, Compressed, Form, Leading, group_kernel, merge, split_kernel, tile
+from pallas_kernels.attention.split import GROUP, HEADS, LOG2_E, Chosen, Compressed, Form, Leading, group_kernel, merge, power_of_two, split_kernel, tile
 from pallas_kernels.attention.stored_rows import NarrowRows
 from pallas_kernels.core import arithmetic, rotary
 from pallas_kernels.formats import BLOCK, HALF, WORDS
@@ -30,18 +30,28 @@ SPLIT_NAME = "attend_split"
 COMBINE_NAME = "attend_combine"
 SPLIT_WARPS = 8
 COMBINE_WARPS = 4
-# Rows of a call from which on a program takes a group of splits, its heads and its warps.
-MANY_ROWS = 8
-TILE, TILE_WARPS = 16, 8
-COMBINE_WIDTH = 128
+WAY = lambda m: (True, 16, 8, 1, True, False) if m >= 8 else (False, HEADS, SPLIT_WARPS, 1, False, False)
+CHUNKS = 1
 
 __all__ = ["COMBINE_NAME", "SPLIT_NAME", "Chosen", "Compressed", "Leading", "attend"]
 
 
-def _combine_kernel(*refs: Any, form: Form, groups: int, grouped: bool, width: int) -> None:
+def _combine_kernel(*refs: Any, form: Form, groups: int, grouped: bool, width: int, chunks: int) -> None:
     """`grouped`: the parts are of groups of splits."""
+    m, head, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * chunks
+    for i in range(chunks):
+        _combine_chunk(refs, form, groups, grouped, width, m, head, first + i)
+
+
+def sum_rows(x: jax.Array, interpret: bool) -> jax.Array:
+    """Sum over the first axis. A CPU's compiler would choose the order by what comes before."""
+    return functools.reduce(jnp.add, list(x)) if interpret else jnp.sum(x, axis=0)
+
+
+def _combine_chunk(
+    refs: Sequence[Any], form: Form, groups: int, grouped: bool, width: int, m: jax.Array, head: jax.Array, chunk: jax.Array
+) -> None:
     top_ref, total_ref, part_ref, sink_ref, cos_ref, sin_ref, out_ref, quants_ref, scales_ref = refs
-    m, head, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     column = chunk * width + jnp.arange(width, dtype=jnp.int32)
     group, count = jnp.arange(pl.next_power_of_2(form.groups), dtype=jnp.int32), part_ref.shape[2]
 
@@ -66,13 +76,13 @@ def _combine_kernel(*refs: Any, form: Form, groups: int, grouped: bool, width: i
         outs = [jnp.zeros((group.shape[0], width), jnp.float32)] * 2
         for own, others in [load(group * GROUP + i) for i in range(GROUP)]:
             top, (total, *outs) = merge(top, own, [total, *outs], others, form.interpret)
-    sink = sink_ref[head]
-    top_of_all = jnp.maximum(jnp.max(top), sink)
-    weight = jnp.exp(top - top_of_all)
     times = functools.partial(arithmetic.multiply, interpret=form.interpret)
-    whole = jnp.sum(times(total, weight)) + jnp.exp(sink - top_of_all)
+    sink = times(jnp.full_like(top, sink_ref[head]), jnp.full_like(top, LOG2_E))
+    top_of_all = jnp.maximum(jnp.max(top), jnp.ceil(jnp.max(sink)))
+    weight = power_of_two(top - top_of_all)
+    whole = sum_rows(times(total, weight), form.interpret) + jnp.max(jnp.exp2(sink - top_of_all))
     cos, sin = rotary.factors(cos_ref, sin_ref, m, column, form.plain, inverse=True)
-    out, partner = (jnp.sum(times(out, jnp.broadcast_to(weight[:, None], out.shape)), axis=0) for out in outs)
+    out, partner = (sum_rows(times(out, jnp.broadcast_to(weight[:, None], out.shape)), form.interpret) for out in outs)
     out = rotary.rotate_columns(out, partner, cos, sin, interpret=form.interpret) / whole
     plt.store(out_ref.at[m, head, pl.ds(chunk * width, width)], out)
 
@@ -121,15 +131,15 @@ def attend(
     sizes = {"heads": heads, "dim": dim, "rope": 2 * cos.shape[1], "window": window, "scale": scale, "eps": eps}
     form = Form.of(ring.shape[1], compressed, interpret=interpret, **sizes)
     extra = () if compressed is None else tuple(jax.tree.leaves(compressed))
-    grouped = m >= MANY_ROWS
-    taken, warps = (TILE, TILE_WARPS) if grouped else (HEADS, SPLIT_WARPS)
-    form = dataclasses.replace(form, tile=taken)
+    grouped, taken, warps, cut, by_row, early = WAY(m)
+    form = dataclasses.replace(form, tile=taken, by_row=by_row)
     count = form.groups if grouped else form.splits
     state = jax.ShapeDtypeStruct((m, heads, count), jnp.float32)
+    body = functools.partial(group_kernel, parts=cut, early=early) if grouped else split_kernel
     parts = pl.pallas_call(
-        functools.partial(group_kernel if grouped else split_kernel, form=form, compressed=compressed is not None),
+        functools.partial(body, form=form, compressed=compressed is not None),
         out_shape=(state, state, jax.ShapeDtypeStruct((m, heads, count, dim), jnp.float32)),
-        grid=(m, pl.cdiv(heads, taken), count),
+        grid=(m, pl.cdiv(heads, taken), count * cut),
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name=SPLIT_NAME,
@@ -140,11 +150,11 @@ def attend(
         jax.ShapeDtypeStruct((m, groups, 2, blocks, HALF), jnp.int32),
         jax.ShapeDtypeStruct((m, groups, blocks), jnp.float32),
     )
-    width = min(COMBINE_WIDTH, dim & -dim) if grouped else form.chunk
+    width, chunks = form.chunk, CHUNKS
     out, quants, scales = pl.pallas_call(
-        functools.partial(_combine_kernel, form=form, groups=groups, grouped=grouped, width=width),
+        functools.partial(_combine_kernel, form=form, groups=groups, grouped=grouped, width=width, chunks=chunks),
         out_shape=outputs,
-        grid=(m, heads, dim // width),
+        grid=(m, heads, dim // width // chunks),
         compiler_params=plt.CompilerParams(num_warps=COMBINE_WARPS, num_stages=1),
         interpret=interpret,
         name=COMBINE_NAME,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ HEADS = 16
 SPAN = 32
 CHUNK = 128
 MAX_SPLITS = 64
+# Scores are exponents of two.
+LOG2_E = math.log2(math.e)
 # Splits that are added up before the others, in both forms of the kernel.
 GROUP = 6
 
@@ -88,6 +91,7 @@ class Form:
     eps: float
     interpret: bool
     tile: int = HEADS
+    by_row: bool = False
 
     @classmethod
     def of(cls, ring: int, compressed: Compressed | None, **sizes: Any) -> Form:
@@ -125,6 +129,17 @@ class Form:
         return self.dim - self.rope
 
 
+def finite_top(top: jax.Array) -> jax.Array:
+    """The largest scores, 0 where there is none."""
+    return jnp.where(top == -jnp.inf, 0.0, top)
+
+
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """2 to a float32 integer of at most 0, exactly; 0 below -126."""
+    whole = jnp.maximum(exponent, -127.0).astype(jnp.int32)
+    return jax.lax.bitcast_convert_type((whole + 127) << 23, jnp.float32)
+
+
 def merge(
     top: jax.Array, own: jax.Array, sums: Sequence[jax.Array], others: Sequence[jax.Array], interpret: bool
 ) -> tuple[jax.Array, list[jax.Array]]:
@@ -138,14 +153,14 @@ def merge(
         The largest score of all rows, and the sums weighted for it.
     """
     new = jnp.maximum(top, own)
-    finite = jnp.where(new == -jnp.inf, 0.0, new)
-    kept, added = jnp.exp(top - finite), jnp.exp(own - finite)
+    finite = finite_top(new)
+    kept, added = power_of_two(top - finite), power_of_two(own - finite)
     made = []
     for old, other in zip(sums, others, strict=True):
         shape = (*top.shape, *(1,) * (old.ndim - top.ndim))
         a, b, there = (jnp.broadcast_to(x.reshape(shape), old.shape) for x in (kept, added, own != -jnp.inf))
-        weighted = arithmetic.multiply(other, b, interpret=interpret)
-        made.append(jnp.where(there, arithmetic.fma(old, a, weighted, interpret=interpret), old))
+        both = arithmetic.fma(old, a, arithmetic.multiply(other, b, interpret=interpret), interpret=interpret)
+        made.append(jnp.where(there, both, old))
     return new, made
 
 
@@ -161,12 +176,22 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.float16)
 
 
-def _dot(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, ...], axis: int) -> jax.Array:
-    """Product of a [M, K] with b over its `axis`, both in parts of float16, summed in float32; without that of two low parts."""
+def _dot(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], axes: tuple[int, int], *, interpret: bool) -> jax.Array:
+    """Product of two matrices over an axis of each, both in parts of float16, summed in float32; without that of two low parts."""
     pairs = [(part, b[0]) for part in a] + [(a[0], part) for part in b[1:]]
-    dimensions = (((1,), (axis,)), ((), ()))
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    if interpret:
+        return functools.reduce(jnp.add, [_fixed_dot(*(jnp.moveaxis(x, axis, 1) for x, axis in zip(pair, axes, strict=True))) for pair in pairs])
     dots = [jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32) for x, y in pairs]
     return functools.reduce(jnp.add, dots)
+
+
+def _fixed_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a [M, K] times b [N, K] in one order of sums, whatever M and N. Products of float16 numbers are exact in float32."""
+    products = a.astype(jnp.float32)[:, None, :] * b.astype(jnp.float32)[None, :, :]
+    while products.shape[-1] > 1:
+        products = products[..., : products.shape[-1] // 2] + products[..., products.shape[-1] // 2 :]
+    return products[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,15 +251,15 @@ class Split:
         heads, column = tile(self.heads, column)
         return plt.load(self.q.at[jnp.full_like(heads, self.m), heads, column], mask=heads < self.form.heads, other=0.0)
 
-    def span(self, number: jax.Array) -> tuple[jax.Array, Chunks]:
-        """Which rows of span `number` the query sees, bool [SPAN], and all of them, float16."""
+    def span(self, number: jax.Array, raw: bool = False) -> tuple[jax.Array, Chunks]:
+        """Which rows of span `number` the query sees, bool [SPAN], and all of them, float16, or float32 if `raw`."""
         form, place, of_ring = self.form, jnp.arange(SPAN, dtype=jnp.int32), self.own < 0
         slot = self.split * SPAN + place
         in_window = self.in_window(slot)
-        load_ring = functools.partial(self.load_rows, self.ring, slot, in_window)
+        load_ring = functools.partial(self.load_rows, self.ring, slot, in_window, raw)
         if self.rows is None:
             # Outside a branch, the compiler would take each chunk through shared memory before it loads the next.
-            return in_window, jax.lax.cond(of_ring, load_ring, self.no_rows)
+            return in_window, jax.lax.cond(of_ring, load_ring, functools.partial(self.no_rows, raw))
         row = (self.own + number * (form.splits - form.window_splits)) * SPAN + place
         if form.chosen:
             inside = (row >= 0) & (row < self.which.shape[1])
@@ -244,7 +269,7 @@ class Split:
             visible = (row >= 0) & (row < self.which[self.m])
         # The compiler makes of the branches one load from a chosen address where both load float32.
         load = self.load_narrow if isinstance(self.rows, NarrowRows) else functools.partial(self.load_rows, self.rows)
-        chunks = jax.lax.cond(of_ring, load_ring, functools.partial(load, row, visible))
+        chunks = jax.lax.cond(of_ring, load_ring, functools.partial(load, row, visible, raw))
         return jnp.where(of_ring, in_window, visible), chunks
 
     def in_window(self, slot: jax.Array) -> jax.Array:
@@ -258,17 +283,21 @@ class Split:
         """The query's sequence, in the shape of another index."""
         return jnp.full_like(place, self.sequence)
 
-    def load_rows(self, ref: Any, row: jax.Array, seen: jax.Array) -> Chunks:
+    def in_halves(self, chunk: int, x: jax.Array) -> tuple[jax.Array, ...]:
+        """A chunk of rows float32 as float16 numbers."""
+        return _halves(x) if self.in_two(chunk) else (x.astype(jnp.float16),)
+
+    def load_rows(self, ref: Any, row: jax.Array, seen: jax.Array, raw: bool) -> Chunks:
         """Chunks of the rows that are seen, zeros for the others."""
         chunks: Chunks = []
         for i, column in enumerate(self.form.columns):
             place = tile(row, column)
             mask = jnp.broadcast_to(seen[:, None], place[0].shape)
             x = plt.load(ref.at[self.whose(place[0]), *place], mask=mask, other=0.0)
-            chunks.append(_halves(x.astype(jnp.float32)) if self.in_two(i) else (x.astype(jnp.float16),))
+            chunks.append((x.astype(jnp.float32),) if raw else self.in_halves(i, x.astype(jnp.float32)))
         return chunks
 
-    def load_narrow(self, row: jax.Array, seen: jax.Array) -> Chunks:
+    def load_narrow(self, row: jax.Array, seen: jax.Array, raw: bool) -> Chunks:
         """What `load_rows` makes of narrow compressed rows, with the bits of the float32 rows."""
         chunks: Chunks = []
         for i, column in enumerate(self.form.columns):
@@ -278,7 +307,7 @@ class Split:
                 mask = jnp.broadcast_to(seen[:, None] & rotates[None, :], place[0].shape)
                 rotated = plt.load(self.rows.turning.at[self.whose(place[0]), *place], mask=mask, other=0.0)
                 x = jnp.where(jnp.broadcast_to(rotates[None, :], x.shape), rotated, x)
-            chunks.append(_halves(x) if self.in_two(i) else (x.astype(jnp.float16),))
+            chunks.append((x,) if raw else self.in_halves(i, x))
         return chunks
 
     def load_plain(self, chunk: int, row: jax.Array, seen: jax.Array) -> jax.Array:
@@ -301,10 +330,10 @@ class Split:
             scale = jnp.where(later, jnp.broadcast_to(other[:, None], codes.shape), scale)
         return fp8_values(codes) * scale
 
-    def no_rows(self) -> Chunks:
+    def no_rows(self, raw: bool) -> Chunks:
         """Zeros in the form of `load_rows`."""
-        zeros = jnp.zeros((SPAN, self.form.chunk), jnp.float16)
-        return [(zeros,) * (2 if self.in_two(i) else 1) for i in range(len(self.form.columns))]
+        zeros = jnp.zeros((SPAN, self.form.chunk), jnp.float32 if raw else jnp.float16)
+        return [(zeros,) * (2 if self.in_two(i) and not raw else 1) for i in range(len(self.form.columns))]
 
     def in_two(self, chunk: int) -> bool:
         """Whether a row's chunk is the sum of two float16 numbers."""
@@ -317,35 +346,59 @@ class Split:
         outs = tuple(jnp.zeros((heads, self.form.chunk), jnp.float32) for _ in self.form.columns)
         return jnp.full(heads, -jnp.inf, jnp.float32), jnp.zeros(heads, jnp.float32), outs
 
+    def weigh(
+        self, queries: Sequence[tuple[jax.Array, jax.Array]], seen: jax.Array, chunks: Chunks, top: jax.Array
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
+        """The largest score of a span and of `top`, the factor of older sums, the weights of the rows and their sum."""
+        by_row = self.form.by_row
+        # Each chunk's scores are scaled on their own: one chain of all the products would be four times as long.
+        dots = [self.scores(q, kv) for q, kv in zip(queries, chunks, strict=True)]
+        scores = [self.times(dot, jnp.full_like(dot, self.form.scale * LOG2_E)) for dot in dots]
+        score, of_heads = functools.reduce(jnp.add, scores), (slice(None), None) if not by_row else (None, slice(None))
+        visible = seen[:, None] if by_row else seen[None, :]
+        score = jnp.where(jnp.broadcast_to(visible, score.shape), score, -jnp.inf)
+        # Whole exponents, so that sums of several spans are scaled exactly.
+        new = jnp.maximum(top, jnp.ceil(jnp.max(score, axis=0 if by_row else 1)))
+        finite = finite_top(new)
+        weights = _halves(jnp.exp2(score - finite[of_heads]))
+        # Tensor cores add up in one order, however the weights lie in registers.
+        ones = jnp.ones((SPAN, HEADS), jnp.float16)
+        total = jnp.max(_dot(weights, (ones,), (0 if by_row else 1, 0), interpret=self.form.interpret), axis=1)
+        return new, power_of_two(top - finite), weights, total
+
+    def scores(self, queries: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, ...]) -> jax.Array:
+        """Products of a chunk's queries and rows, [heads, SPAN], or [SPAN, heads] if `by_row`."""
+        if not self.form.by_row:
+            return _dot(queries, rows, (1, 1), interpret=self.form.interpret)
+        pairs = [(rows[0], part) for part in queries] + [(part, queries[0]) for part in rows[1:]]
+        dots = [_dot((a,), (b,), (1, 1), interpret=self.form.interpret) for a, b in pairs]
+        return functools.reduce(jnp.add, dots)
+
+    def weighted(
+        self, weights: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, ...], out: jax.Array, kept: jax.Array
+    ) -> jax.Array:
+        """A chunk of a span's weighted rows, added to those of older ones."""
+        old = self.times(out, jnp.broadcast_to(kept[:, None], out.shape))
+        return old + _dot(weights, rows, (0 if self.form.by_row else 1, 0), interpret=self.form.interpret)
+
     def add(self, queries: Sequence[tuple[jax.Array, jax.Array]], span: tuple[jax.Array, Chunks], parts: Parts) -> Parts:
         """Parts with a span of rows added."""
         (seen, chunks), (top, total, outs) = span, parts
-        # Each chunk's scores are scaled on their own: one chain of all the products would be four times as long.
-        dots = [_dot(q, kv, 1) for q, kv in zip(queries, chunks, strict=True)]
-        scores = [self.times(dot, jnp.full_like(dot, self.form.scale)) for dot in dots]
-        score = functools.reduce(jnp.add, scores)
-        score = jnp.where(jnp.broadcast_to(seen[None, :], score.shape), score, -jnp.inf)
-        new = jnp.maximum(top, jnp.max(score, axis=-1))
-        finite = jnp.where(new == -jnp.inf, 0.0, new)
-        weight, kept = jnp.exp(score - finite[:, None]), jnp.exp(top - finite)
-        parts_of_weight = _halves(weight)
-        outs = tuple(
-            self.times(out, jnp.broadcast_to(kept[:, None], out.shape)) + _dot(parts_of_weight, kv, 0)
-            for out, kv in zip(outs, chunks, strict=True)
-        )
-        return new, self.times(total, kept) + jnp.sum(weight, axis=-1), outs
+        new, kept, weights, own = self.weigh(queries, seen, chunks, top)
+        outs = tuple(self.weighted(weights, kv, out, kept) for out, kv in zip(outs, chunks, strict=True))
+        return new, self.times(total, kept) + own, outs
 
     def times(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """A product that is rounded by itself."""
         return arithmetic.multiply(a, b, interpret=self.form.interpret)
 
-    def run(self, passes: jax.Array, queries: Sequence[tuple[jax.Array, jax.Array]] | None = None) -> Parts:
+    def run(self, passes: jax.Array) -> Parts:
         """The parts of all the split's rows."""
         if self.form.longest == 1:
             # The rows are on their way while the queries are normed.
             span = self.span(jnp.zeros_like(passes))
-            return self.add(queries or self.queries(), span, self.nothing())
-        queries = queries or self.queries()
+            return self.add(self.queries(), span, self.nothing())
+        queries = self.queries()
         parts: Parts = jax.lax.fori_loop(0, passes, lambda i, parts: self.add(queries, self.span(i), parts), self.nothing())
         return parts
 
@@ -356,37 +409,59 @@ class Split:
         plt.store(top_ref.at[place], top, mask=real)
         plt.store(total_ref.at[place], total, mask=real)
 
-    def store_outs(self, out_ref: Any, outs: Sequence[jax.Array], number: jax.Array) -> None:
-        """Store the weighted rows."""
-        for column, out in zip(self.form.columns, outs, strict=True):
+    def store_outs(self, out_ref: Any, outs: Sequence[jax.Array], number: jax.Array, columns: Sequence[jax.Array]) -> None:
+        """Store the weighted rows' columns."""
+        for column, out in zip(columns, outs, strict=True):
             heads, column = tile(self.heads, column)
             place = (jnp.full_like(heads, self.m), heads, jnp.full_like(heads, number), column)
             plt.store(out_ref.at[place], out, mask=heads < self.form.heads)
 
 
-def group_kernel(*refs: Any, form: Form, compressed: bool) -> None:
-    """The body of a program that takes all splits of a group one after the other, for many rows."""
+def group_kernel(*refs: Any, form: Form, compressed: bool, parts: int, early: bool) -> None:
+    """The body of a program that takes all splits of a group one after the other, and a part of the columns of the rows."""
     sequence, q, cos, sin, position, end, ring, *extra, top_ref, total_ref, out_ref = refs
     *leaves, which = extra if compressed else (None, None)
     rows = leaves[0] if len(leaves) == 1 else NarrowRows(*leaves)
-    m, tile, group = (pl.program_id(axis) for axis in range(3))
+    m, tile, place = (pl.program_id(axis) for axis in range(3))
+    group, each = place // parts, len(form.columns) // parts
 
     def of(split: jax.Array) -> Split:
         return Split(form, m, tile, split, sequence[m], q, cos, sin, position, end, ring, rows, which)
 
-    first = of(group * GROUP)
-    queries = first.queries()
+    first, last = of(group * GROUP), jnp.minimum((group + 1) * GROUP, form.splits)
+    zero = jnp.zeros_like(last)
 
-    def one(split: jax.Array, parts: Parts) -> Parts:
-        program = of(split)
-        own, total, outs = program.run(program.passes(), queries)
-        top, (new, *made) = merge(parts[0], own, [parts[1], *parts[2]], [total, *outs], form.interpret)
-        return top, new, tuple(made)
+    def run(part: int) -> None:
+        own = slice(part * each, (part + 1) * each)
+        queries, nothing = first.queries(), first.nothing()
 
-    last = jnp.minimum((group + 1) * GROUP, form.splits)
-    top, total, outs = jax.lax.fori_loop(group * GROUP, last, one, first.nothing())
-    first.store_state(top_ref, total_ref, top, total, group)
-    first.store_outs(out_ref, outs, group)
+        def one(split: jax.Array, carry: Any) -> Any:
+            (seen, raw), (top, total, outs) = carry
+            program = of(split)
+            if not early:
+                seen, raw = program.span(zero, raw=True)
+            chunks = [program.in_halves(i, x) for i, (x,) in enumerate(raw)]
+            # The next rows are on their way while these are multiplied.
+            ahead = of(jnp.minimum(split + 1, last - 1)).span(zero, raw=True) if early else (zero, zero)
+            new, kept, weights, added = program.weigh(queries, seen, chunks, nothing[0])
+            total = merge(top, new, [total], [program.times(nothing[1], kept) + added], form.interpret)[1][0]
+            made = []
+            for out, kv in zip(outs, chunks[own], strict=True):
+                weighted = program.weighted(weights, kv, jnp.zeros_like(out), kept)
+                made += merge(top, new, [out], [weighted], form.interpret)[1]
+            return ahead, (jnp.maximum(top, new), total, tuple(made))
+
+        carry = (first.span(zero, raw=True) if early else (zero, zero), (*nothing[:2], nothing[2][own]))
+        _, (top, total, outs) = jax.lax.fori_loop(group * GROUP, last, one, carry)
+        if part == 0:
+            first.store_state(top_ref, total_ref, top, total, group)
+        first.store_outs(out_ref, outs, group, form.columns[own])
+
+    for part in range(parts):
+        if parts == 1:
+            run(part)
+        else:
+            pl.when(place % parts == part)(functools.partial(run, part))
 
 
 def split_kernel(*refs: Any, form: Form, compressed: bool) -> None:
@@ -407,4 +482,4 @@ def split_kernel(*refs: Any, form: Form, compressed: bool) -> None:
     def something() -> None:
         top, total, outs = program.run(passes)
         program.store_state(top_ref, total_ref, top, total, split)
-        program.store_outs(out_ref, outs, split)
+        program.store_outs(out_ref, outs, split, form.columns)

@@ -26,6 +26,7 @@ from pallas_kernels.formats import BLOCK, HALF, Q8_0, WORDS, Quantized
 from pallas_kernels.linear import activation_k
 from pallas_kernels.linear.activation import Activation, quantize_blocks
 from pallas_kernels.linear.activation_k import ORDERS, ActivationK, Order
+from pallas_kernels.linear.halves import halves_of
 
 MIX, ENTER, SINKHORN = "hc_mix", "hc_enter", "hc_sinkhorn"
 STREAMS = 4
@@ -34,7 +35,6 @@ SLICE, COLUMNS = 64, 256
 # Partial results of a slice: up to 32 projections, then the products of streams i and j.
 PARTS, PRODUCTS = 48, 32
 MIXES = STREAMS * (2 + STREAMS)
-MIX_ROWS = lambda m: 1
 PAIRS = [(i, j) for i in range(STREAMS) for j in range(i, STREAMS)]
 
 Row = list[jax.Array]
@@ -49,6 +49,7 @@ class Entered:
         h: float32 [M, N, D], the streams after the last output was written back.
         parts: float32 [M, 48, slices], partial results of the projections; `mixing_part` reads them.
         x: float32 [M, D], the normalised input.
+        halves: float16 [M, 2, D], x as `halves_of` splits it.
         quantized: x in int8 blocks of 32.
         quantized_k: x in int8 blocks of 256, in each of the orders.
         orders: static.
@@ -57,6 +58,7 @@ class Entered:
     h: jax.Array
     parts: jax.Array
     x: jax.Array
+    halves: jax.Array
     quantized: Activation
     quantized_k: tuple[ActivationK, ...] = ()
     orders: tuple[Order, ...] = dataclasses.field(default=(), metadata={"static": True})
@@ -74,9 +76,9 @@ def _write_stream(h: Row, outputs: Row, post: jax.Array, comb: Row) -> jax.Array
     return post * functools.reduce(jnp.add, outputs) + mixed
 
 
-def _mix_kernel(h_ref: Any, fn_ref: Any, post_ref: Any, comb_ref: Any, *refs: Any, mixes: int, width: int, rows: int) -> None:
+def _mix_kernel(h_ref: Any, fn_ref: Any, post_ref: Any, comb_ref: Any, *refs: Any, mixes: int, width: int) -> None:
     *output_refs, new_ref, parts_ref = refs
-    part, last = pl.program_id(1), h_ref.shape[0] - 1
+    row, part = pl.program_id(0), pl.program_id(1)
     span = pl.ds(part * width, width)
     number = jax.lax.broadcasted_iota(jnp.int32, (PRODUCTS, width), 0)
     column = part * width + jax.lax.broadcasted_iota(jnp.int32, (PRODUCTS, width), 1)
@@ -84,28 +86,20 @@ def _mix_kernel(h_ref: Any, fn_ref: Any, post_ref: Any, comb_ref: Any, *refs: An
     # from the cache.
     index = jnp.minimum(number, mixes - 1)
     fn = [plt.load(fn_ref.at[index, jnp.full_like(index, j), column]) for j in range(STREAMS)]
+    h = [plt.load(h_ref.at[row, jnp.int32(j), span]) for j in range(STREAMS)]
+    outputs = [plt.load(ref.at[row, span]) for ref in output_refs]
+    new = h
+    if outputs:
+        gains = [[comb_ref[row, source, target] for source in range(STREAMS)] for target in range(STREAMS)]
+        new = [_write_stream(h, outputs, post_ref[row, target], gain) for target, gain in enumerate(gains)]
+    products = jnp.zeros((PRODUCTS, width), jnp.float32)
+    for weights, stream in zip(fn, new, strict=True):
+        products = products + weights.astype(jnp.float32) * stream[None, :]
+    _store_parts(parts_ref, row, part, 0, products)
+    for i, stream in enumerate(new):
+        plt.store(new_ref.at[row, jnp.int32(i), span], stream)
     pair = jax.lax.broadcasted_iota(jnp.int32, (STREAMS * STREAMS, width), 0)
-
-    def mix(row: jax.Array) -> None:
-        h = [plt.load(h_ref.at[row, jnp.int32(j), span]) for j in range(STREAMS)]
-        outputs = [plt.load(ref.at[row, span]) for ref in output_refs]
-        new = h
-        if outputs:
-            gains = [[comb_ref[row, source, target] for source in range(STREAMS)] for target in range(STREAMS)]
-            new = [_write_stream(h, outputs, post_ref[row, target], gain) for target, gain in enumerate(gains)]
-        products = jnp.zeros((PRODUCTS, width), jnp.float32)
-        for weights, stream in zip(fn, new, strict=True):
-            products = products + weights.astype(jnp.float32) * stream[None, :]
-        _store_parts(parts_ref, row, part, 0, products)
-        for i, stream in enumerate(new):
-            plt.store(new_ref.at[row, jnp.int32(i), span], stream)
-        _store_parts(parts_ref, row, part, PRODUCTS, _select_stream(new, pair // STREAMS) * _select_stream(new, pair % STREAMS))
-
-    first = pl.program_id(0) * rows
-    if rows == 1:
-        mix(first)
-    else:
-        jax.lax.fori_loop(first, jnp.minimum(first + rows, last + 1), lambda row, _: mix(row), None)
+    _store_parts(parts_ref, row, part, PRODUCTS, _select_stream(new, pair // STREAMS) * _select_stream(new, pair % STREAMS))
 
 
 def _select_stream(streams: Row, number: jax.Array) -> jax.Array:
@@ -197,7 +191,7 @@ def _store_input(
     part: jax.Array,
 ) -> None:  # fmt: skip
     """Store some columns of the sub-layer's input, and their quantised blocks."""
-    x_ref, q_ref, s_ref, *k_refs = refs
+    x_ref, halves_ref, q_ref, s_ref, *k_refs = refs
     row = gates.row
 
     def loaded(place: jax.Array) -> Row:
@@ -224,7 +218,10 @@ def _store_input(
         return x * norm * weight
 
     x = normed(columns[0])
-    plt.store(x_ref.at[row, part * COLUMNS + place], x)
+    column = part * COLUMNS + place
+    plt.store(x_ref.at[row, column], x)
+    for half, values in enumerate(halves_of(x)):
+        plt.store(halves_ref.at[row, jnp.full_like(column, half), column], values)
     words, scales = quantize_blocks(x, interpret=interpret)
     words = words.reshape(COLUMNS // BLOCK, 2, HALF)
     block, half, word = (jax.lax.broadcasted_iota(jnp.int32, words.shape, axis) for axis in range(3))
@@ -267,15 +264,15 @@ def _mixed(
         )
     if post is None or comb is None:
         post, comb = jnp.zeros((m, n), jnp.float32), jnp.zeros((m, n, n), jnp.float32)
-    width, name, rows = min(SLICE, dim), f"{MIX}_{fn.shape[0]}", MIX_ROWS(m)
+    width, name = min(SLICE, dim), f"{MIX}_{fn.shape[0]}"
     TRAFFIC[name] = fn.size * fn.dtype.itemsize
     new, parts = pl.pallas_call(
-        functools.partial(_mix_kernel, mixes=fn.shape[0], width=width, rows=rows),
+        functools.partial(_mix_kernel, mixes=fn.shape[0], width=width),
         out_shape=(
             jax.ShapeDtypeStruct(h.shape, jnp.float32),
             jax.ShapeDtypeStruct((m, PARTS, dim // width), jnp.float32),
         ),
-        grid=(pl.cdiv(m, rows), dim // width),
+        grid=(m, dim // width),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name=name,
@@ -286,17 +283,18 @@ def _mixed(
 def _entered(
     new: jax.Array, parts: jax.Array, scale: jax.Array, base: jax.Array, weight: jax.Array, *,
     orders: tuple[Order, ...], interpret: bool, **numbers: Any,
-) -> tuple[jax.Array, Activation, tuple[ActivationK, ...]]:  # fmt: skip
-    """Second launch: x, and x in blocks of 32 and in each order in blocks of 256."""
+) -> tuple[jax.Array, jax.Array, Activation, tuple[ActivationK, ...]]:  # fmt: skip
+    """Second launch: x, its halves, and x in blocks of 32 and in each order in blocks of 256."""
     m, _, dim = new.shape
     blocks = dim // BLOCK
     wanted = (
         jax.ShapeDtypeStruct((m, dim), jnp.float32),
+        jax.ShapeDtypeStruct((m, 2, dim), jnp.float16),
         jax.ShapeDtypeStruct((m, 2, blocks, HALF), jnp.int32),
         jax.ShapeDtypeStruct((m, blocks), jnp.float32),
     )
     extra = (shape for order in orders for shape in activation_k.out_shapes(m, dim, order))
-    x, quants, scales, *made = pl.pallas_call(
+    x, halves, quants, scales, *made = pl.pallas_call(
         functools.partial(_enter_kernel, orders=orders, interpret=interpret, **numbers),
         out_shape=(*wanted, *extra),
         grid=(m, dim // COLUMNS),
@@ -305,7 +303,7 @@ def _entered(
         name=ENTER,
     )(new, parts, scale, base, weight)
     ordered = (ActivationK(*made[3 * i : 3 * i + 3]) for i in range(len(orders)))
-    return x, Activation(quants[:, None], scales[:, None]), tuple(ordered)
+    return x, halves, Activation(quants[:, None], scales[:, None]), tuple(ordered)
 
 
 def _orders(formats: Sequence[type[Quantized]]) -> tuple[Order, ...]:
@@ -388,7 +386,7 @@ def leave(
         ValueError: h or fn has another shape.
     """
     new, parts = _mixed(h, fn, outputs, post, comb, interpret)
-    x, quantized, ordered = _entered(
+    x, _, quantized, ordered = _entered(
         new, parts, scale, base, norm_weight, orders=_orders([format]), interpret=interpret, eps=eps, norm_eps=norm_eps
     )
     return new, x, ordered[0] if ordered else quantized
