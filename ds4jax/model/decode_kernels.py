@@ -34,7 +34,8 @@ from pallas_kernels.hyper_connections.decode import Entered
 from pallas_kernels.indexer import decode as indexer
 from pallas_kernels.linear.activation import Activation
 from pallas_kernels.linear.activation_k import ActivationK
-from pallas_kernels.linear.float_matmul import float_matmul, float_part
+from pallas_kernels.linear.float_matmul import apart, float_matmul, float_part
+from pallas_kernels.linear.halves import FloatRows
 from pallas_kernels.linear.lane_row import quantize_for
 from pallas_kernels.ops import product_parts, quantized_products
 
@@ -197,17 +198,21 @@ def _attention(
     dense = _entered_parts(entered, [weights[name] for name in READERS["attn"]], interpret)
     parts = [_mixing(config, weights, "attn", entered), *dense]
     together = [weights[name] for name in COMPRESSED[:-1] if name in weights]
-    if together:
-        parts.append(float_part(entered.x, together, interpret=interpret))
+    if together and not apart(len(entered.x), together):
+        parts.append(float_part(entered.rows, together, interpret=interpret))
     mixing, *made = launch(parts, warps=1, interpret=interpret)
     (q_low, kv), projections = itertools.chain(*made[: len(dense)]), made[len(dense) :]
-    in_blocks, q_low, cache = _append(config, weights, q_low, kv, projections, steps, cache, ratio, interpret)
+    if together and not projections:
+        projections = [float_matmul(entered.rows, together, interpret=interpret)]
+    in_blocks, low, cache = _append(config, weights, q_low, kv, projections, steps, cache, ratio, interpret)
 
-    quantized = _as_read(q_low, in_blocks, weights["attn.wq_b"], interpret=interpret)
-    parts = product_parts(quantized, [weights["attn.wq_b"]], interpret=interpret)
-    if cache.indexer is not None:
-        parts.append(float_part(q_low, [weights[COMPRESSED[-1]]], interpret=interpret))
+    quantized = _as_read(low.values, in_blocks, weights["attn.wq_b"], interpret=interpret)
+    parts, indexed = product_parts(quantized, [weights["attn.wq_b"]], interpret=interpret), [weights[COMPRESSED[-1]]] if cache.indexer is not None else []
+    if indexed and not apart(len(entered.x), indexed):
+        parts.append(float_part(low, indexed, interpret=interpret))
     (q,), *index_queries = launch(parts, warps=1, interpret=interpret)
+    if indexed and not index_queries:
+        index_queries = [float_matmul(low, indexed, interpret=interpret)]
     rows, cos_sin = steps.rows, steps.angles["compressed" if ratio else "plain"]
     seen: attention.Compressed | None = None
     if cache.compressor is not None:
@@ -260,16 +265,16 @@ def _append(
             ratio=ratio, eps=config.norm_eps, finish=finish, per_sequence=rows.per_sequence,
         )  # fmt: skip
         parts.append(part)
-    (quants, scales, q_low, window), *made = launch(parts, warps=qkv.WARPS, interpret=interpret)
+    (quants, scales, normed, halves, window), *made = launch(parts, warps=qkv.WARPS, interpret=interpret)
     caches = [CompressorCache(*compressor.taken_in(arrays, held.rows)) for arrays, (_, held, _) in zip(made, kinds, strict=True)]
-    return Activation(quants[:, None], scales[:, None]), q_low, LayerCache(window, *caches)
+    return Activation(quants[:, None], scales[:, None]), FloatRows(normed, halves), LayerCache(window, *caches)
 
 
 def _experts(
     config: Config, weights: Weights, entered: Entered, steps: StepRows, interpret: bool
 ) -> tuple[tuple[jax.Array, ...], Mixing]:
     """Outputs of the routed experts and of the shared one, [T, D] each, and the weights of writing back their sum."""
-    [logits] = float_matmul(entered.x, [weights["ffn.gate"]], interpret=interpret)
+    [logits] = float_matmul(entered.rows, [weights["ffn.gate"]], interpret=interpret)
     if "ffn.gate.tid2eid" in weights:
         how = {"ids": steps.ids, "table": weights["ffn.gate.tid2eid"]}
     else:

@@ -30,7 +30,7 @@ SPLIT_NAME = "attend_split"
 COMBINE_NAME = "attend_combine"
 SPLIT_WARPS = 8
 COMBINE_WARPS = 4
-WAY = lambda m: (True, 16, 8, 1, True, False) if m >= 8 else (False, HEADS, SPLIT_WARPS, 1, False, False)
+WAY = lambda m: (True, 16, 4, 1) if m >= 8 else (False, HEADS, SPLIT_WARPS, 1)
 CHUNKS = 1
 
 __all__ = ["COMBINE_NAME", "SPLIT_NAME", "Chosen", "Compressed", "Leading", "attend"]
@@ -131,11 +131,11 @@ def attend(
     sizes = {"heads": heads, "dim": dim, "rope": 2 * cos.shape[1], "window": window, "scale": scale, "eps": eps}
     form = Form.of(ring.shape[1], compressed, interpret=interpret, **sizes)
     extra = () if compressed is None else tuple(jax.tree.leaves(compressed))
-    grouped, taken, warps, cut, by_row, early = WAY(m)
-    form = dataclasses.replace(form, tile=taken, by_row=by_row)
+    grouped, taken, warps, cut = WAY(m)
+    form = dataclasses.replace(form, tile=taken)
     count = form.groups if grouped else form.splits
     state = jax.ShapeDtypeStruct((m, heads, count), jnp.float32)
-    body = functools.partial(group_kernel, parts=cut, early=early) if grouped else split_kernel
+    body = functools.partial(group_kernel, parts=cut) if grouped else split_kernel
     parts = pl.pallas_call(
         functools.partial(body, form=form, compressed=compressed is not None),
         out_shape=(state, state, jax.ShapeDtypeStruct((m, heads, count, dim), jnp.float32)),

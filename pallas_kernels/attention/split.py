@@ -91,7 +91,6 @@ class Form:
     eps: float
     interpret: bool
     tile: int = HEADS
-    by_row: bool = False
 
     @classmethod
     def of(cls, ring: int, compressed: Compressed | None, **sizes: Any) -> Form:
@@ -176,12 +175,12 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.float16)
 
 
-def _dot(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], axes: tuple[int, int], *, interpret: bool) -> jax.Array:
-    """Product of two matrices over an axis of each, both in parts of float16, summed in float32; without that of two low parts."""
+def _dot(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], axis: int, *, interpret: bool) -> jax.Array:
+    """Product of a [M, K] with b over its `axis`, both in parts of float16, summed in float32; without that of two low parts."""
     pairs = [(part, b[0]) for part in a] + [(a[0], part) for part in b[1:]]
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
     if interpret:
-        return functools.reduce(jnp.add, [_fixed_dot(*(jnp.moveaxis(x, axis, 1) for x, axis in zip(pair, axes, strict=True))) for pair in pairs])
+        return functools.reduce(jnp.add, [_fixed_dot(x, jnp.moveaxis(y, axis, 1)) for x, y in pairs])
+    dimensions = (((1,), (axis,)), ((), ()))
     dots = [jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32) for x, y in pairs]
     return functools.reduce(jnp.add, dots)
 
@@ -251,15 +250,15 @@ class Split:
         heads, column = tile(self.heads, column)
         return plt.load(self.q.at[jnp.full_like(heads, self.m), heads, column], mask=heads < self.form.heads, other=0.0)
 
-    def span(self, number: jax.Array, raw: bool = False) -> tuple[jax.Array, Chunks]:
-        """Which rows of span `number` the query sees, bool [SPAN], and all of them, float16, or float32 if `raw`."""
+    def span(self, number: jax.Array) -> tuple[jax.Array, Chunks]:
+        """Which rows of span `number` the query sees, bool [SPAN], and all of them, float16."""
         form, place, of_ring = self.form, jnp.arange(SPAN, dtype=jnp.int32), self.own < 0
         slot = self.split * SPAN + place
         in_window = self.in_window(slot)
-        load_ring = functools.partial(self.load_rows, self.ring, slot, in_window, raw)
+        load_ring = functools.partial(self.load_rows, self.ring, slot, in_window)
         if self.rows is None:
             # Outside a branch, the compiler would take each chunk through shared memory before it loads the next.
-            return in_window, jax.lax.cond(of_ring, load_ring, functools.partial(self.no_rows, raw))
+            return in_window, jax.lax.cond(of_ring, load_ring, self.no_rows)
         row = (self.own + number * (form.splits - form.window_splits)) * SPAN + place
         if form.chosen:
             inside = (row >= 0) & (row < self.which.shape[1])
@@ -269,7 +268,7 @@ class Split:
             visible = (row >= 0) & (row < self.which[self.m])
         # The compiler makes of the branches one load from a chosen address where both load float32.
         load = self.load_narrow if isinstance(self.rows, NarrowRows) else functools.partial(self.load_rows, self.rows)
-        chunks = jax.lax.cond(of_ring, load_ring, functools.partial(load, row, visible, raw))
+        chunks = jax.lax.cond(of_ring, load_ring, functools.partial(load, row, visible))
         return jnp.where(of_ring, in_window, visible), chunks
 
     def in_window(self, slot: jax.Array) -> jax.Array:
@@ -283,21 +282,17 @@ class Split:
         """The query's sequence, in the shape of another index."""
         return jnp.full_like(place, self.sequence)
 
-    def in_halves(self, chunk: int, x: jax.Array) -> tuple[jax.Array, ...]:
-        """A chunk of rows float32 as float16 numbers."""
-        return _halves(x) if self.in_two(chunk) else (x.astype(jnp.float16),)
-
-    def load_rows(self, ref: Any, row: jax.Array, seen: jax.Array, raw: bool) -> Chunks:
+    def load_rows(self, ref: Any, row: jax.Array, seen: jax.Array) -> Chunks:
         """Chunks of the rows that are seen, zeros for the others."""
         chunks: Chunks = []
         for i, column in enumerate(self.form.columns):
             place = tile(row, column)
             mask = jnp.broadcast_to(seen[:, None], place[0].shape)
             x = plt.load(ref.at[self.whose(place[0]), *place], mask=mask, other=0.0)
-            chunks.append((x.astype(jnp.float32),) if raw else self.in_halves(i, x.astype(jnp.float32)))
+            chunks.append(_halves(x.astype(jnp.float32)) if self.in_two(i) else (x.astype(jnp.float16),))
         return chunks
 
-    def load_narrow(self, row: jax.Array, seen: jax.Array, raw: bool) -> Chunks:
+    def load_narrow(self, row: jax.Array, seen: jax.Array) -> Chunks:
         """What `load_rows` makes of narrow compressed rows, with the bits of the float32 rows."""
         chunks: Chunks = []
         for i, column in enumerate(self.form.columns):
@@ -307,7 +302,7 @@ class Split:
                 mask = jnp.broadcast_to(seen[:, None] & rotates[None, :], place[0].shape)
                 rotated = plt.load(self.rows.turning.at[self.whose(place[0]), *place], mask=mask, other=0.0)
                 x = jnp.where(jnp.broadcast_to(rotates[None, :], x.shape), rotated, x)
-            chunks.append((x,) if raw else self.in_halves(i, x))
+            chunks.append(_halves(x) if self.in_two(i) else (x.astype(jnp.float16),))
         return chunks
 
     def load_plain(self, chunk: int, row: jax.Array, seen: jax.Array) -> jax.Array:
@@ -330,10 +325,10 @@ class Split:
             scale = jnp.where(later, jnp.broadcast_to(other[:, None], codes.shape), scale)
         return fp8_values(codes) * scale
 
-    def no_rows(self, raw: bool) -> Chunks:
+    def no_rows(self) -> Chunks:
         """Zeros in the form of `load_rows`."""
-        zeros = jnp.zeros((SPAN, self.form.chunk), jnp.float32 if raw else jnp.float16)
-        return [(zeros,) * (2 if self.in_two(i) and not raw else 1) for i in range(len(self.form.columns))]
+        zeros = jnp.zeros((SPAN, self.form.chunk), jnp.float16)
+        return [(zeros,) * (2 if self.in_two(i) else 1) for i in range(len(self.form.columns))]
 
     def in_two(self, chunk: int) -> bool:
         """Whether a row's chunk is the sum of two float16 numbers."""
@@ -350,36 +345,26 @@ class Split:
         self, queries: Sequence[tuple[jax.Array, jax.Array]], seen: jax.Array, chunks: Chunks, top: jax.Array
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
         """The largest score of a span and of `top`, the factor of older sums, the weights of the rows and their sum."""
-        by_row = self.form.by_row
         # Each chunk's scores are scaled on their own: one chain of all the products would be four times as long.
-        dots = [self.scores(q, kv) for q, kv in zip(queries, chunks, strict=True)]
+        dots = [_dot(q, kv, 1, interpret=self.form.interpret) for q, kv in zip(queries, chunks, strict=True)]
         scores = [self.times(dot, jnp.full_like(dot, self.form.scale * LOG2_E)) for dot in dots]
-        score, of_heads = functools.reduce(jnp.add, scores), (slice(None), None) if not by_row else (None, slice(None))
-        visible = seen[:, None] if by_row else seen[None, :]
-        score = jnp.where(jnp.broadcast_to(visible, score.shape), score, -jnp.inf)
+        score = functools.reduce(jnp.add, scores)
+        score = jnp.where(jnp.broadcast_to(seen[None, :], score.shape), score, -jnp.inf)
         # Whole exponents, so that sums of several spans are scaled exactly.
-        new = jnp.maximum(top, jnp.ceil(jnp.max(score, axis=0 if by_row else 1)))
+        new = jnp.maximum(top, jnp.ceil(jnp.max(score, axis=-1)))
         finite = finite_top(new)
-        weights = _halves(jnp.exp2(score - finite[of_heads]))
+        weights = _halves(jnp.exp2(score - finite[:, None]))
         # Tensor cores add up in one order, however the weights lie in registers.
         ones = jnp.ones((SPAN, HEADS), jnp.float16)
-        total = jnp.max(_dot(weights, (ones,), (0 if by_row else 1, 0), interpret=self.form.interpret), axis=1)
+        total = jnp.max(_dot(weights, (ones,), 0, interpret=self.form.interpret), axis=1)
         return new, power_of_two(top - finite), weights, total
-
-    def scores(self, queries: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, ...]) -> jax.Array:
-        """Products of a chunk's queries and rows, [heads, SPAN], or [SPAN, heads] if `by_row`."""
-        if not self.form.by_row:
-            return _dot(queries, rows, (1, 1), interpret=self.form.interpret)
-        pairs = [(rows[0], part) for part in queries] + [(part, queries[0]) for part in rows[1:]]
-        dots = [_dot((a,), (b,), (1, 1), interpret=self.form.interpret) for a, b in pairs]
-        return functools.reduce(jnp.add, dots)
 
     def weighted(
         self, weights: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, ...], out: jax.Array, kept: jax.Array
     ) -> jax.Array:
         """A chunk of a span's weighted rows, added to those of older ones."""
         old = self.times(out, jnp.broadcast_to(kept[:, None], out.shape))
-        return old + _dot(weights, rows, (0 if self.form.by_row else 1, 0), interpret=self.form.interpret)
+        return old + _dot(weights, rows, 0, interpret=self.form.interpret)
 
     def add(self, queries: Sequence[tuple[jax.Array, jax.Array]], span: tuple[jax.Array, Chunks], parts: Parts) -> Parts:
         """Parts with a span of rows added."""
@@ -417,7 +402,7 @@ class Split:
             plt.store(out_ref.at[place], out, mask=heads < self.form.heads)
 
 
-def group_kernel(*refs: Any, form: Form, compressed: bool, parts: int, early: bool) -> None:
+def group_kernel(*refs: Any, form: Form, compressed: bool, parts: int) -> None:
     """The body of a program that takes all splits of a group one after the other, and a part of the columns of the rows."""
     sequence, q, cos, sin, position, end, ring, *extra, top_ref, total_ref, out_ref = refs
     *leaves, which = extra if compressed else (None, None)
@@ -435,24 +420,19 @@ def group_kernel(*refs: Any, form: Form, compressed: bool, parts: int, early: bo
         own = slice(part * each, (part + 1) * each)
         queries, nothing = first.queries(), first.nothing()
 
-        def one(split: jax.Array, carry: Any) -> Any:
-            (seen, raw), (top, total, outs) = carry
+        def one(split: jax.Array, carry: Parts) -> Parts:
+            top, total, outs = carry
             program = of(split)
-            if not early:
-                seen, raw = program.span(zero, raw=True)
-            chunks = [program.in_halves(i, x) for i, (x,) in enumerate(raw)]
-            # The next rows are on their way while these are multiplied.
-            ahead = of(jnp.minimum(split + 1, last - 1)).span(zero, raw=True) if early else (zero, zero)
+            seen, chunks = program.span(zero)
             new, kept, weights, added = program.weigh(queries, seen, chunks, nothing[0])
             total = merge(top, new, [total], [program.times(nothing[1], kept) + added], form.interpret)[1][0]
             made = []
             for out, kv in zip(outs, chunks[own], strict=True):
                 weighted = program.weighted(weights, kv, jnp.zeros_like(out), kept)
                 made += merge(top, new, [out], [weighted], form.interpret)[1]
-            return ahead, (jnp.maximum(top, new), total, tuple(made))
+            return jnp.maximum(top, new), total, tuple(made)
 
-        carry = (first.span(zero, raw=True) if early else (zero, zero), (*nothing[:2], nothing[2][own]))
-        _, (top, total, outs) = jax.lax.fori_loop(group * GROUP, last, one, carry)
+        top, total, outs = jax.lax.fori_loop(group * GROUP, last, one, (*nothing[:2], nothing[2][own]))
         if part == 0:
             first.store_state(top_ref, total_ref, top, total, group)
         first.store_outs(out_ref, outs, group, form.columns[own])

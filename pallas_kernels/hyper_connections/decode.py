@@ -26,12 +26,13 @@ from pallas_kernels.formats import BLOCK, HALF, Q8_0, WORDS, Quantized
 from pallas_kernels.linear import activation_k
 from pallas_kernels.linear.activation import Activation, quantize_blocks
 from pallas_kernels.linear.activation_k import ORDERS, ActivationK, Order
-from pallas_kernels.linear.halves import halves_of
+from pallas_kernels.linear.halves import FloatRows, halves_of
 
 MIX, ENTER, SINKHORN = "hc_mix", "hc_enter", "hc_sinkhorn"
 STREAMS = 4
 # Columns per program of the two launches.
 SLICE, COLUMNS = 64, 256
+MIX_WARPS = 2
 # Partial results of a slice: up to 32 projections, then the products of streams i and j.
 PARTS, PRODUCTS = 48, 32
 MIXES = STREAMS * (2 + STREAMS)
@@ -62,6 +63,11 @@ class Entered:
     quantized: Activation
     quantized_k: tuple[ActivationK, ...] = ()
     orders: tuple[Order, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def rows(self) -> FloatRows:
+        """x for float weights."""
+        return FloatRows(self.x, self.halves)
 
     def quantized_for(self, format: type[Quantized]) -> Activation | ActivationK:
         """x as weights of a format read it; a format of blocks of 256 must have been given to `enter`."""
@@ -273,7 +279,7 @@ def _mixed(
             jax.ShapeDtypeStruct((m, PARTS, dim // width), jnp.float32),
         ),
         grid=(m, dim // width),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=MIX_WARPS, num_stages=1),
         interpret=interpret,
         name=name,
     )(h, fn.reshape(fn.shape[0], n, dim), post, comb, *outputs)

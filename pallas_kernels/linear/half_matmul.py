@@ -22,16 +22,21 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.core import batches, loads, mma
 from pallas_kernels.core.arithmetic import LANES
-from pallas_kernels.core.launch import Part, launch
-from pallas_kernels.linear.halves import LOW_SCALE, split_halves
-from pallas_kernels.linear.matrices import Matrix, matrices, store_sums
+from pallas_kernels.core.launch import Part
+from pallas_kernels.linear.halves import LOW_SCALE
+from pallas_kernels.linear.matrices import Matrix, matrices, part_name, store_sums, traffic
 
 # Sums of a row, and warps of a program of many rows.
 RESIDUES = 8
 # Values along K of all residues, eight a lane: what a warp of few rows takes at a time.
 CHUNK = RESIDUES * mma.BLOCK
-# Rows of activations of a program of many rows.
-COLUMNS = 32
+# Rows of activations from which on the kernel of many rows is faster.
+MANY_ROWS = 8
+# Maximum 16-byte loads of a lane in flight, and maximum sums of a lane of few rows.
+MAX_LOADS = 8
+MAX_SUMS = 16
+# With fewer programs of one warp a GPU waits for loads.
+PROGRAMS = 1024
 
 
 def _sum_of_halves(sums: jax.Array) -> jax.Array:
@@ -194,32 +199,50 @@ def _add_residues(
             plt.store(matrix.out.at[jnp.where(real, token, matrix.out.shape[0]), matrix.row + row], total, mask=real)
 
 
-def few_part(x: jax.Array, weights: Sequence[jax.Array], cut: tuple[int, int, int], *, interpret: bool = False) -> Part:
-    """Products of `halves` [M, 2, K] as a launch part. Its programs have one warp."""
+def few_cut(rows: int, heights: int, chunks: int) -> tuple[int, int, int]:
+    """How the work of few rows is cut, as `float_matmul.cut`. It changes only the time of a launch."""
+    owned, together = 4, batches.rows_of(rows)
+    while owned > 1 and (owned * together > MAX_SUMS or heights < owned * PROGRAMS):
+        owned //= 2
+    while together > 1 and heights * batches.count(rows, together) < owned * PROGRAMS:
+        together = pl.cdiv(together, 2)
+    in_flight = 2 * MAX_LOADS if together == 1 and owned < 4 else MAX_LOADS
+    return owned, min(chunks, max(in_flight // owned, 1)), together
+
+
+def many_cut(rows: int, tiles: int, chunks: int) -> tuple[int, int]:
+    """How the work of many rows is cut: chunks that a program loads at a time, and its rows of activations in eights."""
+    return min(chunks, 8), min(pl.cdiv(rows, mma.TILE_COLUMNS), 2 if tiles >= PROGRAMS // 4 else 1)
+
+
+def few_part(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool = False) -> Part:
+    """Products of halves float16 [M, 2, K] and [N, K] each as a launch part. Its programs have one warp."""
     m, _, k = x.shape
     sizes = tuple(weight.shape[0] for weight in weights)
-    rows, unroll, together = cut
+    rows, unroll, together = few_cut(m, sum(sizes), pl.cdiv(k, CHUNK))
     return Part(
-        name="_".join(map(str, ("float_matmul", *sizes, k))) + f"_m{m}",
+        name=part_name(m, k, weights),
         programs=batches.count(m, together) * sum(pl.cdiv(n, rows) for n in sizes),
         body=functools.partial(few_rows, sizes=sizes, rows=rows, unroll=unroll, together=together, interpret=interpret),
         inputs=(x.reshape(m, 2, -1, mma.VALUES), *(weight.reshape(weight.shape[0], -1, mma.VALUES) for weight in weights)),
         outputs=tuple(jax.ShapeDtypeStruct((m, n), jnp.float32) for n in sizes),
-        traffic=sum(sizes) * k * weights[0].dtype.itemsize,
+        traffic=traffic(weights),
     )
 
 
-def many_part(x: jax.Array, weights: Sequence[jax.Array], unroll: int, groups: int, *, interpret: bool = False) -> Part:
-    """Products of `halves` [M, 2, K] as a launch part. Its programs have eight warps."""
+def many_part(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool = False) -> Part:
+    """The same with programs of eight warps. Its last result is memory by which the warps exchange sums."""
     m, _, k = x.shape
     sizes = tuple(weight.shape[0] for weight in weights)
-    programs = pl.cdiv(m, groups * mma.TILE_COLUMNS) * sum(pl.cdiv(n, mma.TILE_ROWS) for n in sizes)
+    tiles = sum(pl.cdiv(n, mma.TILE_ROWS) for n in sizes)
+    unroll, groups = many_cut(m, tiles, pl.cdiv(k, CHUNK))
+    programs = pl.cdiv(m, groups * mma.TILE_COLUMNS) * tiles
     scratch = jax.ShapeDtypeStruct((programs, RESIDUES, groups * LANES * 4), jnp.float32)
     return Part(
-        name="_".join(map(str, ("float_matmul", *sizes, k))) + f"_m{m}",
+        name=part_name(m, k, weights),
         programs=programs,
         body=functools.partial(many_rows, sizes=sizes, unroll=unroll, groups=groups, interpret=interpret),
         inputs=(x, *weights),
         outputs=(*(jax.ShapeDtypeStruct((m, n), jnp.float32) for n in sizes), scratch),
-        traffic=sum(sizes) * k * weights[0].dtype.itemsize,
+        traffic=traffic(weights),
     )

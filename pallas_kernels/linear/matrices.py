@@ -15,6 +15,8 @@ from pallas_kernels.core import arithmetic, loads
 from pallas_kernels.core.arithmetic import LANES
 from pallas_kernels.core.batches import Batch
 
+NAME = "float_matmul"
+
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
@@ -64,3 +66,13 @@ def store_sums(matrices: Sequence[Matrix], sums: Sequence[jax.Array], rows: int,
             # The index of a lane without a value is past the end; interpret mode drops it.
             column = jnp.where(real, matrix.row + r, matrix.out.shape[1])
             plt.store(matrix.out.at[batch.place(m), column], total, mask=real)
+
+
+def part_name(m: int, k: int, weights: Sequence[jax.Array]) -> str:
+    """A launch part's name: rows of each weight, K and M."""
+    return "_".join(map(str, (NAME, *(weight.shape[0] for weight in weights), k))) + f"_m{m}"
+
+
+def traffic(weights: Sequence[jax.Array]) -> int:
+    """Bytes of the weights."""
+    return sum(weight.size * weight.dtype.itemsize for weight in weights)
