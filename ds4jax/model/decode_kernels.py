@@ -184,6 +184,18 @@ def _entered_parts(entered: Entered, weights: Sequence[Quantized], interpret: bo
     return parts
 
 
+def _beside_floats(
+    parts: Sequence[Part], x: FloatRows, weights: Sequence[jax.Array], interpret: bool
+) -> tuple[list[list[jax.Array]], list[jax.Array]]:
+    """Results of parts, and products of x with float weights: in the same launch if their programs have one warp."""
+    if not weights:
+        return launch(parts, warps=1, interpret=interpret), []
+    if apart(len(x.values), weights):
+        return launch(parts, warps=1, interpret=interpret), float_matmul(x, weights, interpret=interpret)
+    *made, products = launch([*parts, float_part(x, weights, interpret=interpret)], warps=1, interpret=interpret)
+    return made, products
+
+
 def _as_read(
     x: jax.Array, in_blocks: Activation, weight: Quantized, *, groups: int = 1, interpret: bool
 ) -> Activation | ActivationK:
@@ -198,21 +210,14 @@ def _attention(
     dense = _entered_parts(entered, [weights[name] for name in READERS["attn"]], interpret)
     parts = [_mixing(config, weights, "attn", entered), *dense]
     together = [weights[name] for name in COMPRESSED[:-1] if name in weights]
-    if together and not apart(len(entered.x), together):
-        parts.append(float_part(entered.rows, together, interpret=interpret))
-    mixing, *made = launch(parts, warps=1, interpret=interpret)
-    (q_low, kv), projections = itertools.chain(*made[: len(dense)]), made[len(dense) :]
-    if together and not projections:
-        projections = [float_matmul(entered.rows, together, interpret=interpret)]
-    in_blocks, low, cache = _append(config, weights, q_low, kv, projections, steps, cache, ratio, interpret)
+    (mixing, *made), projections = _beside_floats(parts, entered.rows, together, interpret)
+    q_low, kv = itertools.chain(*made)
+    in_blocks, queries, cache = _append(config, weights, q_low, kv, projections, steps, cache, ratio, interpret)
 
-    quantized = _as_read(low.values, in_blocks, weights["attn.wq_b"], interpret=interpret)
-    parts, indexed = product_parts(quantized, [weights["attn.wq_b"]], interpret=interpret), [weights[COMPRESSED[-1]]] if cache.indexer is not None else []
-    if indexed and not apart(len(entered.x), indexed):
-        parts.append(float_part(low, indexed, interpret=interpret))
-    (q,), *index_queries = launch(parts, warps=1, interpret=interpret)
-    if indexed and not index_queries:
-        index_queries = [float_matmul(low, indexed, interpret=interpret)]
+    quantized = _as_read(queries.values, in_blocks, weights["attn.wq_b"], interpret=interpret)
+    parts = product_parts(quantized, [weights["attn.wq_b"]], interpret=interpret)
+    indexed = [weights[COMPRESSED[-1]]] if cache.indexer is not None else []
+    [[q]], index_queries = _beside_floats(parts, queries, indexed, interpret)
     rows, cos_sin = steps.rows, steps.angles["compressed" if ratio else "plain"]
     seen: attention.Compressed | None = None
     if cache.compressor is not None:
@@ -221,7 +226,7 @@ def _attention(
         if cache.indexer is not None:
             keys = cache.indexer.rows
             index = indexer.index(
-                index_queries[0][0], projections[0][4], *cos_sin, keys, rows.sequence, visible,
+                index_queries[0], projections[4], *cos_sin, keys, rows.sequence, visible,
                 topk=min(config.index_topk, keys.shape[1]), qat=config.qat, interpret=interpret,
             )  # fmt: skip
             seen = attention.Chosen(cache.compressor.rows, index)
@@ -238,10 +243,10 @@ def _attention(
 
 
 def _append(
-    config: Config, weights: Weights, q_low: jax.Array, kv: jax.Array, projections: list[list[jax.Array]], steps: StepRows,
+    config: Config, weights: Weights, q_low: jax.Array, kv: jax.Array, projections: list[jax.Array], steps: StepRows,
     cache: LayerCache, ratio: int, interpret: bool,
-) -> tuple[Activation, jax.Array, LayerCache]:  # fmt: skip
-    """The low-rank queries, normed and quantised, and the cache with the rows' keys and the compressors' inputs appended."""
+) -> tuple[Activation, FloatRows, LayerCache]:  # fmt: skip
+    """The low-rank queries, quantised and normed, and the cache with the rows' keys and the compressors' inputs appended."""
     rows, size = steps.rows, cache.window.shape[1]
     slot = jnp.where(rows.live, rows.position % size, size)
     cos_sin = steps.angles["compressed" if ratio else "plain"]
@@ -257,7 +262,7 @@ def _append(
     if cache.indexer is not None:
         kinds.append(("attn.indexer.compressor", cache.indexer, "fp4" if config.qat else "none"))
     for i, (name, held, finish) in enumerate(kinds):
-        values, gates = projections[0][2 * i], projections[0][2 * i + 1]
+        values, gates = projections[2 * i : 2 * i + 2]
         cos, sin = steps.angles[str(ratio)]
         part = compressor.compress_part(
             values, gates, weights[f"{name}.ape"], weights[f"{name}.norm"], cos, sin,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +19,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.attention.split import GROUP, HEADS, LOG2_E, Chosen, Compressed, Form, Leading, group_kernel, merge, power_of_two, split_kernel, tile
+from pallas_kernels.attention.split import (
+    GROUPS,
+    HEADS,
+    LOG2_E,
+    Chosen,
+    Compressed,
+    Form,
+    Leading,
+    group_kernel,
+    merge,
+    power_of_two,
+    split_kernel,
+    tile,
+)
 from pallas_kernels.attention.stored_rows import NarrowRows
 from pallas_kernels.core import arithmetic, rotary
 from pallas_kernels.formats import BLOCK, HALF, WORDS
@@ -28,62 +40,85 @@ from pallas_kernels.linear.activation import Activation, quantize_blocks
 
 SPLIT_NAME = "attend_split"
 COMBINE_NAME = "attend_combine"
-SPLIT_WARPS = 8
-COMBINE_WARPS = 4
-WAY = lambda m: (True, 16, 4, 1) if m >= 8 else (False, HEADS, SPLIT_WARPS, 1)
-CHUNKS = 1
+SPLIT_WARPS = 4
+# Programs of groups of splits with which a GPU is busy. With fewer, each split has a program.
+GROUP_PROGRAMS = 256
+# Maximum rows of which the combining kernel's programs have four warps; those of more rows have one.
+FEW_ROWS = 2
 
 __all__ = ["COMBINE_NAME", "SPLIT_NAME", "Chosen", "Compressed", "Leading", "attend"]
 
 
-def _combine_kernel(*refs: Any, form: Form, groups: int, grouped: bool, width: int, chunks: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """Parts of one head of one row, and some columns of their weighted rows."""
+
+    m: jax.Array
+    head: jax.Array
+    column: jax.Array
+    top: Any
+    total: Any
+    out: Any
+    form: Form
+
+    def load(self, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The largest scores and the sums of weights of parts with numbers int32 [n], and their weighted rows [n, columns]."""
+        count = self.out.shape[2]
+        place = (jnp.full_like(number, self.m), jnp.full_like(number, self.head), number)
+        top = plt.load(self.top.at[place], mask=number < count, other=-jnp.inf)
+        total = plt.load(self.total.at[place], mask=number < count, other=0.0)
+        places = tile(number, self.column)
+        index = (jnp.full_like(places[0], self.m), jnp.full_like(places[0], self.head), *places)
+        real = jnp.broadcast_to((number < count)[:, None], places[0].shape)
+        out = plt.load(self.out.at[index], mask=real, other=0.0)
+        # A split without rows has stored none. A mask would keep these loads waiting for the scores.
+        return top, total, jnp.where((top != -jnp.inf)[:, None], out, 0.0)
+
+    def groups(self, grouped: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The parts of every group, of which the kernel of splits has left those of single splits."""
+        form, number = self.form, jnp.arange(GROUPS, dtype=jnp.int32)
+        if grouped:
+            return self.load(number)
+        top, total = jnp.full(GROUPS, -jnp.inf, jnp.float32), jnp.zeros(GROUPS, jnp.float32)
+        out = jnp.zeros((GROUPS, self.column.shape[0]), jnp.float32)
+        for i in range(form.in_group):
+            # Past the last split of all there is nothing; splits of the next group are not this one's.
+            own, *others = self.load(number * form.in_group + i)
+            top, (total, out) = merge(top, own, [total, out], others, form.interpret)
+        return top, total, out
+
+
+def _sum_groups(x: jax.Array, interpret: bool) -> jax.Array:
+    """Sum over the groups, the first axis, one after the other: the others are zeros, so that a sum over all is exact."""
+    if interpret:
+        return functools.reduce(jnp.add, list(x), jnp.zeros(x.shape[1:], jnp.float32))
+    number = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    rows = [jnp.sum(jnp.where(number == i, x, 0.0), axis=0) for i in range(GROUPS)]
+    return functools.reduce(jnp.add, rows, jnp.zeros_like(rows[0]))
+
+
+def _pairs(x: jax.Array) -> jax.Array:
+    """Each column's partner, that of column ^ 1, of x [n]. A sum with zeros is exact."""
+    pairs = x.reshape(x.shape[0] // 2, 2)
+    second = jax.lax.broadcasted_iota(jnp.int32, pairs.shape, 1) == 1
+    even, odd = (jnp.sum(jnp.where(second == wanted, pairs, 0.0), axis=1) for wanted in (False, True))
+    return jnp.where(second, even[:, None], odd[:, None]).reshape(x.shape)
+
+
+def _combine_kernel(*refs: Any, form: Form, groups: int, grouped: bool) -> None:
     """`grouped`: the parts are of groups of splits."""
-    m, head, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * chunks
-    for i in range(chunks):
-        _combine_chunk(refs, form, groups, grouped, width, m, head, first + i)
-
-
-def sum_rows(x: jax.Array, interpret: bool) -> jax.Array:
-    """Sum over the first axis. A CPU's compiler would choose the order by what comes before."""
-    return functools.reduce(jnp.add, list(x)) if interpret else jnp.sum(x, axis=0)
-
-
-def _combine_chunk(
-    refs: Sequence[Any], form: Form, groups: int, grouped: bool, width: int, m: jax.Array, head: jax.Array, chunk: jax.Array
-) -> None:
     top_ref, total_ref, part_ref, sink_ref, cos_ref, sin_ref, out_ref, quants_ref, scales_ref = refs
+    m, head, chunk, width = pl.program_id(0), pl.program_id(1), pl.program_id(2), form.chunk
     column = chunk * width + jnp.arange(width, dtype=jnp.int32)
-    group, count = jnp.arange(pl.next_power_of_2(form.groups), dtype=jnp.int32), part_ref.shape[2]
-
-    def load(split: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """A part of each group: the largest score, and sums: of weights, of weighted rows, and of their pairs' other values."""
-        place = (jnp.full_like(split, m), jnp.full_like(split, head), split)
-        top = plt.load(top_ref.at[place], mask=split < count, other=-jnp.inf)
-        total = plt.load(total_ref.at[place], mask=split < count, other=0.0)
-        # A split without rows has stored none.
-        there = (top != -jnp.inf)[:, None]
-        outs = []
-        for columns, wanted in ((column, column >= 0), (column ^ 1, column >= form.plain)):
-            places = tile(split, columns)
-            index = (jnp.full_like(places[0], m), jnp.full_like(places[0], head), *places)
-            outs.append(plt.load(part_ref.at[index], mask=there & wanted[None, :], other=0.0))
-        return top, [total, *outs]
-
-    if grouped:
-        top, (total, *outs) = load(group)
-    else:
-        top, total = jnp.full(group.shape, -jnp.inf, jnp.float32), jnp.zeros(group.shape, jnp.float32)
-        outs = [jnp.zeros((group.shape[0], width), jnp.float32)] * 2
-        for own, others in [load(group * GROUP + i) for i in range(GROUP)]:
-            top, (total, *outs) = merge(top, own, [total, *outs], others, form.interpret)
     times = functools.partial(arithmetic.multiply, interpret=form.interpret)
+    top, total, out = _Parts(m, head, column, top_ref, total_ref, part_ref, form).groups(grouped)
     sink = times(jnp.full_like(top, sink_ref[head]), jnp.full_like(top, LOG2_E))
     top_of_all = jnp.maximum(jnp.max(top), jnp.ceil(jnp.max(sink)))
     weight = power_of_two(top - top_of_all)
-    whole = sum_rows(times(total, weight), form.interpret) + jnp.max(jnp.exp2(sink - top_of_all))
+    whole = _sum_groups(times(total, weight), form.interpret) + jnp.max(jnp.exp2(sink - top_of_all))
+    out = _sum_groups(times(out, jnp.broadcast_to(weight[:, None], out.shape)), form.interpret)
     cos, sin = rotary.factors(cos_ref, sin_ref, m, column, form.plain, inverse=True)
-    out, partner = (sum_rows(times(out, jnp.broadcast_to(weight[:, None], out.shape)), form.interpret) for out in outs)
-    out = rotary.rotate_columns(out, partner, cos, sin, interpret=form.interpret) / whole
+    out = rotary.rotate_columns(out, _pairs(out), cos, sin, interpret=form.interpret) / whole
     plt.store(out_ref.at[m, head, pl.ds(chunk * width, width)], out)
 
     blocks, a_group = width // BLOCK, form.heads // groups
@@ -131,16 +166,15 @@ def attend(
     sizes = {"heads": heads, "dim": dim, "rope": 2 * cos.shape[1], "window": window, "scale": scale, "eps": eps}
     form = Form.of(ring.shape[1], compressed, interpret=interpret, **sizes)
     extra = () if compressed is None else tuple(jax.tree.leaves(compressed))
-    grouped, taken, warps, cut = WAY(m)
-    form = dataclasses.replace(form, tile=taken)
+    tiles = pl.cdiv(heads, HEADS)
+    grouped = form.longest == 1 and m * tiles * form.groups >= GROUP_PROGRAMS
     count = form.groups if grouped else form.splits
     state = jax.ShapeDtypeStruct((m, heads, count), jnp.float32)
-    body = functools.partial(group_kernel, parts=cut) if grouped else split_kernel
     parts = pl.pallas_call(
-        functools.partial(body, form=form, compressed=compressed is not None),
+        functools.partial(group_kernel if grouped else split_kernel, form=form, compressed=compressed is not None),
         out_shape=(state, state, jax.ShapeDtypeStruct((m, heads, count, dim), jnp.float32)),
-        grid=(m, pl.cdiv(heads, taken), count * cut),
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        grid=(m, tiles, count),
+        compiler_params=plt.CompilerParams(num_warps=SPLIT_WARPS, num_stages=1),
         interpret=interpret,
         name=SPLIT_NAME,
     )(sequence, q.reshape(m, heads, dim), cos, sin, position, end, ring, *extra)
@@ -150,12 +184,11 @@ def attend(
         jax.ShapeDtypeStruct((m, groups, 2, blocks, HALF), jnp.int32),
         jax.ShapeDtypeStruct((m, groups, blocks), jnp.float32),
     )
-    width, chunks = form.chunk, CHUNKS
     out, quants, scales = pl.pallas_call(
-        functools.partial(_combine_kernel, form=form, groups=groups, grouped=grouped, width=width, chunks=chunks),
+        functools.partial(_combine_kernel, form=form, groups=groups, grouped=grouped),
         out_shape=outputs,
-        grid=(m, heads, dim // width // chunks),
-        compiler_params=plt.CompilerParams(num_warps=COMBINE_WARPS, num_stages=1),
+        grid=(m, heads, dim // form.chunk),
+        compiler_params=plt.CompilerParams(num_warps=4 if m <= FEW_ROWS else 1, num_stages=1),
         interpret=interpret,
         name=COMBINE_NAME,
     )(*parts, sink, cos, sin)

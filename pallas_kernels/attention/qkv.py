@@ -43,8 +43,8 @@ def _query(
     x, _, real = _normed(q_ref, weight_ref, row, column, eps)
     rows = jnp.broadcast_to(row, column.shape)
     plt.store(out_ref.at[rows, column], x, mask=real)
-    for half, values in enumerate(halves_of(x)):
-        plt.store(halves_ref.at[rows, jnp.full_like(column, half), column], values, mask=real)
+    for i, values in enumerate(halves_of(x)):
+        plt.store(halves_ref.at[rows, jnp.full_like(column, i), column], values, mask=real)
     words, scales = quantize_blocks(x.reshape(width // BLOCK, WORDS, 4), interpret=interpret)
     words = words.reshape(width // BLOCK, 2, HALF)
     block, half, word = (jax.lax.broadcasted_iota(jnp.int32, words.shape, axis) for axis in range(3))

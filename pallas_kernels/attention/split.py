@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +28,8 @@ CHUNK = 128
 MAX_SPLITS = 64
 # Scores are exponents of two.
 LOG2_E = math.log2(math.e)
-# Splits that are added up before the others, in both forms of the kernel.
-GROUP = 6
+# Groups of neighbouring splits. The splits of a group are added up first.
+GROUPS = 4
 
 Parts = tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]
 # One float16 number for each value of a row, or two.
@@ -90,7 +90,6 @@ class Form:
     scale: float
     eps: float
     interpret: bool
-    tile: int = HEADS
 
     @classmethod
     def of(cls, ring: int, compressed: Compressed | None, **sizes: Any) -> Form:
@@ -118,9 +117,14 @@ class Form:
         return (chunk + 1) * self.chunk > self.plain
 
     @property
+    def in_group(self) -> int:
+        """Splits of a group; the last group may have fewer."""
+        return pl.cdiv(self.splits, GROUPS)
+
+    @property
     def groups(self) -> int:
-        """Groups of neighbouring splits that are added up first."""
-        return pl.cdiv(self.splits, GROUP)
+        """Groups that have splits, at most `GROUPS`."""
+        return pl.cdiv(self.splits, self.in_group)
 
     @property
     def plain(self) -> int:
@@ -175,22 +179,12 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.float16)
 
 
-def _dot(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], axis: int, *, interpret: bool) -> jax.Array:
+def _dot(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], axis: int) -> jax.Array:
     """Product of a [M, K] with b over its `axis`, both in parts of float16, summed in float32; without that of two low parts."""
     pairs = [(part, b[0]) for part in a] + [(a[0], part) for part in b[1:]]
-    if interpret:
-        return functools.reduce(jnp.add, [_fixed_dot(x, jnp.moveaxis(y, axis, 1)) for x, y in pairs])
     dimensions = (((1,), (axis,)), ((), ()))
     dots = [jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32) for x, y in pairs]
     return functools.reduce(jnp.add, dots)
-
-
-def _fixed_dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a [M, K] times b [N, K] in one order of sums, whatever M and N. Products of float16 numbers are exact in float32."""
-    products = a.astype(jnp.float32)[:, None, :] * b.astype(jnp.float32)[None, :, :]
-    while products.shape[-1] > 1:
-        products = products[..., : products.shape[-1] // 2] + products[..., products.shape[-1] // 2 :]
-    return products[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +208,7 @@ class Split:
     @property
     def heads(self) -> jax.Array:
         """The 16 heads' numbers, of which those past the last are padding."""
-        return self.tile * self.form.tile + jnp.arange(self.form.tile, dtype=jnp.int32)
+        return self.tile * HEADS + jnp.arange(HEADS, dtype=jnp.int32)
 
     @property
     def own(self) -> jax.Array:
@@ -337,16 +331,15 @@ class Split:
 
     def nothing(self) -> Parts:
         """The parts of no rows."""
-        heads = self.form.tile
-        outs = tuple(jnp.zeros((heads, self.form.chunk), jnp.float32) for _ in self.form.columns)
-        return jnp.full(heads, -jnp.inf, jnp.float32), jnp.zeros(heads, jnp.float32), outs
+        outs = tuple(jnp.zeros((HEADS, self.form.chunk), jnp.float32) for _ in self.form.columns)
+        return jnp.full(HEADS, -jnp.inf, jnp.float32), jnp.zeros(HEADS, jnp.float32), outs
 
     def weigh(
         self, queries: Sequence[tuple[jax.Array, jax.Array]], seen: jax.Array, chunks: Chunks, top: jax.Array
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
         """The largest score of a span and of `top`, the factor of older sums, the weights of the rows and their sum."""
         # Each chunk's scores are scaled on their own: one chain of all the products would be four times as long.
-        dots = [_dot(q, kv, 1, interpret=self.form.interpret) for q, kv in zip(queries, chunks, strict=True)]
+        dots = [_dot(q, kv, 1) for q, kv in zip(queries, chunks, strict=True)]
         scores = [self.times(dot, jnp.full_like(dot, self.form.scale * LOG2_E)) for dot in dots]
         score = functools.reduce(jnp.add, scores)
         score = jnp.where(jnp.broadcast_to(seen[None, :], score.shape), score, -jnp.inf)
@@ -356,7 +349,7 @@ class Split:
         weights = _halves(jnp.exp2(score - finite[:, None]))
         # Tensor cores add up in one order, however the weights lie in registers.
         ones = jnp.ones((SPAN, HEADS), jnp.float16)
-        total = jnp.max(_dot(weights, (ones,), 0, interpret=self.form.interpret), axis=1)
+        total = jnp.max(_dot(weights, (ones,), 0), axis=1)
         return new, power_of_two(top - finite), weights, total
 
     def weighted(
@@ -364,7 +357,7 @@ class Split:
     ) -> jax.Array:
         """A chunk of a span's weighted rows, added to those of older ones."""
         old = self.times(out, jnp.broadcast_to(kept[:, None], out.shape))
-        return old + _dot(weights, rows, 0, interpret=self.form.interpret)
+        return old + _dot(weights, rows, 0)
 
     def add(self, queries: Sequence[tuple[jax.Array, jax.Array]], span: tuple[jax.Array, Chunks], parts: Parts) -> Parts:
         """Parts with a span of rows added."""
@@ -394,63 +387,29 @@ class Split:
         plt.store(top_ref.at[place], top, mask=real)
         plt.store(total_ref.at[place], total, mask=real)
 
-    def store_outs(self, out_ref: Any, outs: Sequence[jax.Array], number: jax.Array, columns: Sequence[jax.Array]) -> None:
-        """Store the weighted rows' columns."""
-        for column, out in zip(columns, outs, strict=True):
+    def store_outs(self, out_ref: Any, outs: Sequence[jax.Array], number: jax.Array) -> None:
+        """Store the weighted rows."""
+        for column, out in zip(self.form.columns, outs, strict=True):
             heads, column = tile(self.heads, column)
             place = (jnp.full_like(heads, self.m), heads, jnp.full_like(heads, number), column)
             plt.store(out_ref.at[place], out, mask=heads < self.form.heads)
 
 
-def group_kernel(*refs: Any, form: Form, compressed: bool, parts: int) -> None:
-    """The body of a program that takes all splits of a group one after the other, and a part of the columns of the rows."""
+def _programs(refs: Sequence[Any], form: Form, compressed: bool) -> tuple[Callable[[jax.Array], Split], Sequence[Any]]:
+    """The program's part of a split, by the split's number, and the references of results."""
     sequence, q, cos, sin, position, end, ring, *extra, top_ref, total_ref, out_ref = refs
     *leaves, which = extra if compressed else (None, None)
     rows = leaves[0] if len(leaves) == 1 else NarrowRows(*leaves)
-    m, tile, place = (pl.program_id(axis) for axis in range(3))
-    group, each = place // parts, len(form.columns) // parts
-
-    def of(split: jax.Array) -> Split:
-        return Split(form, m, tile, split, sequence[m], q, cos, sin, position, end, ring, rows, which)
-
-    first, last = of(group * GROUP), jnp.minimum((group + 1) * GROUP, form.splits)
-    zero = jnp.zeros_like(last)
-
-    def run(part: int) -> None:
-        own = slice(part * each, (part + 1) * each)
-        queries, nothing = first.queries(), first.nothing()
-
-        def one(split: jax.Array, carry: Parts) -> Parts:
-            top, total, outs = carry
-            program = of(split)
-            seen, chunks = program.span(zero)
-            new, kept, weights, added = program.weigh(queries, seen, chunks, nothing[0])
-            total = merge(top, new, [total], [program.times(nothing[1], kept) + added], form.interpret)[1][0]
-            made = []
-            for out, kv in zip(outs, chunks[own], strict=True):
-                weighted = program.weighted(weights, kv, jnp.zeros_like(out), kept)
-                made += merge(top, new, [out], [weighted], form.interpret)[1]
-            return jnp.maximum(top, new), total, tuple(made)
-
-        top, total, outs = jax.lax.fori_loop(group * GROUP, last, one, (*nothing[:2], nothing[2][own]))
-        if part == 0:
-            first.store_state(top_ref, total_ref, top, total, group)
-        first.store_outs(out_ref, outs, group, form.columns[own])
-
-    for part in range(parts):
-        if parts == 1:
-            run(part)
-        else:
-            pl.when(place % parts == part)(functools.partial(run, part))
+    m, tile = pl.program_id(0), pl.program_id(1)
+    operands = sequence[m], q, cos, sin, position, end, ring, rows, which
+    return lambda split: Split(form, m, tile, split, *operands), (top_ref, total_ref, out_ref)
 
 
 def split_kernel(*refs: Any, form: Form, compressed: bool) -> None:
-    """The kernel's body; its operands are sequences, the fields of `Split` from q on, then the parts that it leaves."""
-    sequence, q, cos, sin, position, end, ring, *extra, top_ref, total_ref, out_ref = refs
-    *leaves, which = extra if compressed else (None, None)
-    rows = leaves[0] if len(leaves) == 1 else NarrowRows(*leaves)
-    m, tile, split = (pl.program_id(axis) for axis in range(3))
-    program = Split(form, m, tile, split, sequence[m], q, cos, sin, position, end, ring, rows, which)
+    """The body of a program of one split; its operands are sequences, the fields of `Split` from q on, then the results."""
+    of, (top_ref, total_ref, out_ref) = _programs(refs, form, compressed)
+    split = pl.program_id(2)
+    program = of(split)
     passes = program.passes()
 
     @pl.when(passes == 0)
@@ -462,4 +421,24 @@ def split_kernel(*refs: Any, form: Form, compressed: bool) -> None:
     def something() -> None:
         top, total, outs = program.run(passes)
         program.store_state(top_ref, total_ref, top, total, split)
-        program.store_outs(out_ref, outs, split, form.columns)
+        program.store_outs(out_ref, outs, split)
+
+
+def group_kernel(*refs: Any, form: Form, compressed: bool) -> None:
+    """The body of a program that takes the splits of a group one after the other and adds them up; a split has one span."""
+    of, (top_ref, total_ref, out_ref) = _programs(refs, form, compressed)
+    group = pl.program_id(2)
+    start = group * form.in_group
+    last = jnp.minimum(start + form.in_group, form.splits)
+    first = of(start)
+    queries = first.queries()
+
+    def one(split: jax.Array, parts: Parts) -> Parts:
+        (top, total, outs), program = parts, of(split)
+        own, own_total, own_outs = program.add(queries, program.span(jnp.zeros_like(split)), program.nothing())
+        top, (total, *made) = merge(top, own, [total, *outs], [own_total, *own_outs], form.interpret)
+        return top, total, tuple(made)
+
+    top, total, outs = jax.lax.fori_loop(start, last, one, first.nothing())
+    first.store_state(top_ref, total_ref, top, total, group)
+    first.store_outs(out_ref, outs, group)

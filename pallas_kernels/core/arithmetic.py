@@ -99,8 +99,8 @@ def fma(a: jax.Array, b: jax.Array, c: jax.Array, *, interpret: bool) -> jax.Arr
 
 
 def multiply(a: jax.Array, b: jax.Array, *, interpret: bool) -> jax.Array:
-    """a · b in float32, never fused with an addition."""
-    return jax.lax.optimization_barrier(a * b) if interpret else _asm("mul.rn.f32", "=f,f,f", jnp.float32, a, b)
+    """a · b in float32, never fused with an addition on the GPU."""
+    return a * b if interpret else _asm("mul.rn.f32", "=f,f,f", jnp.float32, a, b)
 
 
 def divide(a: jax.Array, b: jax.Array, *, interpret: bool) -> jax.Array:

@@ -35,38 +35,49 @@ _CONSTRAINTS = ",".join(["=f"] * 8 + ["r"] * 16 + ["f"] * 8)
 
 
 def multiply_tile(
-    first: jax.Array, second: jax.Array, high: jax.Array, low: jax.Array, sums: jax.Array, *, interpret: bool
+    first: jax.Array,
+    second: jax.Array,
+    high: jax.Array,
+    low: jax.Array,
+    sums: jax.Array,
+    *,
+    interpret: bool,
+    diagonal: bool = False,
 ) -> jax.Array:
     """Add the products of a tile's 16 rows and 8 columns over a block of 32 values along K to sums.
 
-    Lane 4·g + t of a warp holds the eight values from 8·t on: of rows g and 8 + g, and of column g. Of its sums, the first four
-    are of `high` and the last four of `low`; of each four, the first two are of row g and columns 2·t and 2·t + 1, the last two of
-    row 8 + g and the same columns.
+    Lane 4·g + t of a warp holds the eight values from 8·t on: of rows g and 8 + g, and of column g. Its first four sums are of
+    `high`, the others of `low`. Of each four, the first two are of row g and columns 2·t and 2·t + 1, the last two of row 8 + g
+    and the same columns.
 
     Args:
         first, second: float16 [32·W, 8] of W warps, rows 0 to 7 and 8 to 15.
         high, low: float16 [32·W, 8], two matrices of columns.
         sums: float32 [32·W, 8].
+        diagonal: only products of column i and rows i and 8 + i are used; interpret mode leaves out the others.
 
     Returns:
         The sums, float32 [32·W, 8].
     """
     if interpret:
-        return sums + _tiles(first, second, high, low)
+        return sums + _tiles(first, second, high, low, diagonal)
     shape = jax.ShapeDtypeStruct(sums.shape, jnp.float32)
     arguments = [first, second, high, low, sums]
     [out] = plt.elementwise_inline_asm(_CODE, args=arguments, constraints=_CONSTRAINTS, pack=VALUES, result_shape_dtypes=[shape])
     return out
 
 
-def _tiles(first: jax.Array, second: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
+def _tiles(first: jax.Array, second: jax.Array, high: jax.Array, low: jax.Array, diagonal: bool) -> jax.Array:
     """The products alone. A product of two float16 numbers is exact in float32, so only the order of sums matters."""
     warps = first.shape[0] // LANES
     rows = jnp.stack([x.astype(jnp.float32).reshape(warps, 8, BLOCK) for x in (first, second)])
     columns = jnp.stack([x.astype(jnp.float32).reshape(warps, 8, BLOCK) for x in (high, low)])
     # [half of the columns, half of the rows, warp, row, column, K].
-    products = rows[None, :, :, :, None, :] * columns[:, None, :, None, :, :]
+    products = rows[None, :, :, :, None, :] * columns[:, None, :, None, :, :] if not diagonal else rows[None] * columns[:, None]
     while products.shape[-1] > 1:
         products = products[..., : products.shape[-1] // 2] + products[..., products.shape[-1] // 2 :]
-    pairs = products[..., 0].reshape(2, 2, warps, 8, 4, 2)
+    totals = products[..., 0]
+    if diagonal:
+        totals = jnp.where(jnp.eye(8, dtype=bool), totals[..., None], 0.0)
+    pairs = totals.reshape(2, 2, warps, 8, 4, 2)
     return jnp.transpose(pairs, (2, 3, 4, 0, 1, 5)).reshape(first.shape)

@@ -226,8 +226,8 @@ def _store_input(
     x = normed(columns[0])
     column = part * COLUMNS + place
     plt.store(x_ref.at[row, column], x)
-    for half, values in enumerate(halves_of(x)):
-        plt.store(halves_ref.at[row, jnp.full_like(column, half), column], values)
+    for i, values in enumerate(halves_of(x)):
+        plt.store(halves_ref.at[row, jnp.full_like(column, i), column], values)
     words, scales = quantize_blocks(x, interpret=interpret)
     words = words.reshape(COLUMNS // BLOCK, 2, HALF)
     block, half, word = (jax.lax.broadcasted_iota(jnp.int32, words.shape, axis) for axis in range(3))

@@ -1,8 +1,9 @@
 """Products of a few float32 rows and float16, bfloat16 or float32 weights. Each weight is read once for all rows.
 
-Tensor cores multiply float16 weights, see `half_matmul`. With the other types a kernel works like the share-warp kernel: a program is one warp and owns a few weight rows. A lane owns 16 bytes of every 512 and adds
-each product with one fused multiply-add. The lanes are summed once, at the end. Row m of any call has the same bits as the row
-alone. More than eight rows are multiplied in batches, see `core.batches`.
+Tensor cores multiply float16 weights, see `half_matmul`. With the other types a program works like one of the share-warp kernel:
+it is one warp and owns a few weight rows. A lane owns 16 bytes of every 512 and adds each product with one fused multiply-add.
+The lanes are summed once, at the end. Row m of any call has the same bits as the row alone. More than eight rows are multiplied
+in batches, see `core.batches`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pallas_kernels.core.arithmetic import LANES
 from pallas_kernels.core.launch import Part, launch
 from pallas_kernels.linear import half_matmul
 from pallas_kernels.linear.halves import FloatRows
-from pallas_kernels.linear.matrices import NAME, Matrix, matrices, part_name, store_sums, traffic
+from pallas_kernels.linear.matrices import Matrix, in_passes, matrices, part_name, store_sums, traffic
 
 LOAD_BYTES = 16
 # Maximum 16-byte loads of a lane in flight, and maximum accumulators of a lane. More of them do not fit into registers.
@@ -69,13 +70,7 @@ def _body(
         return tuple(out)
 
     sums = tuple(jnp.zeros((LANES, width), jnp.float32) for _ in range(batch.size * rows))
-    passes, rest = divmod(pl.cdiv(columns, LANES), unroll)
-    if passes > 1:
-        sums = jax.lax.fori_loop(0, passes, lambda i, sums: one_pass(i * unroll * LANES, unroll, sums), sums)
-    elif passes:
-        sums = one_pass(loads.value(0), unroll, sums)
-    if rest:
-        sums = one_pass(loads.value(passes * unroll * LANES), rest, sums)
+    sums = in_passes(pl.cdiv(columns, LANES), unroll, LANES, one_pass, sums)
     store_sums(owned, [jnp.sum(total, axis=-1) for total in sums], rows, batch, interpret)
 
 
@@ -120,7 +115,7 @@ def float_part(x: FloatRows, weights: Sequence[jax.Array], *, interpret: bool = 
 
 def apart(rows: int, weights: Sequence[jax.Array]) -> bool:
     """Whether the products of so many rows have programs of eight warps, and so a launch of their own."""
-    return rows >= half_matmul.MANY_ROWS and weights[0].dtype == jnp.float16
+    return weights[0].dtype == jnp.float16 and half_matmul.for_many_rows(rows, weights)
 
 
 def float_matmul(x: jax.Array | FloatRows, weights: Sequence[jax.Array], *, interpret: bool = False) -> list[jax.Array]:

@@ -11,6 +11,7 @@ sums are added in one fixed tree. Two kernels have this order, so that a row has
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -24,19 +25,17 @@ from pallas_kernels.core import batches, loads, mma
 from pallas_kernels.core.arithmetic import LANES
 from pallas_kernels.core.launch import Part
 from pallas_kernels.linear.halves import LOW_SCALE
-from pallas_kernels.linear.matrices import Matrix, matrices, part_name, store_sums, traffic
+from pallas_kernels.linear.matrices import Matrix, in_passes, matrices, part_name, store_sums, traffic
 
 # Sums of a row, and warps of a program of many rows.
 RESIDUES = 8
 # Values along K of all residues, eight a lane: what a warp of few rows takes at a time.
 CHUNK = RESIDUES * mma.BLOCK
-# Rows of activations from which on the kernel of many rows is faster.
-MANY_ROWS = 8
-# Maximum 16-byte loads of a lane in flight, and maximum sums of a lane of few rows.
-MAX_LOADS = 8
-MAX_SUMS = 16
-# With fewer programs of one warp a GPU waits for loads.
-PROGRAMS = 1024
+# The kernel of many rows is faster from so many rows on, and if it has so many programs for eight rows each.
+MANY_ROWS = 5
+MANY_TILES = 64
+# Below so many weight rows, a program of one warp loads all of its weights at once.
+FEW_HEIGHTS = 512
 
 
 def _sum_of_halves(sums: jax.Array) -> jax.Array:
@@ -75,22 +74,16 @@ def few_rows(
         for place, real, weights in zip(places, inside, loaded, strict=True):
             for m in range(batch.size):
                 span = pl.ds(place, LANES)
-                x = [loads.load(x_ref, batch.row(m), half, span, slice(None), real=real, width=width) for half in (0, 1)]
+                high, low = (loads.load(x_ref, batch.row(m), half, span, slice(None), real=real, width=width) for half in (0, 1))
                 for pair in range(pairs):
                     # A program of one row multiplies it twice.
-                    tile = weights[2 * pair], weights[min(2 * pair + 1, rows - 1)]
+                    first, second = weights[2 * pair], weights[min(2 * pair + 1, rows - 1)]
                     i = m * pairs + pair
-                    out[i] = mma.multiply_tile(*tile, *x, out[i], interpret=interpret)
+                    out[i] = mma.multiply_tile(first, second, high, low, out[i], interpret=interpret, diagonal=True)
         return tuple(out)
 
     sums = tuple(jnp.zeros((LANES, width), jnp.float32) for _ in range(batch.size * pairs))
-    passes, rest = divmod(pl.cdiv(columns, LANES), unroll)
-    if passes > 1:
-        sums = jax.lax.fori_loop(0, passes, lambda i, sums: one_pass(i * unroll * LANES, unroll, sums), sums)
-    elif passes:
-        sums = one_pass(loads.value(0), unroll, sums)
-    if rest:
-        sums = one_pass(loads.value(passes * unroll * LANES), rest, sums)
+    sums = in_passes(pl.cdiv(columns, LANES), unroll, LANES, one_pass, sums)
     lanes = [value for pair in map(_own_blocks, sums) for value in pair]
     values = [lanes[2 * m * pairs + r] for m in range(batch.size) for r in range(rows)]
     store_sums(owned, values, rows, batch, interpret)
@@ -106,6 +99,43 @@ def _own_blocks(sums: jax.Array) -> list[jax.Array]:
     return [jnp.sum(jnp.where(own & ((place & 3) == 2 * r + (block & 1)), scaled, 0.0), axis=1) for r in (0, 1)]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Threads:
+    """The 256 threads of a program of many rows. Warp w has the blocks whose numbers are w modulo 8.
+
+    Attributes:
+        row: int32 [256], the row or column of a tile that a thread holds values of.
+        own: int32 [256], where along K its values of a chunk begin.
+        width: K.
+    """
+
+    row: jax.Array
+    own: jax.Array
+    width: int
+
+    @classmethod
+    def of(cls, width: int) -> _Threads:
+        """All threads, for weights of this K."""
+        thread = jnp.arange(RESIDUES * LANES, dtype=jnp.int32)
+        return cls((thread >> 2) & 7, thread // LANES * mma.BLOCK + (thread & 3) * mma.VALUES, width)
+
+    def load(self, ref: Any, *index: jax.Array | int, place: jax.Array, real: jax.Array | None = None) -> jax.Array:
+        """Eight values of each thread from `place` on along the last axis; `index` are the other axes, `real` which there are."""
+        shape = (self.row.shape[0], mma.VALUES)
+        present = [x for x in (real, place < self.width if self.width % CHUNK else None) if x is not None]
+        mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, present)[:, None], shape) if present else None
+        columns = place[:, None] + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        others = (jnp.broadcast_to(jnp.full_like(place, x)[:, None] if isinstance(x, int) else x[:, None], shape) for x in index)
+        return plt.load(ref.at[(*others, columns)], mask=mask, other=None if mask is None else 0.0)
+
+    def weights(self, matrix: Matrix, place: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Both halves of a tile of 16 weight rows."""
+        rows = (matrix.row + self.row, matrix.row + self.row + mma.TILE_ROWS // 2)
+        real = (row < matrix.n if matrix.n % mma.TILE_ROWS else None for row in rows)
+        first, second = (self.load(matrix.weight, row, place=place, real=there) for row, there in zip(rows, real, strict=True))
+        return first, second
+
+
 def many_rows(
     program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
     *, sizes: tuple[int, ...], unroll: int, groups: int, interpret: bool,
@@ -114,105 +144,90 @@ def many_rows(
     x_ref, *weight_refs = inputs
     *outs, scratch = outputs
     tokens, _, width = x_ref.shape
-    columns = groups * mma.TILE_COLUMNS
-    parts = pl.cdiv(tokens, columns)
-    number, part = program // parts, program % parts
-    owned = matrices(number, weight_refs, outs, sizes, mma.TILE_ROWS)
-    thread = jnp.arange(RESIDUES * LANES, dtype=jnp.int32)
-    residue, of_tile, quarter = thread // LANES, (thread >> 2) & 7, thread & 3
-    own = residue * mma.BLOCK + quarter * mma.VALUES
+    parts = pl.cdiv(tokens, groups * mma.TILE_COLUMNS)
+    number, start = program // parts, program % parts * groups * mma.TILE_COLUMNS
+    owned, threads = matrices(number, weight_refs, outs, sizes, mma.TILE_ROWS), _Threads.of(width)
 
-    def values(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
-        shape = (thread.shape[0], mma.VALUES)
-        each = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        return jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(column[:, None], shape) + each
-
-    def one_pass(start: jax.Array, chunks: int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        places = [start + c * CHUNK + own for c in range(chunks)]
-
-        def weights_of(matrix: Matrix) -> list[list[jax.Array]]:
-            loaded = []
-            for place in places:
-                pair = []
-                for half in (0, 8):
-                    row = matrix.row + of_tile + half
-                    real = _both(row < matrix.n if matrix.n % mma.TILE_ROWS else None, place < width if width % CHUNK else None)
-                    mask = None if real is None else jnp.broadcast_to(real[:, None], (thread.shape[0], mma.VALUES))
-                    other = None if real is None else 0.0
-                    pair.append(plt.load(matrix.weight.at[values(row, place)], mask=mask, other=other))
-                loaded.append(pair)
-            return loaded
-
-        loaded = loads.load_selected(owned, weights_of)
+    def one_pass(first: jax.Array, chunks: int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        places = [first + c * CHUNK + threads.own for c in range(chunks)]
+        loaded = loads.load_selected(owned, lambda matrix: [threads.weights(matrix, place) for place in places])
         out = list(sums)
-        for place, (low_rows, high_rows) in zip(places, loaded, strict=True):
+        for place, tile in zip(places, loaded, strict=True):
             for group in range(groups):
-                token = jnp.minimum(part * columns + group * mma.TILE_COLUMNS + of_tile, tokens - 1)
-                row, column = values(token, place)
-                mask = jnp.broadcast_to((place < width)[:, None], row.shape) if width % CHUNK else None
-                other = None if mask is None else 0.0
-                high, low = (plt.load(x_ref.at[row, jnp.full_like(row, half), column], mask=mask, other=other) for half in (0, 1))
-                out[group] = mma.multiply_tile(low_rows, high_rows, high, low, out[group], interpret=interpret)
+                token = jnp.minimum(start + group * mma.TILE_COLUMNS + threads.row, tokens - 1)
+                high, low = (threads.load(x_ref, token, half, place=place) for half in (0, 1))
+                out[group] = mma.multiply_tile(tile[0], tile[1], high, low, out[group], interpret=interpret)
         return tuple(out)
 
-    sums = tuple(jnp.zeros((thread.shape[0], mma.VALUES), jnp.float32) for _ in range(groups))
-    passes, rest = divmod(pl.cdiv(width, CHUNK), unroll)
-    if passes > 1:
-        sums = jax.lax.fori_loop(0, passes, lambda i, sums: one_pass(i * unroll * CHUNK, unroll, sums), sums)
-    elif passes:
-        sums = one_pass(loads.value(0), unroll, sums)
-    if rest:
-        sums = one_pass(loads.value(passes * unroll * CHUNK), rest, sums)
-    _add_residues(program, owned, sums, scratch, part * columns, tokens, interpret)
+    sums = tuple(jnp.zeros((RESIDUES * LANES, mma.VALUES), jnp.float32) for _ in range(groups))
+    sums = in_passes(pl.cdiv(width, CHUNK), unroll, CHUNK, one_pass, sums)
+    for group, (values, token, row) in enumerate(_sums_of_residues(program, scratch, sums, interpret)):
+        _store(owned, values, start + group * mma.TILE_COLUMNS + token, row, tokens)
 
 
-def _both(*conditions: jax.Array | None) -> jax.Array | None:
-    present = [condition for condition in conditions if condition is not None]
-    return functools.reduce(jnp.logical_and, present) if present else None
-
-
-def _add_residues(
-    program: jax.Array, owned: Sequence[Matrix], sums: Sequence[jax.Array], scratch: Any, start: jax.Array, tokens: int, interpret: bool
-) -> None:
-    """Add the sums of the warps and store them. The warps exchange their sums through memory."""
-    thread = jax.lax.broadcasted_iota(jnp.int32, (RESIDUES * LANES, 4), 0)
-    each = jax.lax.broadcasted_iota(jnp.int32, (RESIDUES * LANES, 4), 1)
+def _sums_of_residues(
+    program: jax.Array, scratch: Any, sums: Sequence[jax.Array], interpret: bool
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """Of each tile its 128 products, added over the warps, and their columns and rows. The warps exchange sums through memory."""
     size = LANES * 4
+    thread, each = (jax.lax.broadcasted_iota(jnp.int32, (RESIDUES * LANES, 4), axis) for axis in (0, 1))
     for group, both in enumerate(sums):
         place = group * size + (thread % LANES) * 4 + each
-        plt.store(scratch.at[jnp.full_like(place, 0) + program, thread // LANES, place], _sum_of_halves(both))
+        plt.store(scratch.at[jnp.full_like(place, program), thread // LANES, place], _sum_of_halves(both))
     if not interpret:
         plt.debug_barrier()
-    out = jnp.arange(size, dtype=jnp.int32)
-    row, column = out % mma.TILE_ROWS, out // mma.TILE_ROWS
+    number = jnp.arange(size, dtype=jnp.int32)
+    row, column = number % mma.TILE_ROWS, number // mma.TILE_ROWS
+    # Where `multiply_tile` leaves a row and a column.
     held = ((row & 7) * 4 + (column >> 1)) * 4 + 2 * (row >> 3) + (column & 1)
+    made = []
     for group in range(len(sums)):
-        index = [(jnp.full_like(held, 0) + program, jnp.full_like(held, residue), group * size + held) for residue in range(RESIDUES)]
-        s = [plt.load(scratch.at[place]) for place in index]
+        places = [(jnp.full_like(held, program), jnp.full_like(held, i), group * size + held) for i in range(RESIDUES)]
+        s = [plt.load(scratch.at[place]) for place in places]
+        # The order in which `sum_lanes` adds up the lanes of `_own_blocks`.
         total = ((s[0] + s[1]) + (s[4] + s[5])) + ((s[2] + s[3]) + (s[6] + s[7]))
-        token = start + group * mma.TILE_COLUMNS + column
-        for matrix in owned:
-            real = (token < tokens) & (matrix.row + row < matrix.n)
-            if matrix.selected is not None:
-                real &= matrix.selected
-            # The index of a masked place is past the end; interpret mode drops it.
-            plt.store(matrix.out.at[jnp.where(real, token, matrix.out.shape[0]), matrix.row + row], total, mask=real)
+        made.append((total, column, row))
+    return made
+
+
+def _store(owned: Sequence[Matrix], values: jax.Array, token: jax.Array, row: jax.Array, tokens: int) -> None:
+    for matrix in owned:
+        real = (token < tokens) & (matrix.row + row < matrix.n)
+        if matrix.selected is not None:
+            real &= matrix.selected
+        # The index of a masked place is past the end; interpret mode drops it.
+        plt.store(matrix.out.at[jnp.where(real, token, matrix.out.shape[0]), matrix.row + row], values, mask=real)
 
 
 def few_cut(rows: int, heights: int, chunks: int) -> tuple[int, int, int]:
-    """How the work of few rows is cut, as `float_matmul.cut`. It changes only the time of a launch."""
-    owned, together = 4, batches.rows_of(rows)
-    while owned > 1 and (owned * together > MAX_SUMS or heights < owned * PROGRAMS):
-        owned //= 2
-    while together > 1 and heights * batches.count(rows, together) < owned * PROGRAMS:
-        together = pl.cdiv(together, 2)
-    in_flight = 2 * MAX_LOADS if together == 1 and owned < 4 else MAX_LOADS
-    return owned, min(chunks, max(in_flight // owned, 1)), together
+    """How the work of few rows is cut, as measured on an H200. It changes only the time of a launch.
+
+    Args:
+        rows: rows of activations.
+        heights: rows of all weights together.
+        chunks: pieces of `CHUNK` values in a weight row.
+
+    Returns:
+        Weight rows of a program, chunks that it loads at a time, and the maximum rows of activations of a batch.
+    """
+    if heights < FEW_HEIGHTS:
+        return 2, min(chunks, 16), 1
+    owned = 4 if heights >= 8 * FEW_HEIGHTS else 1 if heights * rows <= 4 * FEW_HEIGHTS else 2
+    unroll = {1: 16, 2: 8, 4: 2 if rows <= 2 else 4}[owned]
+    return owned, min(chunks, unroll), 1 if owned == 1 else min(rows, 2)
 
 
 def many_cut(rows: int, tiles: int, chunks: int) -> tuple[int, int]:
-    """How the work of many rows is cut: chunks that a program loads at a time, and its rows of activations in eights."""
-    return min(chunks, 8), min(pl.cdiv(rows, mma.TILE_COLUMNS), 2 if tiles >= PROGRAMS // 4 else 1)
+    """The same of many rows: chunks that a program loads at a time, and how often eight rows of activations it has."""
+    if tiles < 2 * MANY_TILES:
+        return min(chunks, 16), 1
+    return min(chunks, 4 if rows <= mma.TILE_COLUMNS else 8), 2 if rows > 2 * mma.TILE_COLUMNS else 1
+
+
+def for_many_rows(rows: int, weights: Sequence[jax.Array]) -> bool:
+    """Whether the kernel of many rows is the faster one."""
+    tiles = sum(pl.cdiv(weight.shape[0], mma.TILE_ROWS) for weight in weights)
+    return rows >= MANY_ROWS and tiles * pl.cdiv(rows, mma.TILE_COLUMNS) >= MANY_TILES
 
 
 def few_part(x: jax.Array, weights: Sequence[jax.Array], *, interpret: bool = False) -> Part:

@@ -1,9 +1,9 @@
-"""The float weights of a launch: which of them a program of one warp works on, its loads, and the sums that it stores."""
+"""The float weights of a launch: which of them a program works on, its loads, its passes over K, and the sums that it stores."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from pallas_kernels.core.arithmetic import LANES
 from pallas_kernels.core.batches import Batch
 
 NAME = "float_matmul"
+
+Sums = tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,21 @@ def matrices(program: jax.Array, weights: Sequence[Any], outs: Sequence[Any], si
         made.append(Matrix(weight, out, n, (program - first) * rows, selected))
         first += tiles
     return made
+
+
+def in_passes(chunks: int, unroll: int, size: int, one_pass: Callable[[jax.Array, int, Sums], Sums], sums: Sums) -> Sums:
+    """Add all chunks of K to sums, `unroll` of them at a time.
+
+    Args:
+        size: of a chunk, in the unit of places.
+        one_pass: called with the first chunk's place, how many chunks, and the sums.
+    """
+    passes, rest = divmod(chunks, unroll)
+    if passes > 1:
+        sums = jax.lax.fori_loop(0, passes, lambda i, sums: one_pass(i * unroll * size, unroll, sums), sums)
+    elif passes:
+        sums = one_pass(loads.value(0), unroll, sums)
+    return one_pass(loads.value(passes * unroll * size), rest, sums) if rest else sums
 
 
 def store_sums(matrices: Sequence[Matrix], sums: Sequence[jax.Array], rows: int, batch: Batch, interpret: bool) -> None:

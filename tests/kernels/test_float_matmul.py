@@ -16,7 +16,8 @@ from pallas_kernels.formats import Q2_K, Q4_K
 from pallas_kernels.linear import activation, activation_k
 from pallas_kernels.linear import float_matmul as float_matmul_module
 from pallas_kernels.linear.activation_k import quantize_k
-from pallas_kernels.linear.float_matmul import NAME, float_matmul
+from pallas_kernels.linear.float_matmul import float_matmul
+from pallas_kernels.linear.matrices import NAME
 
 DTYPES = ("float16", "bfloat16", "float32")
 SHAPES = [((5,), 64), ((10, 7, 64), 576), ((33,), 2304)]
