@@ -30,7 +30,7 @@ from pallas_kernels.experts import decode as expert_kernels
 from pallas_kernels.experts import router, swiglu
 from pallas_kernels.formats import BLOCK, Quantized
 from pallas_kernels.hyper_connections import decode as hyper_connections
-from pallas_kernels.hyper_connections.decode import Entered
+from pallas_kernels.hyper_connections.entered import Entered
 from pallas_kernels.indexer import decode as indexer
 from pallas_kernels.linear.activation import Activation
 from pallas_kernels.linear.activation_k import ActivationK

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.attention.merge import LOG2_E, finite_top, power_of_two
 from pallas_kernels.attention.stored_rows import NarrowRows, Stored, fp8_values, scales
 from pallas_kernels.core import arithmetic, rotary
 from pallas_kernels.core.rounding import FP8_BLOCK
@@ -26,8 +26,6 @@ HEADS = 16
 SPAN = 32
 CHUNK = 128
 MAX_SPLITS = 64
-# Scores are exponents of two.
-LOG2_E = math.log2(math.e)
 # Groups of neighbouring splits. The splits of a group are added up first.
 GROUPS = 4
 
@@ -130,41 +128,6 @@ class Form:
     def plain(self) -> int:
         """Columns that do not rotate."""
         return self.dim - self.rope
-
-
-def finite_top(top: jax.Array) -> jax.Array:
-    """The largest scores, 0 where there is none."""
-    return jnp.where(top == -jnp.inf, 0.0, top)
-
-
-def power_of_two(exponent: jax.Array) -> jax.Array:
-    """2 to a float32 integer of at most 0, exactly; 0 below -126."""
-    whole = jnp.maximum(exponent, -127.0).astype(jnp.int32)
-    return jax.lax.bitcast_convert_type((whole + 127) << 23, jnp.float32)
-
-
-def merge(
-    top: jax.Array, own: jax.Array, sums: Sequence[jax.Array], others: Sequence[jax.Array], interpret: bool
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Add the sums of some rows, weighted for the largest score `own`, to sums that are weighted for `top`.
-
-    Args:
-        top, own: float32 [n].
-        sums, others: float32 [n] or [n, ...] each.
-
-    Returns:
-        The largest score of all rows, and the sums weighted for it.
-    """
-    new = jnp.maximum(top, own)
-    finite = finite_top(new)
-    kept, added = power_of_two(top - finite), power_of_two(own - finite)
-    made = []
-    for old, other in zip(sums, others, strict=True):
-        shape = (*top.shape, *(1,) * (old.ndim - top.ndim))
-        a, b, there = (jnp.broadcast_to(x.reshape(shape), old.shape) for x in (kept, added, own != -jnp.inf))
-        both = arithmetic.fma(old, a, arithmetic.multiply(other, b, interpret=interpret), interpret=interpret)
-        made.append(jnp.where(there, both, old))
-    return new, made
 
 
 def tile(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -393,52 +356,3 @@ class Split:
             heads, column = tile(self.heads, column)
             place = (jnp.full_like(heads, self.m), heads, jnp.full_like(heads, number), column)
             plt.store(out_ref.at[place], out, mask=heads < self.form.heads)
-
-
-def _programs(refs: Sequence[Any], form: Form, compressed: bool) -> tuple[Callable[[jax.Array], Split], Sequence[Any]]:
-    """The program's part of a split, by the split's number, and the references of results."""
-    sequence, q, cos, sin, position, end, ring, *extra, top_ref, total_ref, out_ref = refs
-    *leaves, which = extra if compressed else (None, None)
-    rows = leaves[0] if len(leaves) == 1 else NarrowRows(*leaves)
-    m, tile = pl.program_id(0), pl.program_id(1)
-    operands = sequence[m], q, cos, sin, position, end, ring, rows, which
-    return lambda split: Split(form, m, tile, split, *operands), (top_ref, total_ref, out_ref)
-
-
-def split_kernel(*refs: Any, form: Form, compressed: bool) -> None:
-    """The body of a program of one split; its operands are sequences, the fields of `Split` from q on, then the results."""
-    of, (top_ref, total_ref, out_ref) = _programs(refs, form, compressed)
-    split = pl.program_id(2)
-    program = of(split)
-    passes = program.passes()
-
-    @pl.when(passes == 0)
-    def nothing() -> None:
-        top, total, _ = program.nothing()
-        program.store_state(top_ref, total_ref, top, total, split)
-
-    @pl.when(passes > 0)
-    def something() -> None:
-        top, total, outs = program.run(passes)
-        program.store_state(top_ref, total_ref, top, total, split)
-        program.store_outs(out_ref, outs, split)
-
-
-def group_kernel(*refs: Any, form: Form, compressed: bool) -> None:
-    """The body of a program that takes the splits of a group one after the other and adds them up; a split has one span."""
-    of, (top_ref, total_ref, out_ref) = _programs(refs, form, compressed)
-    group = pl.program_id(2)
-    start = group * form.in_group
-    last = jnp.minimum(start + form.in_group, form.splits)
-    first = of(start)
-    queries = first.queries()
-
-    def one(split: jax.Array, parts: Parts) -> Parts:
-        (top, total, outs), program = parts, of(split)
-        own, own_total, own_outs = program.add(queries, program.span(jnp.zeros_like(split)), program.nothing())
-        top, (total, *made) = merge(top, own, [total, *outs], [own_total, *own_outs], form.interpret)
-        return top, total, tuple(made)
-
-    top, total, outs = jax.lax.fori_loop(start, last, one, first.nothing())
-    first.store_state(top_ref, total_ref, top, total, group)
-    first.store_outs(out_ref, outs, group)

@@ -23,10 +23,11 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.core.launch import TRAFFIC, Part
 from pallas_kernels.formats import BLOCK, HALF, Q8_0, WORDS, Quantized
+from pallas_kernels.hyper_connections.entered import Entered
 from pallas_kernels.linear import activation_k
 from pallas_kernels.linear.activation import Activation, quantize_blocks
 from pallas_kernels.linear.activation_k import ORDERS, ActivationK, Order
-from pallas_kernels.linear.halves import FloatRows, halves_of
+from pallas_kernels.linear.halves import halves_of
 
 MIX, ENTER, SINKHORN = "hc_mix", "hc_enter", "hc_sinkhorn"
 STREAMS = 4
@@ -39,39 +40,6 @@ MIXES = STREAMS * (2 + STREAMS)
 PAIRS = [(i, j) for i in range(STREAMS) for j in range(i, STREAMS)]
 
 Row = list[jax.Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Entered:
-    """The streams and the input of a sub-layer.
-
-    Attributes:
-        h: float32 [M, N, D], the streams after the last output was written back.
-        parts: float32 [M, 48, slices], partial results of the projections; `mixing_part` reads them.
-        x: float32 [M, D], the normalised input.
-        halves: float16 [M, 2, D], x as `halves_of` splits it.
-        quantized: x in int8 blocks of 32.
-        quantized_k: x in int8 blocks of 256, in each of the orders.
-        orders: static.
-    """
-
-    h: jax.Array
-    parts: jax.Array
-    x: jax.Array
-    halves: jax.Array
-    quantized: Activation
-    quantized_k: tuple[ActivationK, ...] = ()
-    orders: tuple[Order, ...] = dataclasses.field(default=(), metadata={"static": True})
-
-    @property
-    def rows(self) -> FloatRows:
-        """x for float weights."""
-        return FloatRows(self.x, self.halves)
-
-    def quantized_for(self, format: type[Quantized]) -> Activation | ActivationK:
-        """x as weights of a format read it; a format of blocks of 256 must have been given to `enter`."""
-        return self.quantized if format.BLOCK == BLOCK else self.quantized_k[self.orders.index(ORDERS[format])]
 
 
 def _write_stream(h: Row, outputs: Row, post: jax.Array, comb: Row) -> jax.Array:
