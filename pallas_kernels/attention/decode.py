@@ -1,10 +1,10 @@
 """Attention of a decode step's few rows over the window ring and the compressed rows, with a sink.
 
 The rows that a query may see are split over programs: one takes 16 heads and one span of rows at a time, and leaves the largest
-score, the sum of the weights and the weighted rows. With many rows of a call, a program takes a group of splits one after the
-other and adds them up. A second kernel adds up what is left, first the splits of a group and then the groups, rotates the result
-back and quantises it. Which spans are a split's, and which splits a group's, depends on the arrays' sizes alone, and sums have one
-order, so that row m of any call has the bits of the same row alone.
+score, the sum of the weights and the weighted rows. In a call of many rows, a program takes a group of splits one after the other
+and adds them up. A second kernel adds up what is left, first the splits of a group and then the groups, rotates the result back
+and quantises it. Which spans are a split's, and which splits a group's, depends on the arrays' sizes alone. So sums have one
+order, and row m of any call has the bits of the same row alone.
 
 Source of the idea: Flash-Decoding.
 """
