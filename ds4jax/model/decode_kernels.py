@@ -33,12 +33,13 @@ from pallas_kernels.experts import decode as expert_kernels
 from pallas_kernels.experts import router, swiglu
 from pallas_kernels.formats import BLOCK, Quantized
 from pallas_kernels.hyper_connections import decode as hyper_connections
-from pallas_kernels.hyper_connections.decode import Entered
+from pallas_kernels.hyper_connections.entered import Entered
 from pallas_kernels.indexer import decode as indexer
 from pallas_kernels.linear.activation import Activation
 from pallas_kernels.linear.activation_k import ActivationK
 from pallas_kernels.linear.cut import Cut, gathered, gathered_together, own_part, rows_of
-from pallas_kernels.linear.float_matmul import float_matmul, float_part
+from pallas_kernels.linear.float_matmul import apart, float_matmul, float_part
+from pallas_kernels.linear.halves import FloatRows
 from pallas_kernels.linear.lane_row import quantize_for
 from pallas_kernels.ops import product_parts, quantized_products
 
@@ -187,6 +188,18 @@ def _entered_parts(entered: Entered, weights: Sequence[Quantized | Cut], interpr
     return parts
 
 
+def _beside_floats(
+    parts: Sequence[Part], x: FloatRows, weights: Sequence[jax.Array], interpret: bool
+) -> tuple[list[list[jax.Array]], list[jax.Array]]:
+    """Results of parts, and products of x with float weights: in the same launch if their programs have one warp."""
+    if not weights:
+        return launch(parts, warps=1, interpret=interpret), []
+    if apart(len(x.values), weights):
+        return launch(parts, warps=1, interpret=interpret), float_matmul(x, weights, interpret=interpret)
+    *made, products = launch([*parts, float_part(x, weights, interpret=interpret)], warps=1, interpret=interpret)
+    return made, products
+
+
 def _as_read(
     x: jax.Array, in_blocks: Activation, weight: Quantized, *, groups: int = 1, interpret: bool
 ) -> Activation | ActivationK:
@@ -201,18 +214,15 @@ def _attention(
     dense = _entered_parts(entered, [weights[name] for name in READERS["attn"]], interpret)
     parts = [_mixing(config, weights, "attn", entered), *dense]
     together = [weights[name] for name in COMPRESSED[:-1] if name in weights]
-    if together:
-        parts.append(float_part(entered.x, together, interpret=interpret))
-    mixing, *made = launch(parts, warps=1, interpret=interpret)
-    (q_low, kv), projections = itertools.chain(*made[: len(dense)]), made[len(dense) :]
-    in_blocks, q_low, cache = _append(config, weights, q_low, kv, projections, steps, cache, ratio, interpret)
+    (mixing, *made), projections = _beside_floats(parts, entered.rows, together, interpret)
+    q_low, kv = itertools.chain(*made)
+    in_blocks, queries, cache = _append(config, weights, q_low, kv, projections, steps, cache, ratio, interpret)
 
     by_heads = weights["attn.wq_b"]
-    quantized = _as_read(q_low, in_blocks, rows_of(by_heads), interpret=interpret)
+    quantized = _as_read(queries.values, in_blocks, rows_of(by_heads), interpret=interpret)
     parts = product_parts(quantized, [rows_of(by_heads)], interpret=interpret)
-    if cache.indexer is not None:
-        parts.append(float_part(q_low, [weights[COMPRESSED[-1]]], interpret=interpret))
-    (q,), *index_queries = launch(parts, warps=1, interpret=interpret)
+    indexed = [weights[COMPRESSED[-1]]] if cache.indexer is not None else []
+    [[q]], index_queries = _beside_floats(parts, queries, indexed, interpret)
     rows, cos_sin = steps.rows, steps.angles["compressed" if ratio else "plain"]
     seen: attention.Compressed | None = None
     if cache.compressor is not None:
@@ -221,7 +231,7 @@ def _attention(
         if cache.indexer is not None:
             keys = cache.indexer.rows
             index = indexer.index(
-                index_queries[0][0], projections[0][4], *cos_sin, keys, rows.sequence, visible,
+                index_queries[0], projections[4], *cos_sin, keys, rows.sequence, visible,
                 topk=min(config.index_topk, keys.shape[1]), qat=config.qat, interpret=interpret,
             )  # fmt: skip
             seen = attention.Chosen(cache.compressor.rows, index)
@@ -239,10 +249,10 @@ def _attention(
 
 
 def _append(
-    config: Config, weights: Weights, q_low: jax.Array, kv: jax.Array, projections: list[list[jax.Array]], steps: StepRows,
+    config: Config, weights: Weights, q_low: jax.Array, kv: jax.Array, projections: list[jax.Array], steps: StepRows,
     cache: LayerCache, ratio: int, interpret: bool,
-) -> tuple[Activation, jax.Array, LayerCache]:  # fmt: skip
-    """The low-rank queries, normed and quantised, and the cache with the rows' keys and the compressors' inputs appended."""
+) -> tuple[Activation, FloatRows, LayerCache]:  # fmt: skip
+    """The low-rank queries, quantised and normed, and the cache with the rows' keys and the compressors' inputs appended."""
     rows, size = steps.rows, cache.window.shape[1]
     slot = jnp.where(rows.live, rows.position % size, size)
     cos_sin = steps.angles["compressed" if ratio else "plain"]
@@ -258,7 +268,7 @@ def _append(
     if cache.indexer is not None:
         kinds.append(("attn.indexer.compressor", cache.indexer, "fp4" if config.qat else "none"))
     for i, (name, held, finish) in enumerate(kinds):
-        values, gates = projections[0][2 * i], projections[0][2 * i + 1]
+        values, gates = projections[2 * i : 2 * i + 2]
         cos, sin = steps.angles[str(ratio)]
         part = compressor.compress_part(
             values, gates, weights[f"{name}.ape"], weights[f"{name}.norm"], cos, sin,
@@ -266,16 +276,16 @@ def _append(
             ratio=ratio, eps=config.norm_eps, finish=finish, per_sequence=rows.per_sequence,
         )  # fmt: skip
         parts.append(part)
-    (quants, scales, q_low, window), *made = launch(parts, warps=qkv.WARPS, interpret=interpret)
+    (quants, scales, normed, halves, window), *made = launch(parts, warps=qkv.WARPS, interpret=interpret)
     caches = [CompressorCache(*compressor.taken_in(arrays, held.rows)) for arrays, (_, held, _) in zip(made, kinds, strict=True)]
-    return Activation(quants[:, None], scales[:, None]), q_low, LayerCache(window, *caches)
+    return Activation(quants[:, None], scales[:, None]), FloatRows(normed, halves), LayerCache(window, *caches)
 
 
 def _experts(
     config: Config, weights: Weights, entered: Entered, steps: StepRows, interpret: bool
 ) -> tuple[tuple[jax.Array, ...], Mixing]:
     """Outputs of the routed experts and of the shared one, [T, D] each, and the weights of writing back their sum."""
-    [logits] = float_matmul(entered.x, [weights["ffn.gate"]], interpret=interpret)
+    [logits] = float_matmul(entered.rows, [weights["ffn.gate"]], interpret=interpret)
     if "ffn.gate.tid2eid" in weights:
         how = {"ids": steps.ids, "table": weights["ffn.gate.tid2eid"]}
     else:

@@ -1,9 +1,10 @@
 """Attention of a decode step's few rows over the window ring and the compressed rows, with a sink.
 
 The rows that a query may see are split over programs: one takes 16 heads and one span of rows at a time, and leaves the largest
-score, the sum of the weights and the weighted rows. A second kernel adds the splits up in a fixed order, rotates the result back
-and quantises it. Which spans are a split's depends on the arrays' sizes alone, so that row m of any call has the bits of the same
-row alone.
+score, the sum of the weights and the weighted rows. In a call of many rows, a program takes a group of splits one after the other
+and adds them up. A second kernel adds up what is left, first the splits of a group and then the groups, rotates the result back
+and quantises it. Which spans are a split's, and which splits a group's, depends on the arrays' sizes alone. So sums have one
+order, and row m of any call has the bits of the same row alone.
 
 Source of the idea: Flash-Decoding.
 """
@@ -11,6 +12,7 @@ Source of the idea: Flash-Decoding.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,62 +20,71 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.attention.split import HEADS, Chosen, Compressed, Form, Leading, split_kernel, tile
+from pallas_kernels.attention.combine import combine_kernel
+from pallas_kernels.attention.merge import merge
+from pallas_kernels.attention.split import HEADS, Chosen, Compressed, Form, Leading, Parts, Split
 from pallas_kernels.attention.stored_rows import NarrowRows
-from pallas_kernels.core import rotary
-from pallas_kernels.formats import BLOCK, HALF, WORDS
-from pallas_kernels.linear.activation import Activation, quantize_blocks
+from pallas_kernels.formats import BLOCK, HALF
+from pallas_kernels.linear.activation import Activation
 
 SPLIT_NAME = "attend_split"
 COMBINE_NAME = "attend_combine"
-SPLIT_WARPS = 8
-COMBINE_WARPS = 4
-# Splits that the combining kernel holds at once.
-TOGETHER = 32
+SPLIT_WARPS = 4
+# Programs of groups of splits with which a GPU is busy. With fewer, each split has a program.
+GROUP_PROGRAMS = 256
+# Maximum rows of which the combining kernel's programs have four warps; those of more rows have one.
+FEW_ROWS = 2
 
 __all__ = ["COMBINE_NAME", "SPLIT_NAME", "Chosen", "Compressed", "Leading", "attend"]
 
 
-def _combine_kernel(*refs: Any, form: Form, groups: int) -> None:
-    top_ref, total_ref, part_ref, sink_ref, cos_ref, sin_ref, out_ref, quants_ref, scales_ref = refs
-    m, head, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    width = min(TOGETHER, pl.next_power_of_2(form.splits))
-    splits = [jnp.arange(width, dtype=jnp.int32) + first for first in range(0, form.splits, width)]
+def _programs(refs: Sequence[Any], form: Form, compressed: bool) -> tuple[Callable[[jax.Array], Split], Sequence[Any]]:
+    """The program's part of a split, by the split's number, and the references of results."""
+    sequence, q, cos, sin, position, end, ring, *extra, top_ref, total_ref, out_ref = refs
+    *leaves, which = extra if compressed else (None, None)
+    rows = leaves[0] if len(leaves) == 1 else NarrowRows(*leaves)
+    m, tile = pl.program_id(0), pl.program_id(1)
+    operands = sequence[m], q, cos, sin, position, end, ring, rows, which
+    return lambda split: Split(form, m, tile, split, *operands), (top_ref, total_ref, out_ref)
 
-    def load(ref: Any, split: jax.Array, other: float) -> jax.Array:
-        place = (jnp.full_like(split, m), jnp.full_like(split, head), split)
-        return plt.load(ref.at[place], mask=split < form.splits, other=other)
 
-    tops = [load(top_ref, split, -jnp.inf) for split in splits]
-    totals = [load(total_ref, split, 0.0) for split in splits]
-    sink = sink_ref[head]
-    top_of_all = functools.reduce(jnp.maximum, [jnp.max(top) for top in tops], sink)
-    weights = [jnp.exp(top - top_of_all) for top in tops]
-    whole = functools.reduce(jnp.add, [jnp.sum(t * w) for t, w in zip(totals, weights, strict=True)], jnp.exp(sink - top_of_all))
+def _split_kernel(*refs: Any, form: Form, compressed: bool) -> None:
+    """The body of a program of one split; its operands are sequences, the fields of `Split` from q on, then the results."""
+    of, (top_ref, total_ref, out_ref) = _programs(refs, form, compressed)
+    split = pl.program_id(2)
+    program = of(split)
+    passes = program.passes()
 
-    def add_up(column: jax.Array, wanted: jax.Array) -> jax.Array:
-        total = jnp.zeros(column.shape, jnp.float32)
-        for split, top, weight in zip(splits, tops, weights, strict=True):
-            place = tile(split, column)
-            index = (jnp.full_like(place[0], m), jnp.full_like(place[0], head), *place)
-            # A split without rows has stored none.
-            mask = (top > -jnp.inf)[:, None] & wanted[None, :]
-            total += jnp.sum(plt.load(part_ref.at[index], mask=mask, other=0.0) * weight[:, None], axis=0)
-        return total
+    @pl.when(passes == 0)
+    def nothing() -> None:
+        top, total, _ = program.nothing()
+        program.store_state(top_ref, total_ref, top, total, split)
 
-    column = chunk * form.chunk + jnp.arange(form.chunk, dtype=jnp.int32)
-    cos, sin = rotary.factors(cos_ref, sin_ref, m, column, form.plain, inverse=True)
-    sums, partners = add_up(column, column >= 0), add_up(column ^ 1, column >= form.plain)
-    out = rotary.rotate_columns(sums, partners, cos, sin, interpret=form.interpret) / whole
-    plt.store(out_ref.at[m, head, pl.ds(chunk * form.chunk, form.chunk)], out)
+    @pl.when(passes > 0)
+    def something() -> None:
+        top, total, outs = program.run(passes)
+        program.store_state(top_ref, total_ref, top, total, split)
+        program.store_outs(out_ref, outs, split)
 
-    blocks, a_group = form.chunk // BLOCK, form.heads // groups
-    words, scales = quantize_blocks(out.reshape(blocks, WORDS, 4), interpret=form.interpret)
-    group, first = head // a_group, (head % a_group) * (form.dim // BLOCK) + chunk * blocks
-    words = words.reshape(blocks, 2, HALF)
-    block, half, word = (jax.lax.broadcasted_iota(jnp.int32, words.shape, axis) for axis in range(3))
-    plt.store(quants_ref.at[jnp.full_like(block, m), jnp.full_like(block, group), half, first + block, word], words)
-    plt.store(scales_ref.at[m, group, pl.ds(first, blocks)], scales)
+
+def _group_kernel(*refs: Any, form: Form, compressed: bool) -> None:
+    """The body of a program that takes the splits of a group one after the other and adds them up; a split has one span."""
+    of, (top_ref, total_ref, out_ref) = _programs(refs, form, compressed)
+    group = pl.program_id(2)
+    start = group * form.in_group
+    last = jnp.minimum(start + form.in_group, form.splits)
+    first = of(start)
+    queries = first.queries()
+
+    def one(split: jax.Array, parts: Parts) -> Parts:
+        (top, total, outs), program = parts, of(split)
+        own, own_total, own_outs = program.add(queries, program.span(jnp.zeros_like(split)), program.nothing())
+        top, (total, *made) = merge(top, own, [total, *outs], [own_total, *own_outs], form.interpret)
+        return top, total, tuple(made)
+
+    top, total, outs = jax.lax.fori_loop(start, last, one, first.nothing())
+    first.store_state(top_ref, total_ref, top, total, group)
+    first.store_outs(out_ref, outs, group)
 
 
 @functools.partial(jax.jit, static_argnames=("window", "groups", "scale", "eps", "interpret"))
@@ -112,15 +123,24 @@ def attend(
     sizes = {"heads": heads, "dim": dim, "rope": 2 * cos.shape[1], "window": window, "scale": scale, "eps": eps}
     form = Form.of(ring.shape[1], compressed, interpret=interpret, **sizes)
     extra = () if compressed is None else tuple(jax.tree.leaves(compressed))
-    state = jax.ShapeDtypeStruct((m, heads, form.splits), jnp.float32)
+    tiles = pl.cdiv(heads, HEADS)
+    grouped = form.longest == 1 and m * tiles * form.groups >= GROUP_PROGRAMS
+    count = form.groups if grouped else form.splits
+    state = jax.ShapeDtypeStruct((m, heads, count), jnp.float32)
     parts = pl.pallas_call(
-        functools.partial(split_kernel, form=form, compressed=compressed is not None),
-        out_shape=(state, state, jax.ShapeDtypeStruct((m, heads, form.splits, dim), jnp.float32)),
-        grid=(m, pl.cdiv(heads, HEADS), form.splits),
+        functools.partial(_group_kernel if grouped else _split_kernel, form=form, compressed=compressed is not None),
+        out_shape=(state, state, jax.ShapeDtypeStruct((m, heads, count, dim), jnp.float32)),
+        grid=(m, tiles, count),
         compiler_params=plt.CompilerParams(num_warps=SPLIT_WARPS, num_stages=1),
         interpret=interpret,
         name=SPLIT_NAME,
     )(sequence, q.reshape(m, heads, dim), cos, sin, position, end, ring, *extra)
+    return _combined(form, groups, grouped, *parts, sink, cos, sin)
+
+
+def _combined(form: Form, groups: int, grouped: bool, *operands: jax.Array) -> tuple[jax.Array, Activation]:
+    """The second launch."""
+    (m, heads, _), dim = operands[0].shape, form.dim
     blocks = heads // groups * dim // BLOCK
     outputs = (
         jax.ShapeDtypeStruct((m, heads, dim), jnp.float32),
@@ -128,11 +148,11 @@ def attend(
         jax.ShapeDtypeStruct((m, groups, blocks), jnp.float32),
     )
     out, quants, scales = pl.pallas_call(
-        functools.partial(_combine_kernel, form=form, groups=groups),
+        functools.partial(combine_kernel, form=form, groups=groups, grouped=grouped),
         out_shape=outputs,
         grid=(m, heads, dim // form.chunk),
-        compiler_params=plt.CompilerParams(num_warps=COMBINE_WARPS, num_stages=1),
-        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=4 if m <= FEW_ROWS else 1, num_stages=1),
+        interpret=form.interpret,
         name=COMBINE_NAME,
-    )(*parts, sink, cos, sin)
+    )(*operands)
     return out.reshape(m, heads * dim), Activation(quants, scales)

@@ -15,6 +15,7 @@ from pallas_kernels.core import rotary, rounding
 from pallas_kernels.core.launch import Part, launch
 from pallas_kernels.formats import BLOCK, HALF, WORDS
 from pallas_kernels.linear.activation import Activation, quantize_blocks
+from pallas_kernels.linear.halves import halves_of
 
 NAME = "latent"
 WARPS = 8
@@ -34,12 +35,16 @@ def _normed(x_ref: Any, weight_ref: Any, row: jax.Array, column: jax.Array, eps:
 
 
 def _query(
-    row: jax.Array, q_ref: Any, weight_ref: Any, out_ref: Any, quants_ref: Any, scales_ref: Any, *, eps: float, interpret: bool
-) -> None:
+    row: jax.Array, q_ref: Any, weight_ref: Any, out_ref: Any, halves_ref: Any, quants_ref: Any, scales_ref: Any,
+    *, eps: float, interpret: bool,
+) -> None:  # fmt: skip
     width = pl.next_power_of_2(q_ref.shape[1])
     column = jnp.arange(width, dtype=jnp.int32)
     x, _, real = _normed(q_ref, weight_ref, row, column, eps)
-    plt.store(out_ref.at[jnp.broadcast_to(row, column.shape), column], x, mask=real)
+    rows = jnp.broadcast_to(row, column.shape)
+    plt.store(out_ref.at[rows, column], x, mask=real)
+    for i, values in enumerate(halves_of(x)):
+        plt.store(halves_ref.at[rows, jnp.full_like(column, i), column], values, mask=real)
     words, scales = quantize_blocks(x.reshape(width // BLOCK, WORDS, 4), interpret=interpret)
     words = words.reshape(width // BLOCK, 2, HALF)
     block, half, word = (jax.lax.broadcasted_iota(jnp.int32, words.shape, axis) for axis in range(3))
@@ -78,12 +83,12 @@ def _key(
 
 def _body(program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any], *, eps: float, qat: bool, interpret: bool) -> None:
     q_ref, kv_ref, q_weight_ref, kv_weight_ref, cos_ref, sin_ref, sequence_ref, slot_ref, _ = inputs
-    quants_ref, scales_ref, out_ref, ring_ref = outputs
+    quants_ref, scales_ref, out_ref, halves_ref, ring_ref = outputs
     row, part = program // 2, program % 2
 
     @pl.when(part == 0)
     def query() -> None:
-        _query(row, q_ref, q_weight_ref, out_ref, quants_ref, scales_ref, eps=eps, interpret=interpret)
+        _query(row, q_ref, q_weight_ref, out_ref, halves_ref, quants_ref, scales_ref, eps=eps, interpret=interpret)
 
     @pl.when(part == 1)
     def key() -> None:
@@ -107,7 +112,7 @@ def latent_part(
     qat: bool,
     interpret: bool = False,
 ) -> Part:
-    """`latent` as a part of a launch; its results are quants, scales, the normed queries and the ring."""
+    """`latent` as a part of a launch; its results are quants, scales, the normed queries, their halves and the ring."""
     m, width = q_low.shape
     blocks = width // BLOCK
     return Part(
@@ -119,9 +124,10 @@ def latent_part(
             jax.ShapeDtypeStruct((m, 2, blocks, HALF), jnp.int32),
             jax.ShapeDtypeStruct((m, blocks), jnp.float32),
             jax.ShapeDtypeStruct((m, width), jnp.float32),
+            jax.ShapeDtypeStruct((m, 2, width), jnp.float16),
             jax.ShapeDtypeStruct(ring.shape, ring.dtype),
         ),
-        aliases={8: 3},
+        aliases={8: 4},
     )
 
 
@@ -157,5 +163,5 @@ def latent(
     Source: `Attention` of the reference inference code.
     """
     part = latent_part(q_low, kv, q_weight, kv_weight, cos, sin, ring, sequence, slot, eps=eps, qat=qat, interpret=interpret)
-    [[quants, scales, normed, ring]] = launch([part], warps=WARPS, interpret=interpret)
+    [[quants, scales, normed, _, ring]] = launch([part], warps=WARPS, interpret=interpret)
     return Activation(quants[:, None], scales[:, None]), normed, ring

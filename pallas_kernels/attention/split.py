@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.attention.merge import LOG2_E, finite_top, power_of_two
 from pallas_kernels.attention.stored_rows import NarrowRows, Stored, fp8_values, scales
-from pallas_kernels.core import rotary
+from pallas_kernels.core import arithmetic, rotary
 from pallas_kernels.core.rounding import FP8_BLOCK
 
 # A tensor core's tile has 16 rows.
@@ -25,6 +26,8 @@ HEADS = 16
 SPAN = 32
 CHUNK = 128
 MAX_SPLITS = 64
+# Groups of neighbouring splits. The splits of a group are added up first.
+GROUPS = 4
 
 Parts = tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]
 # One float16 number for each value of a row, or two.
@@ -112,6 +115,16 @@ class Form:
         return (chunk + 1) * self.chunk > self.plain
 
     @property
+    def in_group(self) -> int:
+        """Splits of a group; the last group may have fewer."""
+        return pl.cdiv(self.splits, GROUPS)
+
+    @property
+    def groups(self) -> int:
+        """Groups that have splits, at most `GROUPS`."""
+        return pl.cdiv(self.splits, self.in_group)
+
+    @property
     def plain(self) -> int:
         """Columns that do not rotate."""
         return self.dim - self.rope
@@ -129,7 +142,7 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.float16)
 
 
-def _dot(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, ...], axis: int) -> jax.Array:
+def _dot(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...], axis: int) -> jax.Array:
     """Product of a [M, K] with b over its `axis`, both in parts of float16, summed in float32; without that of two low parts."""
     pairs = [(part, b[0]) for part in a] + [(a[0], part) for part in b[1:]]
     dimensions = (((1,), (axis,)), ((), ()))
@@ -182,12 +195,12 @@ class Split:
         chunks = [self.load_heads(column) for column in form.columns]
         # The pair's other value comes from memory again: lanes would have to exchange registers for it.
         partners = {i: self.load_heads(column ^ 1) for i, column in enumerate(form.columns) if form.rotates(i)}
-        squares = functools.reduce(jnp.add, [jnp.sum(x * x, axis=-1) for x in chunks])
+        squares = functools.reduce(jnp.add, [jnp.sum(self.times(x, x), axis=-1) for x in chunks])
         scale = jax.lax.rsqrt(squares / form.dim + form.eps)[:, None]
         for i, partner in partners.items():
             cos, sin = rotary.factors(self.cos, self.sin, self.m, form.columns[i], form.plain, inverse=False)
             chunks[i] = rotary.rotate_columns(chunks[i], partner, cos[None, :], sin[None, :], interpret=form.interpret)
-        return [_halves(x * scale) for x in chunks]
+        return [_halves(self.times(x, jnp.broadcast_to(scale, x.shape))) for x in chunks]
 
     def load_heads(self, column: jax.Array) -> jax.Array:
         """Columns of the heads' raw queries."""
@@ -284,19 +297,41 @@ class Split:
         outs = tuple(jnp.zeros((HEADS, self.form.chunk), jnp.float32) for _ in self.form.columns)
         return jnp.full(HEADS, -jnp.inf, jnp.float32), jnp.zeros(HEADS, jnp.float32), outs
 
+    def weigh(
+        self, queries: Sequence[tuple[jax.Array, jax.Array]], seen: jax.Array, chunks: Chunks, top: jax.Array
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
+        """The largest score of a span and of `top`, the factor of older sums, the weights of the rows and their sum."""
+        # Each chunk's scores are scaled on their own: one chain of all the products would be four times as long.
+        dots = [_dot(q, kv, 1) for q, kv in zip(queries, chunks, strict=True)]
+        scores = [self.times(dot, jnp.full_like(dot, self.form.scale * LOG2_E)) for dot in dots]
+        score = functools.reduce(jnp.add, scores)
+        score = jnp.where(jnp.broadcast_to(seen[None, :], score.shape), score, -jnp.inf)
+        # Whole exponents, so that sums of several spans are scaled exactly.
+        new = jnp.maximum(top, jnp.ceil(jnp.max(score, axis=-1)))
+        finite = finite_top(new)
+        weights = _halves(jnp.exp2(score - finite[:, None]))
+        # Tensor cores add up in one order, however the weights lie in registers.
+        ones = jnp.ones((SPAN, HEADS), jnp.float16)
+        total = jnp.max(_dot(weights, (ones,), 0), axis=1)
+        return new, power_of_two(top - finite), weights, total
+
+    def weighted(
+        self, weights: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, ...], out: jax.Array, kept: jax.Array
+    ) -> jax.Array:
+        """A chunk of a span's weighted rows, added to those of older ones."""
+        old = self.times(out, jnp.broadcast_to(kept[:, None], out.shape))
+        return old + _dot(weights, rows, 0)
+
     def add(self, queries: Sequence[tuple[jax.Array, jax.Array]], span: tuple[jax.Array, Chunks], parts: Parts) -> Parts:
         """Parts with a span of rows added."""
         (seen, chunks), (top, total, outs) = span, parts
-        # Each chunk's scores are scaled on their own: one chain of all the products would be four times as long.
-        scores = [_dot(q, kv, 1) * self.form.scale for q, kv in zip(queries, chunks, strict=True)]
-        score = functools.reduce(jnp.add, scores)
-        score = jnp.where(jnp.broadcast_to(seen[None, :], score.shape), score, -jnp.inf)
-        new = jnp.maximum(top, jnp.max(score, axis=-1))
-        finite = jnp.where(new == -jnp.inf, 0.0, new)
-        weight, kept = jnp.exp(score - finite[:, None]), jnp.exp(top - finite)
-        parts_of_weight = _halves(weight)
-        outs = tuple(out * kept[:, None] + _dot(parts_of_weight, kv, 0) for out, kv in zip(outs, chunks, strict=True))
-        return new, total * kept + jnp.sum(weight, axis=-1), outs
+        new, kept, weights, own = self.weigh(queries, seen, chunks, top)
+        outs = tuple(self.weighted(weights, kv, out, kept) for out, kv in zip(outs, chunks, strict=True))
+        return new, self.times(total, kept) + own, outs
+
+    def times(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """A product that is rounded by itself."""
+        return arithmetic.multiply(a, b, interpret=self.form.interpret)
 
     def run(self, passes: jax.Array) -> Parts:
         """The parts of all the split's rows."""
@@ -308,37 +343,16 @@ class Split:
         parts: Parts = jax.lax.fori_loop(0, passes, lambda i, parts: self.add(queries, self.span(i), parts), self.nothing())
         return parts
 
-    def store_state(self, top_ref: Any, total_ref: Any, top: jax.Array, total: jax.Array) -> None:
+    def store_state(self, top_ref: Any, total_ref: Any, top: jax.Array, total: jax.Array, number: jax.Array) -> None:
         """Store the largest scores and the sums of the weights."""
         heads = self.heads
-        place, real = (jnp.full_like(heads, self.m), heads, jnp.full_like(heads, self.split)), heads < self.form.heads
+        place, real = (jnp.full_like(heads, self.m), heads, jnp.full_like(heads, number)), heads < self.form.heads
         plt.store(top_ref.at[place], top, mask=real)
         plt.store(total_ref.at[place], total, mask=real)
 
-    def store_outs(self, out_ref: Any, outs: Sequence[jax.Array]) -> None:
+    def store_outs(self, out_ref: Any, outs: Sequence[jax.Array], number: jax.Array) -> None:
         """Store the weighted rows."""
         for column, out in zip(self.form.columns, outs, strict=True):
             heads, column = tile(self.heads, column)
-            place = (jnp.full_like(heads, self.m), heads, jnp.full_like(heads, self.split), column)
+            place = (jnp.full_like(heads, self.m), heads, jnp.full_like(heads, number), column)
             plt.store(out_ref.at[place], out, mask=heads < self.form.heads)
-
-
-def split_kernel(*refs: Any, form: Form, compressed: bool) -> None:
-    """The kernel's body; its operands are sequences, the fields of `Split` from q on, then the parts that it leaves."""
-    sequence, q, cos, sin, position, end, ring, *extra, top_ref, total_ref, out_ref = refs
-    *leaves, which = extra if compressed else (None, None)
-    rows = leaves[0] if len(leaves) == 1 else NarrowRows(*leaves)
-    m, tile, split = (pl.program_id(axis) for axis in range(3))
-    program = Split(form, m, tile, split, sequence[m], q, cos, sin, position, end, ring, rows, which)
-    passes = program.passes()
-
-    @pl.when(passes == 0)
-    def nothing() -> None:
-        top, total, _ = program.nothing()
-        program.store_state(top_ref, total_ref, top, total)
-
-    @pl.when(passes > 0)
-    def something() -> None:
-        top, total, outs = program.run(passes)
-        program.store_state(top_ref, total_ref, top, total)
-        program.store_outs(out_ref, outs)

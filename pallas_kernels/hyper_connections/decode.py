@@ -23,43 +23,20 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.core.launch import TRAFFIC, Part
 from pallas_kernels.formats import BLOCK, HALF, Q8_0, WORDS, Quantized
+from pallas_kernels.hyper_connections.entered import Entered
 from pallas_kernels.hyper_connections.gates import MIXES, STREAMS, Row, mixing, sigmoid
 from pallas_kernels.linear import activation_k
 from pallas_kernels.linear.activation import Activation, quantize_blocks
 from pallas_kernels.linear.activation_k import ORDERS, ActivationK, Order
+from pallas_kernels.linear.halves import halves_of
 
 MIX, ENTER, SINKHORN = "hc_mix", "hc_enter", "hc_sinkhorn"
 # Columns per program of the two launches.
 SLICE, COLUMNS = 64, 256
+MIX_WARPS = 2
 # Partial results of a slice: up to 32 projections, then the products of streams i and j.
 PARTS, PRODUCTS = 48, 32
 PAIRS = [(i, j) for i in range(STREAMS) for j in range(i, STREAMS)]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Entered:
-    """The streams and the input of a sub-layer.
-
-    Attributes:
-        h: float32 [M, N, D], the streams after the last output was written back.
-        parts: float32 [M, 48, slices], partial results of the projections; `mixing_part` reads them.
-        x: float32 [M, D], the normalised input.
-        quantized: x in int8 blocks of 32.
-        quantized_k: x in int8 blocks of 256, in each of the orders.
-        orders: static.
-    """
-
-    h: jax.Array
-    parts: jax.Array
-    x: jax.Array
-    quantized: Activation
-    quantized_k: tuple[ActivationK, ...] = ()
-    orders: tuple[Order, ...] = dataclasses.field(default=(), metadata={"static": True})
-
-    def quantized_for(self, format: type[Quantized]) -> Activation | ActivationK:
-        """x as weights of a format read it; a format of blocks of 256 must have been given to `enter`."""
-        return self.quantized if format.BLOCK == BLOCK else self.quantized_k[self.orders.index(ORDERS[format])]
 
 
 def _write_stream(h: Row, outputs: Row, post: jax.Array, comb: Row) -> jax.Array:
@@ -161,7 +138,7 @@ def _store_input(
     part: jax.Array,
 ) -> None:  # fmt: skip
     """Store some columns of the sub-layer's input, and their quantised blocks."""
-    x_ref, q_ref, s_ref, *k_refs = refs
+    x_ref, halves_ref, q_ref, s_ref, *k_refs = refs
     row = gates.row
 
     def loaded(place: jax.Array) -> Row:
@@ -188,7 +165,10 @@ def _store_input(
         return x * norm * weight
 
     x = normed(columns[0])
-    plt.store(x_ref.at[row, part * COLUMNS + place], x)
+    column = part * COLUMNS + place
+    plt.store(x_ref.at[row, column], x)
+    for i, values in enumerate(halves_of(x)):
+        plt.store(halves_ref.at[row, jnp.full_like(column, i), column], values)
     words, scales = quantize_blocks(x, interpret=interpret)
     words = words.reshape(COLUMNS // BLOCK, 2, HALF)
     block, half, word = (jax.lax.broadcasted_iota(jnp.int32, words.shape, axis) for axis in range(3))
@@ -233,7 +213,7 @@ def _mixed(
             jax.ShapeDtypeStruct((m, PARTS, dim // width), jnp.float32),
         ),
         grid=(m, dim // width),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=MIX_WARPS, num_stages=1),
         interpret=interpret,
         name=name,
     )(h, fn.reshape(fn.shape[0], n, dim), post, comb, *outputs)
@@ -243,17 +223,18 @@ def _mixed(
 def _entered(
     new: jax.Array, parts: jax.Array, scale: jax.Array, base: jax.Array, weight: jax.Array, *,
     orders: tuple[Order, ...], interpret: bool, **numbers: Any,
-) -> tuple[jax.Array, Activation, tuple[ActivationK, ...]]:  # fmt: skip
-    """Second launch: x, and x in blocks of 32 and in each order in blocks of 256."""
+) -> tuple[jax.Array, jax.Array, Activation, tuple[ActivationK, ...]]:  # fmt: skip
+    """Second launch: x, its halves, and x in blocks of 32 and in each order in blocks of 256."""
     m, _, dim = new.shape
     blocks = dim // BLOCK
     wanted = (
         jax.ShapeDtypeStruct((m, dim), jnp.float32),
+        jax.ShapeDtypeStruct((m, 2, dim), jnp.float16),
         jax.ShapeDtypeStruct((m, 2, blocks, HALF), jnp.int32),
         jax.ShapeDtypeStruct((m, blocks), jnp.float32),
     )
     extra = (shape for order in orders for shape in activation_k.out_shapes(m, dim, order))
-    x, quants, scales, *made = pl.pallas_call(
+    x, halves, quants, scales, *made = pl.pallas_call(
         functools.partial(_enter_kernel, orders=orders, interpret=interpret, **numbers),
         out_shape=(*wanted, *extra),
         grid=(m, dim // COLUMNS),
@@ -262,7 +243,7 @@ def _entered(
         name=ENTER,
     )(new, parts, scale, base, weight)
     ordered = (ActivationK(*made[3 * i : 3 * i + 3]) for i in range(len(orders)))
-    return x, Activation(quants[:, None], scales[:, None]), tuple(ordered)
+    return x, halves, Activation(quants[:, None], scales[:, None]), tuple(ordered)
 
 
 def _orders(formats: Sequence[type[Quantized]]) -> tuple[Order, ...]:
@@ -345,7 +326,7 @@ def leave(
         ValueError: h or fn has another shape.
     """
     new, parts = _mixed(h, fn, outputs, post, comb, interpret)
-    x, quantized, ordered = _entered(
+    x, _, quantized, ordered = _entered(
         new, parts, scale, base, norm_weight, orders=_orders([format]), interpret=interpret, eps=eps, norm_eps=norm_eps
     )
     return new, x, ordered[0] if ordered else quantized

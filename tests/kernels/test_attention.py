@@ -13,7 +13,7 @@ import pytest
 from kernels.harness import Op, check_lowers, check_meaning, check_rows, check_unread
 from numerics import assert_bits_equal
 
-from pallas_kernels.attention import meaning
+from pallas_kernels.attention import decode, meaning
 from pallas_kernels.attention.decode import COMBINE_NAME, SPLIT_NAME, Chosen, Leading, attend
 from pallas_kernels.attention.stored_rows import narrow_rows
 from pallas_kernels.core import rounding
@@ -275,8 +275,22 @@ def test_each_row_has_the_bits_of_the_row_alone(case):
     check_company(case, (2, 3, 8), interpret=True)
 
 
+@pytest.mark.parametrize(
+    "case", [EARLY, pytest.param(EIGHT, marks=pytest.mark.long), pytest.param(EIGHT_CHOSEN, marks=pytest.mark.slow)]
+)
+def test_groups_of_splits_have_the_bits_of_single_ones(case, monkeypatch):
+    """Programs of many rows add up a group's splits themselves, in the order of the second kernel."""
+    args = case.operands(as_trained)
+    apart = case.call(*args)
+    monkeypatch.setattr(decode, "GROUP_PROGRAMS", 1)
+    # A function of its own: `compiled` has traced the other form.
+    grouped = jax.jit(functools.partial(attend.__wrapped__, groups=case.groups, interpret=True, **case.options))(*args)
+    for found, wanted in zip(jax.tree.leaves(grouped), jax.tree.leaves(apart), strict=True):
+        assert_bits_equal(found, wanted)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("m", [3, *(pytest.param(m, marks=pytest.mark.slow) for m in (1, 8))])
+@pytest.mark.parametrize("m", [3, 32, *(pytest.param(m, marks=pytest.mark.slow) for m in (1, 8))])
 @pytest.mark.parametrize("name", FLASH_CASES)
 def test_lowers_for_cuda(name, m):
     case = FLASH_CASES[name]
@@ -305,6 +319,16 @@ def test_a_head_of_odd_length_is_refused():
     case = Case((3,), 4, dim=48)
     with pytest.raises(ValueError, match="48 columns"):
         case.call(*case.operands())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["chosen", "leading"])
+def test_rows_of_many_sequences_on_the_gpu(name):
+    """Thirty-two rows, whose programs have groups of splits, and eight, whose programs have single ones, as each alone."""
+    base, rows = FLASH_CASES[name], 32
+    shape = {"position": tuple(2000 + m for m in range(rows)), "end": tuple(2001 + m for m in range(rows))}
+    case = dataclasses.replace(base, sequence=tuple(range(rows)), leading=base.leading[:1] * rows, **shape)
+    check_rows(case.op, case.operands(as_trained), (8, rows), interpret=False)
 
 
 @pytest.mark.gpu

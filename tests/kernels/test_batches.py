@@ -65,7 +65,7 @@ def test_q8_matmul_of_groups() -> None:
 
 @pytest.mark.parametrize("rows", SIZES)
 def test_float_matmul(rows: int) -> None:
-    weights = [normal(n, 64).astype(jnp.float16) for n in (5, 8)]
+    weights = [normal(n, 64).astype(jnp.bfloat16) for n in (5, 8)]
     check(lambda x: float_matmul(x, weights, interpret=True), normal(16, 64), rows)
 
 

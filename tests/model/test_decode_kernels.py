@@ -41,7 +41,7 @@ from pallas_kernels.experts import decode as experts
 from pallas_kernels.experts import router, swiglu
 from pallas_kernels.hyper_connections import decode as hyper_connections
 from pallas_kernels.indexer import decode as indexer
-from pallas_kernels.linear import float_matmul
+from pallas_kernels.linear import matrices
 from pallas_kernels.linear.q8_matmul import NAME as SHARE_WARP
 
 # One layer of each kind; the first chooses its experts by token.
@@ -249,7 +249,7 @@ def expected_calls(config: Config, blocks: int, heads: int) -> dict[str, int]:
         hyper_connections.MIX: 2 * blocks + heads,
         hyper_connections.ENTER: 2 * blocks + heads,
         # The router's product, the products of the normed input in one launch, and the indexer's queries.
-        float_matmul.NAME: blocks + compressed + indexed,
+        matrices.NAME: blocks + compressed + indexed,
         compressor.NAME: compressed + indexed,
         **{name: indexed for name in indexer.NAMES if name != "index_chunks"},
     }
