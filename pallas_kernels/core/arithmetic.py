@@ -17,21 +17,26 @@ LANES = 32
 
 def _asm(instruction: str, constraints: str, dtype: jnp.dtype, *args: jax.Array, after: str = "") -> jax.Array:
     operands = ", ".join(f"${i}" for i in range(len(args) + 1))
-    return _code(f"{instruction} {operands}{after};", constraints, dtype, *args)
+    return assembly(f"{instruction} {operands}{after};", constraints, dtype, *args)
 
 
-def _code(code: str, constraints: str, dtype: jnp.dtype, *args: jax.Array) -> jax.Array:
+def assembly(code: str, constraints: str, dtype: jnp.dtype, *args: jax.Array, pack: int = 1) -> jax.Array:
+    """PTX that a lane runs on `pack` values at a time of arrays of one shape. GPU only."""
     shape = jax.ShapeDtypeStruct(args[0].shape, dtype)
-    [result] = plt.elementwise_inline_asm(code, args=list(args), constraints=constraints, pack=1, result_shape_dtypes=[shape])
+    [result] = plt.elementwise_inline_asm(code, args=list(args), constraints=constraints, pack=pack, result_shape_dtypes=[shape])
     return result
 
 
-def dp4a(a: jax.Array, b: jax.Array, c: jax.Array, *, interpret: bool) -> jax.Array:
-    """c plus the dot product of the four int8 values in each word of a and b; exact, int32."""
+def dp4a(a: jax.Array, b: jax.Array, c: jax.Array, *, unsigned: bool = False, interpret: bool) -> jax.Array:
+    """c plus the dot product of the four int8 values in each word of a and b; exact, int32.
+
+    Args:
+        unsigned: the values of a are from 0 to 255.
+    """
     if not interpret:
-        return _asm("dp4a.s32.s32", "=r,r,r,r", jnp.int32, a, b, c)
-    shifts = (24, 16, 8, 0)
-    return c + sum(((a << shift) >> 24) * ((b << shift) >> 24) for shift in shifts)
+        return _asm(f"dp4a.{'u32' if unsigned else 's32'}.s32", "=r,r,r,r", jnp.int32, a, b, c)
+    mask = 255 if unsigned else -1
+    return c + sum((((a << shift) >> 24) & mask) * ((b << shift) >> 24) for shift in (24, 16, 8, 0))
 
 
 def chained_dot(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
@@ -52,6 +57,25 @@ def chained_dot(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
     return jnp.sum(total, axis=-1)
 
 
+def dot_of_halves(numbers: jax.Array, word: jax.Array, *, interpret: bool) -> jax.Array:
+    """Dot product of four numbers of each lane with the bytes of a word; exact.
+
+    Args:
+        numbers: int32 [32, 4], of 16 bits with the sign.
+        word: int32 [32]; its bytes are from 0 to 255.
+
+    Returns:
+        int32 [32].
+    """
+    words = jnp.broadcast_to(word[:, None], numbers.shape)
+    if interpret:
+        return jnp.sum(numbers * ((words >> (8 * jax.lax.broadcasted_iota(jnp.int32, words.shape, 1))) & 255), axis=-1)
+    code = "{ .reg .b32 a, b, t; prmt.b32 a, $4, $5, 0x5410; prmt.b32 b, $6, $7, 0x5410; "
+    # The sum is over one value and three zeros, which cost nothing.
+    code += "dp2a.lo.s32.u32 t, a, $8, 0; dp2a.hi.s32.u32 $0, b, $8, t; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }"
+    return jnp.sum(assembly(code, ",".join(["=r"] * 4 + ["r"] * 8), jnp.int32, numbers, words, pack=4), axis=-1)
+
+
 def pick_bytes(low: int | jax.Array, high: int, selector: jax.Array, *, interpret: bool) -> jax.Array:
     """Pick four of the eight byte constants in `low` (0..3) and `high` (4..7): one int32 word.
 
@@ -62,15 +86,15 @@ def pick_bytes(low: int | jax.Array, high: int, selector: jax.Array, *, interpre
     that is set, the byte is the constant's highest bit eight times.
     """
     if not interpret and isinstance(low, int):
-        return _code(f"prmt.b32 $0, {low:#x}, {high:#x}, $1;", "=r,r", jnp.int32, selector)
+        return assembly(f"prmt.b32 $0, {low:#x}, {high:#x}, $1;", "=r,r", jnp.int32, selector)
     if not interpret:
         word = jnp.broadcast_to(low, selector.shape)
-        return _code(f"prmt.b32 $0, $1, {high:#x}, $2;", "=r,r,r", jnp.int32, word, selector)
-    low_word = _signed(low) if isinstance(low, int) else low
+        return assembly(f"prmt.b32 $0, $1, {high:#x}, $2;", "=r,r,r", jnp.int32, word, selector)
+    low_word = signed(low) if isinstance(low, int) else low
 
     def byte(i: int) -> jax.Array:
         name = (selector >> (4 * i)) & 7
-        found = jnp.where(name < 4, low_word >> (8 * (name & 3)), _signed(high) >> (8 * (name & 3)))
+        found = jnp.where(name < 4, low_word >> (8 * (name & 3)), signed(high) >> (8 * (name & 3)))
         found = jnp.where((selector >> (4 * i + 3)) & 1 == 1, (found << 24) >> 31, found)
         return (found & 255) << (8 * i)
 
@@ -80,11 +104,12 @@ def pick_bytes(low: int | jax.Array, high: int, selector: jax.Array, *, interpre
 def mask_bytes(word: jax.Array, *, interpret: bool) -> jax.Array:
     """255 for each byte of an int32 word whose highest bit is set, and 0 for the others."""
     if not interpret:
-        return _code("prmt.b32 $0, $1, 0, 0xba98;", "=r,r", jnp.int32, word)
+        return assembly("prmt.b32 $0, $1, 0, 0xba98;", "=r,r", jnp.int32, word)
     return ((word >> 7) & 0x01010101) * 255
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
+    """The int32 with the bits of a word from 0 to 2³² − 1."""
     return word - (1 << 32) if word >> 31 else word
 
 

@@ -82,11 +82,11 @@ class Format(abc.ABC):
     def add(self, w: Loaded, x: Loaded, acc: jax.Array) -> jax.Array:
         """Add the product to the accumulator, float32 [32]."""
 
-    def dot(self, words: Sequence[jax.Array], x: Sequence[jax.Array]) -> jax.Array:
-        """Dot products of int8 words with the activations' words, summed over the pairs."""
+    def dot(self, words: Sequence[jax.Array], x: Sequence[jax.Array], *, unsigned: bool = False) -> jax.Array:
+        """Dot products of int8 words, or of bytes without a sign, with the activations' words, summed over the pairs."""
         total = jnp.zeros_like(words[0])
         for word, part in zip(words, x, strict=True):
-            total = arithmetic.dp4a(word, part, total, interpret=self.interpret)
+            total = arithmetic.dp4a(word, part, total, unsigned=unsigned, interpret=self.interpret)
         return total
 
     def fma(self, integers: jax.Array, scale: jax.Array, acc: jax.Array) -> jax.Array:
