@@ -21,7 +21,7 @@ from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.formats import BLOCK
 from pallas_kernels.linear import q8_mma
 from pallas_kernels.linear.q8_matmul import Tile
-from pallas_kernels.linear.q8_mma import MmaTile
+from pallas_kernels.linear.q8_mma import WARPS, MmaTile
 from pallas_kernels.tuning.shapes import tile_key
 
 TABLE = Path(__file__).with_name("tiles.json")
@@ -44,7 +44,8 @@ def read(path: Path) -> Table:
         for shapes in table.values():
             for entries in shapes.values():
                 for m, entry in entries.items():
-                    if int(m) < 1 or min(_numbers(_tile(entry))) < 1:
+                    _tile(entry)
+                    if int(m) < 1:
                         raise ValueError("a number is out of range")
                 if not entries:
                     raise ValueError("a shape has no entry")
@@ -56,16 +57,15 @@ def read(path: Path) -> Table:
 def _tile(entry: Any) -> Tile | MmaTile:
     """The tile of an entry."""
     if isinstance(entry, dict):
-        return MmaTile(**entry)
-    rows, unroll, chained = entry
-    if chained not in (0, 1):
+        tile: Tile | MmaTile = MmaTile(**entry)
+    else:
+        rows, unroll, chained = entry
+        if chained not in (0, 1):
+            raise ValueError("a number is out of range")
+        tile = Tile(rows, unroll, bool(chained))
+    if min(dataclasses.astuple(tile)[:2]) < 1 or (isinstance(tile, MmaTile) and (tile.warps not in WARPS or tile.ahead < 1)):
         raise ValueError("a number is out of range")
-    return Tile(rows, unroll, bool(chained))
-
-
-def _numbers(tile: Tile | MmaTile) -> list[int]:
-    """The numbers of a tile, all at least 1."""
-    return [tile.rows, tile.unroll] if isinstance(tile, Tile) else [tile.warps // tile.split, tile.split, tile.ahead]
+    return tile
 
 
 def _entry(tile: Tile | MmaTile) -> Any:

@@ -35,6 +35,8 @@ from pallas_kernels.linear.tensor_core import COLUMNS, HALF_BYTES, HEIGHT, PAIR,
 NAME = "q8_mma"
 # Maximum rows of activations of a program; more go in batches.
 MAX_ROWS = 32
+# Warps that a program may have.
+WARPS = (4, 8, 16)
 # A device with fewer programs has too few loads in flight.
 PROGRAMS = 256
 
@@ -49,7 +51,7 @@ class MmaTile:
     """How the work is cut. It changes only the time of a launch.
 
     Attributes:
-        warps: warps of a program: 4, 8 or 16.
+        warps: warps of a program, one of `WARPS`.
         heights: how many times 16 weight rows a program takes, one after the other.
         ahead: steps whose weights are on their way while another is multiplied.
     """
