@@ -30,7 +30,7 @@ from pallas_kernels.formats import BLOCK, BLOCK_BYTES, HALF, Q8_0
 from pallas_kernels.linear import tensor_core
 from pallas_kernels.linear.activation import Activation
 from pallas_kernels.linear.q8_matmul import Tile, q8_part
-from pallas_kernels.linear.tensor_core import COLUMNS, HALF_BYTES, HEIGHT, PAIR, ROW_BYTES, Exchange, Values
+from pallas_kernels.linear.tensor_core import COLUMNS, HEIGHT, PAIR, ROW_BYTES, UNIT_BYTES, Exchange, Values
 
 NAME = "q8_mma"
 # Maximum rows of activations of a program; more go in batches.
@@ -151,10 +151,12 @@ class _Program:
                     own = jnp.minimum(own, matrix.n - 1)
                 return self.group * matrix.n + own
 
-            words, half = [], (self.warp & 1) * (self.groups * matrix.n)
-            for i in range(2 * HEIGHT // self.tile.warps):
-                at = (half + row(self.warp // 2 + i * self.tile.warps // 2)) * self.blocks + LANES * place + self.lane
-                words.append(plt.load(matrix.words.at[_four_from(at * HALF)], mask=mask, eviction_policy="evict_first" if self.only else None))
+            words, policy = [], "evict_first" if self.only else None
+            for i in range(HEIGHT // self.tile.warps):
+                for half in range(2):
+                    at = half * (self.groups * matrix.n) + row(self.warp + i * self.tile.warps)
+                    at = at * self.blocks + LANES * place + self.lane
+                    words.append(plt.load(matrix.words.at[_four_from(at * HALF)], mask=mask, eviction_policy=policy))
             rows = [row(self.lane // 4 + COLUMNS * i) * self.blocks + LANES * place for i in range(2)]
             scales = [
                 plt.load(matrix.scales.at[_two_from_each(*(own + self.block(pair) for own in rows))], mask=mask)
@@ -166,54 +168,54 @@ class _Program:
         return made
 
     def activations(self, place: jax.Array | int, start: int, pair: int) -> tuple[jax.Array, jax.Array]:
-        """Words by `spread` and scales of eight rows from row `start` of the program, for a pair of blocks."""
-        block = self.block(pair) + LANES * place
+        """Words and scales of eight rows from row `start` of the program, for a pair of blocks."""
+        block, fourth = self.block(pair) + LANES * place, self.lane & 3
 
         def row(other: jax.Array) -> jax.Array:
-            return jnp.minimum(self.first + start + other, self.total - 1) * self.groups + self.group
+            own = self.first + start + other
+            return (jnp.minimum(own, self.total - 1) if self.total % self.size else own) * self.groups + self.group
 
-        fourth = self.lane & 3
         at = (row(self.lane // 4) * 2 + (fourth & 1)) * self.blocks + block + fourth // 2
-        words = tensor_core.spread(plt.load(self.x.at[_four_from(at * HALF)]), _wide(fourth & 2), interpret=self.interpret)
         both = (row(2 * fourth + i) * self.blocks + block for i in range(2))
-        return words, plt.load(self.xs.at[_two_from_each(*both)])
+        return plt.load(self.x.at[_four_from(at * HALF)]), plt.load(self.xs.at[_two_from_each(*both)])
 
     def weights(self, words: Values, address: jax.Array) -> tuple[list[Values], jax.Array]:
         """The instruction's words of each block of each pair, through the buffer at the address; and the address."""
-        lane, fourth = self.lane, self.lane & 3
+        lane, warps = self.lane, self.tile.warps
         if self.interpret:
-            table = jnp.stack(words).reshape(HEIGHT, 2, LANES, HALF)
-            at = (fourth & 1)[:, None], (fourth & 2)[:, None] + jnp.arange(2)
+            table = jnp.stack(words).reshape(-1, 2, warps, LANES, HALF).swapaxes(1, 2).reshape(HEIGHT, 2, LANES, HALF)
+            number = _fours(lane)
+            row, word = _wide(lane // 4) + COLUMNS * (number & 1), _wide(lane & 2) + number // 2
 
             def block(pair: int, b: int) -> jax.Array:
-                own = [table[(lane // 4 + row)[:, None], at[0], (self.block(pair) + b)[:, None], at[1]] for row in (0, COLUMNS)]
-                return jnp.concatenate(own, axis=1)
+                return table[row, _wide(lane & 1), _wide(self.block(pair) + b), word]
 
             return [[block(pair, b) for b in range(PAIR)] for pair in range(self.pairs)], address
-        target = self.warp // 2 * ROW_BYTES + (self.warp & 1) * HALF_BYTES + 16 * lane
-        source = lane // 4 * ROW_BYTES + (fourth & 1) * HALF_BYTES + fourth // 2 * 8 + 16 * self.block(0)
-        stored = tensor_core.store_blocks(address + _wide(target), words, self.tile.warps // 2 * ROW_BYTES)
-        source_address = stored + _wide(source - target)
+        target = self.warp * ROW_BYTES + 16 * lane
+        source = (lane & 15) * ROW_BYTES + lane // 16 * UNIT_BYTES + 16 * self.block(0)
+        stored = tensor_core.store_blocks(address + _wide(target), words, warps * ROW_BYTES)
+        own = stored + _wide(source - target)
         made = [
-            [tensor_core.load_block(source_address, 16 * (PAIR * self.tile.warps * pair + b)) for b in range(PAIR)]
-            for pair in range(self.pairs)
+            [tensor_core.load_block(own, 16 * (PAIR * warps * pair + b)) for b in range(PAIR)] for pair in range(self.pairs)
         ]
         return made, stored - _wide(target)
 
     def step(self, number: jax.Array | int, place: jax.Array | int, state: State, accs: list[list[Values]]) -> Any:
         """Multiply a step and load another: accumulators [P, 4] for each eight rows, pair and block."""
-        under_way, address, other = state
+        (under_way, address, other), upper = state, _wide(self.lane & 2)
+        # All loads start before the first product.
+        rows = [[self.activations(place, COLUMNS * i, pair) for pair in range(self.pairs)] for i in range(len(accs))]
         words, scales = under_way[0]
         weights, address = self.weights(words, address)
         under_way = [*under_way[1:], self.load(number + self.tile.ahead)]
-        made = []
-        for start, sums in zip(range(0, self.size, COLUMNS), accs, strict=True):
-            row = []
-            for pair, (blocks, scale, own) in enumerate(zip(weights, scales, sums, strict=True)):
-                x, xs = self.activations(place, start, pair)
-                add = functools.partial(tensor_core.multiply_add, x=x, scales=scale.astype(jnp.float32), xs=xs)
-                row.append([add(block, acc=acc, block=b, interpret=self.interpret) for b, (block, acc) in enumerate(zip(blocks, own, strict=True))])
-            made.append(row)
+        wide, made = [scale.astype(jnp.float32) for scale in scales], []
+        for row, sums in zip(rows, accs, strict=True):
+            of_row = []
+            for (x, xs), blocks, scale, own in zip(row, weights, wide, sums, strict=True):
+                x = tensor_core.spread(x, upper, interpret=self.interpret)
+                add = functools.partial(tensor_core.multiply_add, x=x, scales=scale, xs=xs, interpret=self.interpret)
+                of_row.append([add(blocks[b], acc=own[b], block=b) for b in range(PAIR)])
+            made.append(of_row)
         if not self.interpret:
             other = tensor_core.after(other, [acc for own in made[0] for acc in own])
         return (under_way, other, address), made

@@ -26,9 +26,9 @@ from pallas_kernels.core.arithmetic import LANES
 HEIGHT, COLUMNS = 16, 8
 # Neighbouring blocks that a lane gets together.
 PAIR = 2
-# A buffer in shared memory holds 32 blocks of 16 weight rows. The gaps between halves and rows spread what the lanes of a warp
-# load at once over all banks.
-HALF_BYTES, ROW_BYTES = LANES * 16 + 64, 2 * (LANES * 16 + 64) + 16
+# A buffer in shared memory holds 32 blocks of 16 weight rows, each as two units of 16 bytes. The gaps between rows spread what
+# eight lanes load at once over all banks.
+UNIT_BYTES, ROW_BYTES = LANES * 16, 2 * LANES * 16 + 16
 BUFFER_BYTES, BUFFERS = HEIGHT * ROW_BYTES, 2
 
 Values = list[jax.Array]
@@ -60,7 +60,7 @@ def multiply_add(
     """acc plus the exact dot products of one block times their scales, rounded once on the GPU, float32 [P, 4].
 
     Args:
-        weights: int32 [P, 4], two words of weight row l/4 and two of row l/4 + 8.
+        weights: int32 [P, 4] of `load_block`.
         x: int32 [P, 4] of `spread`, for row l/4 of the activations.
         scales, xs: float32 [P, 4], of both blocks of the pair for the first of a lane's two rows, then for the second.
         acc: float32 [P, 4], of the places.
@@ -71,7 +71,7 @@ def multiply_add(
         return arithmetic.fma(_dots(weights, x[:, PAIR * block :][:, :PAIR]), both, acc, interpret=True)
     # 0x4b400000 is 1.5 · 2²³ as float32: plus a small integer it is that float plus the integer.
     code = ".reg .s32 c<4>, z; .reg .f32 p; mov.b32 z, 0x4b400000; mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-    code += f"{{c0, c1, c2, c3}}, {{$4, $6, $5, $7}}, {{${8 + PAIR * block}, ${9 + PAIR * block}}}, {{z, z, z, z}}; "
+    code += f"{{c0, c1, c2, c3}}, {{$4, $5, $6, $7}}, {{${8 + PAIR * block}, ${9 + PAIR * block}}}, {{z, z, z, z}}; "
     for i in range(4):
         code += f"mul.rn.f32 p, ${12 + PAIR * (i // 2) + block}, ${16 + PAIR * (i % 2) + block}; "
         code += f"mov.b32 o{i}, c{i}; sub.rn.f32 o{i}, o{i}, 0f4B400000; fma.rn.f32 o{i}, o{i}, p, ${20 + i}; "
@@ -85,7 +85,7 @@ def _dots(weights: jax.Array, x: jax.Array) -> jax.Array:
         values = jnp.stack([(words << shift) >> 24 for shift in (24, 16, 8, 0)], axis=-1)
         return values.astype(jnp.float32).reshape(-1, COLUMNS, 32)
 
-    rows = jnp.stack([fragment(weights[:, :2]), fragment(weights[:, 2:])], axis=1)
+    rows = jnp.stack([fragment(weights[:, row::2]) for row in range(2)], axis=1)
     dots = jnp.einsum("wrgk,wnk->wgrn", rows, fragment(x), precision="highest", preferred_element_type=jnp.float32)
     return jnp.moveaxis(dots.reshape(-1, COLUMNS, 2, 4, 2), 2, 3).reshape(-1, 4)
 
@@ -104,32 +104,33 @@ def after(address: jax.Array, values: Sequence[jax.Array]) -> jax.Array:
 
 
 def store_blocks(address: jax.Array, words: Values, step: int) -> jax.Array:
-    """Store 16 bytes of each array at a lane's place and wait until all warps have done so.
+    """Store a block of each of several rows and wait until all warps have done so.
 
     Args:
-        address: int32 [P, 4], the lane's place for the first array.
-        words: int32 [P, 4] each.
-        step: bytes from the place of an array to that of the next.
+        address: int32 [P, 4], the place of the lane's block in its first row.
+        words: int32 [P, 4], two halves of a block for each row. A unit takes every other word of both halves, as `spread` does.
+        step: bytes from a row to the next.
 
     Returns:
         The address.
     """
-    code, kinds = "", "r" * 4
-    for i in range(len(words)):
-        code += f"st.shared.v4.b32 [$4+{i * step}], {{{', '.join(f'${8 + 4 * i + j}' for j in range(4))}}}; "
-        kinds += "r" * 4
-    return _integers(code + "bar.sync 0;" + _all("$4"), [address, *words], kinds)
+    code = ""
+    for i in range(len(words) // 2):
+        for unit in range(2):
+            taken = ", ".join(f"${8 + 8 * i + unit + other}" for other in (0, 4, 2, 6))
+            code += f"st.shared.v4.b32 [$4+{i * step + unit * UNIT_BYTES}], {{{taken}}}; "
+    return _integers(code + "bar.sync 0;" + _all("$4"), [address, *words], "r" * (4 + 4 * len(words)))
 
 
 def load_block(address: jax.Array, offset: int) -> jax.Array:
-    """Two words of weight row l/4 and of row l/4 + 8 of a block, int32 [P, 4].
+    """The instruction's words of a block: of weight rows l/4 and l/4 + 8, first and second of each, int32 [P, 4].
 
     Args:
-        address: int32 [P, 4], the place of the lane's words of its first row in block 0.
+        address: int32 [P, 4]; eight lanes have the places of weight rows 0 to 7 in the first unit of block 0, the next eight of
+            rows 8 to 15, and the other 16 lanes the same in the second unit.
         offset: bytes from there to the block.
     """
-    code = f"ld.shared.v2.b32 {{o0, o1}}, [$4+{offset}]; ld.shared.v2.b32 {{o2, o3}}, [$4+{offset + COLUMNS * ROW_BYTES}];"
-    return _integers(code, [address], "r" * 4)
+    return _integers(f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{o0, o1, o2, o3}}, [$4+{offset}];", [address], "r" * 4)
 
 
 @dataclasses.dataclass(frozen=True)
