@@ -21,7 +21,7 @@ from pallas_kernels.linear.lane_matmul import lane_part
 from pallas_kernels.linear.lane_row import quantize_for
 from pallas_kernels.linear.meaning import Weight
 from pallas_kernels.linear.q8_mma import MAX_ROWS as MMA_ROWS
-from pallas_kernels.linear.q8_mma import q8_any_part, why_not
+from pallas_kernels.linear.q8_mma import q8_parts, why_not
 
 # Values of a large weight that are dequantised at a time.
 MAX_TILE_VALUES = 1 << 25
@@ -158,7 +158,7 @@ def product_parts(
     m, _, blocks = x.scales.shape
     device_kind = "" if interpret else jax.devices()[0].device_kind
     tile = tile_for(tuple(weight.shape[0] // groups for weight in q8), blocks * BLOCK, groups, m, device_kind)
-    return [q8_any_part(x, q8, tile=tile, groups=groups, interpret=interpret)]
+    return q8_parts(x, q8, tile=tile, groups=groups, interpret=interpret)
 
 
 def quantized_products(

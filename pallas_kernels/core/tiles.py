@@ -21,7 +21,7 @@ from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.formats import BLOCK
 from pallas_kernels.linear import q8_mma
 from pallas_kernels.linear.q8_matmul import Tile
-from pallas_kernels.linear.q8_mma import WARPS, MmaTile
+from pallas_kernels.linear.q8_mma import MmaTile
 from pallas_kernels.tuning.shapes import tile_key
 
 TABLE = Path(__file__).with_name("tiles.json")
@@ -63,7 +63,8 @@ def _tile(entry: Any) -> Tile | MmaTile:
         if chained not in (0, 1):
             raise ValueError("a number is out of range")
         tile = Tile(rows, unroll, bool(chained))
-    if min(dataclasses.astuple(tile)[:2]) < 1 or (isinstance(tile, MmaTile) and (tile.warps not in WARPS or tile.ahead < 1)):
+    numbers = [tile.rows, tile.unroll] if isinstance(tile, Tile) else [tile.warps // tile.split, tile.split, tile.ahead]
+    if min(numbers) < 1:
         raise ValueError("a number is out of range")
     return tile
 
@@ -120,7 +121,7 @@ def tile_for(sizes: tuple[int, ...], k: int, groups: int, m: int, device_kind: s
         if isinstance(tile, MmaTile):
             return tile
         if m > max(known, default=0) and m > MAX_ROWS:
-            return MmaTile.of(groups * sum(sizes))
+            return MmaTile.of(groups * sum(sizes), k, m)
     of_a_batch = {rows: tile for rows, tile in known.items() if isinstance(tile, Tile)}
     return _measured(of_a_batch, batches.rows_of(m)) or _by_rule(groups * sum(sizes), k)
 

@@ -1,13 +1,13 @@
 """The Q8_0 matmul of many rows on the int8 tensor cores, with the bits of the share-warp kernel.
 
-`mma.m16n8k32` multiplies a block of 16 weight rows by the same block of eight rows of activations and sums the integers exactly.
+`mma.m16n8k32` multiplies blocks of 16 weight rows by the same block of eight rows of activations and sums the integers exactly.
 The float sums have the order of `q8_matmul`: one accumulator for the blocks of each residue modulo 32, added up with fused
 multiply-adds in the order of K, and then a tree over the distances 16, 8, 4, 2, 1. So a row has the same bits in both kernels.
 
-A program takes 16 weight rows at a time. A step is 32 blocks of each, one for each residue: all warps load them together, 512
-bytes of a row at a time, and store them in shared memory, where the lanes of a warp find the words that the instruction wants of
-them. Each warp multiplies the blocks of its own residues, which are pairs of neighbours. The sums of its pairs come first in the
-tree, those over warps follow. Weights of later steps, also of the next 16 rows, are on their way while one is multiplied.
+Four blocks that follow each other are a step. A warp owns 16 weight rows, and `split` warps share them: the lowest bits of a
+step's number modulo 8 choose the warp. Each lane loads 16 bytes of a row at a time, one half of one of two blocks. An instruction
+sums all lanes of a row, so the weights of the other block are replaced by zeros, and a block takes two instructions. The order of
+the values within a block is free because the sum of integers is exact; weights and activations have the same.
 """
 
 from __future__ import annotations
@@ -23,27 +23,33 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.core import batches, loads
+from pallas_kernels.core import batches
 from pallas_kernels.core.arithmetic import LANES
 from pallas_kernels.core.launch import Part, launch
 from pallas_kernels.formats import BLOCK, BLOCK_BYTES, HALF, Q8_0
-from pallas_kernels.linear import tensor_core
 from pallas_kernels.linear.activation import Activation
 from pallas_kernels.linear.q8_matmul import Tile, q8_part
-from pallas_kernels.linear.tensor_core import COLUMNS, HEIGHT, PAIR, ROW_BYTES, UNIT_BYTES, Exchange, Values
+from pallas_kernels.linear.tensor_core import (
+    COLUMNS,
+    HEIGHT,
+    STEP,
+    Values,
+    eights_a_round,
+    multiply_add,
+    scale_products,
+    sum_warps,
+)
 
 NAME = "q8_mma"
+# Steps of the 32 residues.
+CLASSES = LANES // STEP
 # Maximum rows of activations of a program; more go in batches.
 MAX_ROWS = 32
-# Warps that a program may have.
-WARPS = (4, 8, 16)
-# A device with fewer programs has too few loads in flight.
-PROGRAMS = 256
+# A warp that has more steps is too long, and a device with fewer warps has too few loads in flight.
+STEPS, WARPS = 8, 1024
 
-# Words of 16 rows, and scales of two blocks of each of a lane's two rows, for each pair of a warp.
-Loaded = tuple[Values, Values]
-# Steps that are on their way, the buffer of the next one, and the other buffer.
-State = tuple[list[Loaded], jax.Array, jax.Array]
+# Words of two pairs of blocks for each of two rows, and four scales for each row.
+Loaded = tuple[list[Values], Values]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +57,27 @@ class MmaTile:
     """How the work is cut. It changes only the time of a launch.
 
     Attributes:
-        warps: warps of a program, one of `WARPS`.
-        heights: how many times 16 weight rows a program takes, one after the other.
+        warps: warps of a program; a multiple of `split`.
+        split: warps that share 16 weight rows: 1, 2, 4 or 8.
         ahead: steps whose weights are on their way while another is multiplied.
     """
 
-    warps: int = 8
-    heights: int = 1
-    ahead: int = 1
+    warps: int = 4
+    split: int = 4
+    ahead: int = 2
 
     def __str__(self) -> str:
-        return f"{self.warps}/{self.heights}x{self.ahead}"
+        return f"{self.warps}/{self.split}x{self.ahead}"
 
     @classmethod
-    def of(cls, n: int) -> MmaTile:
-        """A tile for weights of n rows together."""
-        return cls(heights=max(1, n // (HEIGHT * PROGRAMS)))
+    def of(cls, n: int, k: int, m: int) -> MmaTile:
+        """A tile for weights of n rows together with k values each, and m rows of activations."""
+        # With more steps of a warp than turns of four, registers for sums that wait for others run out.
+        split = 2
+        while split < CLASSES and (k // (BLOCK * STEP) > STEPS * split or pl.cdiv(n, HEIGHT) * split < WARPS):
+            split *= 2
+        # The sums of 32 rows leave registers for one step.
+        return cls(warps=max(4, split), split=split, ahead=1 if m > 2 * COLUMNS else 2)
 
 
 def why_not(k: int) -> str | None:
@@ -75,292 +86,220 @@ def why_not(k: int) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Matrix:
-    """One weight of a launch.
-
-    Attributes:
-        words, scales, out: references; those of words and scales are flat.
-        n: rows of a group.
-        row: the program's first row within the group.
-        selected: whether the program works on this matrix; None if the launch has one matrix.
-    """
-
-    words: Any
-    scales: Any
-    out: Any
-    n: int
-    row: jax.Array
-    selected: jax.Array | None
-
-
-@dataclasses.dataclass(frozen=True)
 class _Program:
     """One program; arrays have a row for each of its lanes.
 
     Attributes:
-        x, xs: references of flat arrays.
-        total, groups, blocks: rows of activations of the call, groups, and blocks of a row.
-        first: first row of activations of the program.
-        size: rows of activations of the program, a multiple of eight.
+        x, xs, words, scales: references of flat arrays.
+        shape: M, groups, weight rows of a group, and blocks of a row.
+        columns: the first row of each eight rows of activations of the batch.
         group: the program's group.
-        warp, lane: per lane, the number of its warp, and its own in the warp.
-        only: whether no other program loads the same weights.
+        row: per lane, the first of the warp's 16 weight rows within the group.
+        part: per lane, the number of the warp among those that share the rows.
     """
 
     x: Any
     xs: Any
-    matrices: Sequence[_Matrix]
-    total: int
-    groups: int
-    blocks: int
-    first: jax.Array
-    size: int
+    words: Any
+    scales: Any
+    shape: tuple[int, int, int, int]
+    columns: Sequence[jax.Array]
     group: jax.Array
-    warp: jax.Array
-    lane: jax.Array
-    only: bool
+    row: jax.Array
+    part: jax.Array
     tile: MmaTile
     interpret: bool
 
-    @property
-    def length(self) -> int:
-        """Steps of 16 weight rows."""
-        return self.blocks // LANES
+    def places(self) -> _Places:
+        """Places of the values that each lane loads. Rows past the end are read as the last one and not stored."""
+        (m, groups, n, blocks), lane = self.shape, _numbers(self.tile) & (LANES - 1)
+        own, half, eighth, fourth = (lane >> 1) & 1, lane & 1, lane >> 2, lane & 3
+        first = STEP * self.part
+        rows = [self.group * n + jnp.minimum(self.row + eighth + COLUMNS * i, n - 1) for i in range(2)]
+        words = [_four_from(((half * (groups * n) + row) * blocks + first + own) * HALF) for row in rows]
+        x, xs = [], []
+        for start in self.columns:
+            row = jnp.minimum(start + eighth, m - 1) * groups + self.group
+            x.append(_four_from(((row * 2 + half) * blocks + first + own) * HALF))
+            both = [jnp.minimum(start + 2 * fourth + side, m - 1) for side in range(2)]
+            xs.append([_four_from((column * groups + self.group) * blocks + first) for column in both])
+        # All ones in the lanes that have the first block of a pair, and the other way round.
+        masks = [jnp.broadcast_to(mask[:, None], (own.shape[0], 4)) for mask in (own - 1, -own)]
+        return _Places(words, [_four_from(row * blocks + first) for row in rows], x, xs, masks)
 
-    @property
-    def pairs(self) -> int:
-        """Pairs of residues of a warp; they are as far apart as sums of the tree."""
-        return LANES // PAIR // self.tile.warps
+    def first_block(self, number: jax.Array | int) -> jax.Array | int:
+        """First block of step `number` of the first of the warps: turns, then places along K."""
+        turns, count = self.shape[3] // LANES, CLASSES // self.tile.split
+        turn: Any
+        place: Any
+        if isinstance(number, int):
+            turn, place = divmod(number, turns)
+        else:
+            turn = jax.lax.div(number, jax.lax.full_like(number, turns))
+            place = number - turn * turns
+        # The bits of the turn in reverse order: two turns that follow each other are as far apart as sums of the tree.
+        far = [((turn >> bit) & 1) * (count >> (bit + 1)) for bit in range(count.bit_length() - 1)]
+        return place * LANES + STEP * self.tile.split * sum(far)
 
-    def block(self, pair: int) -> jax.Array:
-        """First block of a warp's pair in a step, int32 [P]."""
-        return PAIR * (self.warp + self.tile.warps * pair)
+    def weights(self, places: _Places, number: jax.Array | int) -> Loaded:
+        """Load a step: words of two pairs of blocks for each of two rows, and four scales for each row."""
+        # With several batches another program loads the same weights.
+        policy = "evict_first" if self.shape[0] <= MAX_ROWS else None
+        first, once = self.first_block(number), functools.partial(plt.load, eviction_policy=policy)
+        words = [[once(self.words.at[place + (first + 2 * pair) * HALF]) for place in places.words] for pair in range(2)]
+        return words, [once(self.scales.at[place + first]) for place in places.scales]
 
-    def load(self, number: jax.Array | int) -> Loaded:
-        """Load a step; nothing if its number is past the last."""
-        height, place = _divide(number, self.length)
-        inside = number < self.tile.heights * self.length
-        if not isinstance(inside, bool):
-            inside = jnp.broadcast_to(inside, (self.lane.shape[0], 4))
-        mask = None if inside is True else inside
-
-        def load_from(matrix: _Matrix) -> Loaded:
-            def row(other: jax.Array) -> jax.Array:
-                own = matrix.row + HEIGHT * height + other
-                if matrix.n % (HEIGHT * self.tile.heights):
-                    own = jnp.minimum(own, matrix.n - 1)
-                return self.group * matrix.n + own
-
-            words, policy = [], "evict_first" if self.only else None
-            for i in range(HEIGHT // self.tile.warps):
-                for half in range(2):
-                    at = half * (self.groups * matrix.n) + row(self.warp + i * self.tile.warps)
-                    at = at * self.blocks + LANES * place + self.lane
-                    words.append(plt.load(matrix.words.at[_four_from(at * HALF)], mask=mask, eviction_policy=policy))
-            rows = [row(self.lane // 4 + COLUMNS * i) * self.blocks + LANES * place for i in range(2)]
-            scales = [
-                plt.load(matrix.scales.at[_two_from_each(*(own + self.block(pair) for own in rows))], mask=mask)
-                for pair in range(self.pairs)
-            ]
-            return words, scales
-
-        made: Loaded = loads.load_selected(self.matrices, load_from)
+    def add(self, places: _Places, loaded: Loaded, number: jax.Array | int, accs: list[Values]) -> list[Values]:
+        """Add the products of a step to the accumulators: four arrays [P, 4], one a block, for each eight rows."""
+        words, halves = loaded
+        first, scales = self.first_block(number), [scale.astype(jnp.float32) for scale in halves]
+        blocks = [[word & mask for word in pair] for pair in words for mask in places.masks]
+        made = []
+        for sums, x_place, xs_places in zip(accs, places.x, places.xs, strict=True):
+            x = [plt.load(self.x.at[x_place + (first + 2 * pair) * HALF]) for pair in range(2)]
+            xs = [plt.load(self.xs.at[place + first]) for place in xs_places]
+            both = [scale_products(scales, xs, b, interpret=self.interpret) for b in range(STEP)]
+            made.append(
+                [multiply_add(block, x[b // 2], both[b], sums[b], interpret=self.interpret) for b, block in enumerate(blocks)]
+            )
         return made
 
-    def activations(self, place: jax.Array | int, start: int, pair: int) -> tuple[jax.Array, jax.Array]:
-        """Words and scales of eight rows from row `start` of the program, for a pair of blocks."""
-        block, fourth = self.block(pair) + LANES * place, self.lane & 3
-
-        def row(other: jax.Array) -> jax.Array:
-            own = self.first + start + other
-            return (jnp.minimum(own, self.total - 1) if self.total % self.size else own) * self.groups + self.group
-
-        at = (row(self.lane // 4) * 2 + (fourth & 1)) * self.blocks + block + fourth // 2
-        both = (row(2 * fourth + i) * self.blocks + block for i in range(2))
-        return plt.load(self.x.at[_four_from(at * HALF)]), plt.load(self.xs.at[_two_from_each(*both)])
-
-    def weights(self, words: Values, address: jax.Array) -> tuple[list[Values], jax.Array]:
-        """The instruction's words of each block of each pair, through the buffer at the address; and the address."""
-        lane, warps = self.lane, self.tile.warps
-        if self.interpret:
-            table = jnp.stack(words).reshape(-1, 2, warps, LANES, HALF).swapaxes(1, 2).reshape(HEIGHT, 2, LANES, HALF)
-            number = _fours(lane)
-            row, word = _wide(lane // 4) + COLUMNS * (number & 1), _wide(lane & 2) + number // 2
-
-            def block(pair: int, b: int) -> jax.Array:
-                return table[row, _wide(lane & 1), _wide(self.block(pair) + b), word]
-
-            return [[block(pair, b) for b in range(PAIR)] for pair in range(self.pairs)], address
-        target = self.warp * ROW_BYTES + 16 * lane
-        source = (lane & 15) * ROW_BYTES + lane // 16 * UNIT_BYTES + 16 * self.block(0)
-        stored = tensor_core.store_blocks(address + _wide(target), words, warps * ROW_BYTES)
-        own = stored + _wide(source - target)
-        made = [
-            [tensor_core.load_block(own, 16 * (PAIR * warps * pair + b)) for b in range(PAIR)] for pair in range(self.pairs)
-        ]
-        return made, stored - _wide(target)
-
-    def step(self, number: jax.Array | int, place: jax.Array | int, state: State, accs: list[list[Values]]) -> Any:
-        """Multiply a step and load another: accumulators [P, 4] for each eight rows, pair and block."""
-        (under_way, address, other), upper = state, _wide(self.lane & 2)
-        # All loads start before the first product.
-        rows = [[self.activations(place, COLUMNS * i, pair) for pair in range(self.pairs)] for i in range(len(accs))]
-        words, scales = under_way[0]
-        weights, address = self.weights(words, address)
-        under_way = [*under_way[1:], self.load(number + self.tile.ahead)]
-        wide, made = [scale.astype(jnp.float32) for scale in scales], []
-        for row, sums in zip(rows, accs, strict=True):
-            of_row = []
-            for (x, xs), blocks, scale, own in zip(row, weights, wide, sums, strict=True):
-                x = tensor_core.spread(x, upper, interpret=self.interpret)
-                add = functools.partial(tensor_core.multiply_add, x=x, scales=scale, xs=xs, interpret=self.interpret)
-                of_row.append([add(blocks[b], acc=own[b], block=b) for b in range(PAIR)])
-            made.append(of_row)
-        if not self.interpret:
-            other = tensor_core.after(other, [acc for own in made[0] for acc in own])
-        return (under_way, other, address), made
-
-    def zeros(self) -> list[list[Values]]:
-        """Accumulators to begin with."""
+    def zeros(self) -> jax.Array:
+        """Accumulators to begin with, float32 [P, 4]."""
         shape = (self.tile.warps * LANES, 4)
-        zero = jnp.zeros(shape, jnp.float32)
-        if self.interpret:
-            # A CPU compiler leaves a sum with a known 0 out, and may then fuse the product with the next sum.
-            zero = (jax.lax.broadcasted_iota(jnp.int32, shape, 0) >> 31).astype(jnp.float32)
-        return [[[zero] * PAIR for _ in range(self.pairs)] for _ in range(0, self.size, COLUMNS)]
-
-    def height(self, height: jax.Array | int, state: State) -> State:
-        """Multiply 16 weight rows and store the results."""
-
-        def one(place: jax.Array | int, carry: Any) -> Any:
-            return self.step(height * self.length + place, place, *carry)
-
-        carry = state, self.zeros()
-        carry = jax.lax.fori_loop(0, self.length, one, carry) if self.length > 1 else one(0, carry)
-        (under_way, address, other), accs = carry
-        exchange = Exchange(self.tile.warps, len(accs))
-        sums = [[_tree([own[b] for own in row]) for b in range(PAIR)] for row in accs]
-        rounds, address = exchange.run(address, sums, interpret=self.interpret)
-        for i, made in enumerate(rounds):
-            self.store(height, exchange, i * exchange.count, made)
-        return under_way, address, other
-
-    def store(self, height: jax.Array | int, exchange: Exchange, start: int, made: jax.Array) -> None:
-        """Store a round of sums, of eight rows number `start` and following."""
-        array, source, first = exchange.owned(self.warp, self.lane)
-        place = _wide(first) + _fours(first)
-        column = _wide(self.first + (start + array) * COLUMNS + 2 * (source & 3)) + (place & 1)
-        row = _wide(HEIGHT * height + source // 4) + COLUMNS * (place >> 1)
-        there = _wide(array < min(exchange.count, exchange.total - start)) & (_fours(first) < exchange.width)
-        for matrix in self.matrices:
-            real = there & (column < self.total) & (matrix.row + row < matrix.n)
-            if matrix.selected is not None:
-                real = real & matrix.selected
-            # The index of a place without a value is past the end; interpret mode drops it.
-            own = jnp.where(real, self.group * matrix.n + matrix.row + row, matrix.out.shape[1])
-            plt.store(matrix.out.at[column, own], made, mask=real)
-
-    def run(self) -> None:
-        """Run the program."""
-        under_way = [self.load(number) for number in range(self.tile.ahead)]
-        address = other = jnp.zeros((self.tile.warps * LANES, 4), jnp.int32)
         if not self.interpret:
-            address = tensor_core.buffers(self.zeros()[0][0][0])
-            other = address + tensor_core.BUFFER_BYTES
-        state: State = under_way, address, other
-        if self.tile.heights > 1:
-            jax.lax.fori_loop(0, self.tile.heights, self.height, state)
-        else:
-            self.height(0, state)
+            return jnp.zeros(shape, jnp.float32)
+        # A CPU compiler leaves a sum with a known 0 out, and may then fuse the product with the next sum.
+        return (jax.lax.broadcasted_iota(jnp.int32, shape, 0) >> 31).astype(jnp.float32)
+
+    def run(self) -> list[Values]:
+        """Run the program: for each eight rows the sums of a step's four blocks, float32 [P, 4] each."""
+        turns, tiles = self.shape[3] // LANES, len(self.columns)
+        steps, places = CLASSES // self.tile.split * turns, self.places()
+        ahead = min(self.tile.ahead, steps)
+        under_way = [self.weights(places, number) for number in range(ahead)]
+        sums: list[list[Values]] = [[] for _ in range(tiles)]
+
+        def step(number: jax.Array | int, carry: tuple[list[Loaded], list[Values]], *, load: bool) -> Any:
+            under_way, accs = carry
+            if load:
+                under_way = [*under_way, self.weights(places, number + ahead)]
+            if not self.interpret:
+                # As in the share-warp kernel: start all loads before the next product.
+                plt.debug_barrier()
+            return under_way[1:], self.add(places, under_way[0], number, accs)
+
+        for first in range(0, steps, turns):
+            carry = under_way, [[self.zeros()] * STEP for _ in range(tiles)]
+            # The last steps have nothing left to load.
+            looped = max(first, min(first + turns, steps - ahead))
+            if looped - first > 1:
+                carry = jax.lax.fori_loop(first, looped, lambda number, carry: step(number, carry, load=True), carry)
+            elif looped > first:
+                carry = step(first, carry, load=True)
+            for number in range(looped, first + turns):
+                carry = step(number, carry, load=False)
+            under_way, accs = carry
+            for kept, made in zip(sums, accs, strict=True):
+                _keep(kept, made, first // turns)
+        return [values for [values] in sums]
 
 
-def _tree(values: Values) -> jax.Array:
-    """The sum of a power of two of values, the largest distance first."""
-    while len(values) > 1:
-        half = len(values) // 2
-        values = [a + b for a, b in zip(values[:half], values[half:], strict=True)]
-    return values[0]
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Places of a lane's loads in flat arrays for the first step, int32 [P, 4], and its masks of words.
 
+    Attributes:
+        words, scales: for each of two weight rows.
+        x: for each eight rows of activations.
+        xs: for each eight rows, two.
+        masks: for each block of a pair.
+    """
 
-def _divide(number: jax.Array | int, by: int) -> Any:
-    """Quotient and remainder of a number that is not negative."""
-    if isinstance(number, int):
-        return divmod(number, by)
-    quotient = jax.lax.div(number, jax.lax.full_like(number, by))
-    return quotient, number - quotient * by
-
-
-def _wide(value: jax.Array) -> jax.Array:
-    """One value a lane, [P] → [P, 4]."""
-    return jnp.broadcast_to(value[:, None], (value.shape[0], 4))
-
-
-def _fours(value: jax.Array) -> jax.Array:
-    """The numbers 0 to 3, int32 [P, 4]."""
-    return jnp.broadcast_to(jax.lax.broadcasted_iota(jnp.int32, (1, 4), 1), (value.shape[0], 4))
+    words: Values
+    scales: Values
+    x: Values
+    xs: list[Values]
+    masks: Values
 
 
 def _four_from(place: jax.Array) -> jax.Array:
     """The places of four values from one place a lane: int32 [P] → [P, 4]."""
-    return _wide(place) + _fours(place)
+    shape = (place.shape[0], 4)
+    return jnp.broadcast_to(place[:, None], shape) + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
-def _two_from_each(first: jax.Array, second: jax.Array) -> jax.Array:
-    """The places of two values from each of two places a lane. Triton must see that they are pairs, to load both at once."""
-    number, two = _fours(first), jnp.full((first.shape[0], 4), 2, jnp.int32)
-    return _wide(first) + _wide(second - first) * jax.lax.div(number, two) + jax.lax.rem(number, two)
+def _numbers(tile: MmaTile) -> jax.Array:
+    """Number of each lane in its program, int32 [P]."""
+    return jax.lax.broadcasted_iota(jnp.int32, (tile.warps * LANES,), 0)
+
+
+def _keep(kept: list[Values], made: Values, turn: int) -> None:
+    """Take in the sums of one turn, and add sums of equal depth."""
+    kept.append(made)
+    while turn & 1:
+        later, earlier = kept.pop(), kept.pop()
+        kept.append([a + b for a, b in zip(earlier, later, strict=True)])
+        turn >>= 1
 
 
 def _body(
     program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
-    *, sizes: tuple[int, ...], groups: int, blocks: int, tile: MmaTile, interpret: bool,
+    *, groups: int, blocks: int, tile: MmaTile, interpret: bool,
 ) -> None:  # fmt: skip
-    x, xs, *weights = inputs
-    total = outputs[0].shape[0]
-    batch, size = batches.count(total, MAX_ROWS), _rows_of(total)
-    program, first_row = program // batch, program % batch * size
-    group, matrices, first = loads.value(0), [], 0
-    for i, n in enumerate(sizes):
-        programs = pl.cdiv(n, HEIGHT * tile.heights)
-        selected = (program >= first) & (program < first + programs) if len(sizes) > 1 else None
-        if groups > 1:
-            group, program = program // programs, program % programs
-        row = (program - first) * (HEIGHT * tile.heights)
-        matrices.append(_Matrix(weights[2 * i], weights[2 * i + 1], outputs[i], n, row, selected))
-        first += programs
-    number = jax.lax.broadcasted_iota(jnp.int32, (tile.warps * LANES,), 0)
-    warp, lane = number >> 5, number & (LANES - 1)
-    _Program(x, xs, matrices, total, groups, blocks, first_row, size, group, warp, lane, batch == 1, tile, interpret).run()
+    x, xs, words, scales = inputs
+    [out] = outputs
+    n, m, per = out.shape[1] // groups, out.shape[0], tile.warps // tile.split
+    programs, count = pl.cdiv(n, HEIGHT * per), batches.count(m, MAX_ROWS)
+    # A multiple of eight rows a batch, so that no two programs compute the same row.
+    size = pl.cdiv(batches.rows_of(m, MAX_ROWS), COLUMNS) * COLUMNS
+    program, first = program // count, program % count * size
+    group, program = program // programs, program % programs
+    number, lane = _numbers(tile) // LANES, _numbers(tile) & (LANES - 1)
+    row, part = (program * per + number // tile.split) * HEIGHT, number & (tile.split - 1)
+    columns = [first + start for start in range(0, size, COLUMNS)]
+    sums = _Program(x, xs, words, scales, (m, groups, n, blocks), columns, group, row, part, tile, interpret).run()
+    wide = functools.partial(jnp.broadcast_to, shape=(tile.warps * LANES, 4))
+    place = wide(jax.lax.broadcasted_iota(jnp.int32, (1, 4), 1))
+    row = wide((row + lane // 4)[:, None]) + COLUMNS * (place >> 1)
+    if tile.split > 1:
+        totals, eights = sum_warps(sums, tile.split, interpret=interpret), eights_a_round(tile.warps, tile.split)
+    else:
+        totals, eights = [_add_blocks(values) for values in sums], 1
+    for start, total in zip(range(0, len(sums), eights), totals, strict=True):
+        column = wide((first + (start + part) * COLUMNS + 2 * (lane & 3))[:, None]) + (place & 1)
+        real = (row < n) & (column < m) & wide((part < min(eights, len(sums) - start))[:, None])
+        # The index of a place without a value is past the end; interpret mode drops it.
+        plt.store(out.at[column, jnp.where(real, group * n + row, out.shape[1])], total, mask=real)
 
 
-def _rows_of(total: int) -> int:
-    """Rows of a batch, a multiple of eight, so that no two programs compute the same row."""
-    return pl.cdiv(batches.rows_of(total, MAX_ROWS), COLUMNS) * COLUMNS
+def _add_blocks(values: Values) -> jax.Array:
+    """The last two distances of the tree."""
+    first, second, third, fourth = values
+    return (first + third) + (second + fourth)
 
 
-def q8_mma_part(x: Activation, weights: Sequence[Q8_0], *, tile: MmaTile, groups: int = 1, interpret: bool = False) -> Part:
-    """A product on the tensor cores as a launch part; arguments as for `q8_product`."""
-    (m, _, blocks), sizes = x.scales.shape, tuple(weight.shape[0] // groups for weight in weights)
-    flat = (x.quants, x.scales, *(array for weight in weights for array in (weight.quants, weight.scales)))
-    programs = groups * sum(pl.cdiv(n, HEIGHT * tile.heights) for n in sizes)
+def q8_mma_part(x: Activation, weight: Q8_0, *, tile: MmaTile, groups: int = 1, interpret: bool = False) -> Part:
+    """A product of one weight on the tensor cores as a launch part; arguments as for `q8_product`."""
+    (m, _, blocks), n = x.scales.shape, weight.shape[0] // groups
     return Part(
-        name="_".join(map(str, (NAME, *([groups] if groups > 1 else []), *sizes, blocks * BLOCK))) + f"_m{m}",
-        programs=batches.count(m, MAX_ROWS) * programs,
-        body=functools.partial(_body, sizes=sizes, groups=groups, blocks=blocks, tile=tile, interpret=interpret),
-        inputs=tuple(array.reshape(-1) for array in flat),
-        outputs=tuple(jax.ShapeDtypeStruct((m, weight.shape[0]), jnp.float32) for weight in weights),
-        traffic=sum(math.prod(weight.shape) for weight in weights) // BLOCK * BLOCK_BYTES,
+        name="_".join(map(str, (NAME, *([groups] if groups > 1 else []), n, blocks * BLOCK))) + f"_m{m}",
+        programs=batches.count(m, MAX_ROWS) * groups * pl.cdiv(n, HEIGHT * (tile.warps // tile.split)),
+        body=functools.partial(_body, groups=groups, blocks=blocks, tile=tile, interpret=interpret),
+        inputs=tuple(array.reshape(-1) for array in (x.quants, x.scales, weight.quants, weight.scales)),
+        outputs=(jax.ShapeDtypeStruct((m, weight.shape[0]), jnp.float32),),
+        traffic=math.prod(weight.shape) // BLOCK * BLOCK_BYTES,
         warps=tile.warps,
     )
 
 
-def q8_any_part(
+def q8_parts(
     x: Activation, weights: Sequence[Q8_0], *, tile: Tile | MmaTile, groups: int = 1, interpret: bool = False
-) -> Part:
-    """A product as a launch part of the kernel that the tile belongs to."""
+) -> list[Part]:
+    """Products as launch parts of the kernel that the tile belongs to; their outputs together are one for each weight."""
     if isinstance(tile, Tile):
-        return q8_part(x, weights, tile=tile, groups=groups, interpret=interpret)
-    return q8_mma_part(x, weights, tile=tile, groups=groups, interpret=interpret)
+        return [q8_part(x, weights, tile=tile, groups=groups, interpret=interpret)]
+    return [q8_mma_part(x, weight, tile=tile, groups=groups, interpret=interpret) for weight in weights]
 
 
 def q8_product(
@@ -370,7 +309,7 @@ def q8_product(
 
     Args:
         x: M rows of `groups` times K values, quantised by `linear.activation.quantize`; K is a multiple of 1024 for an `MmaTile`.
-        weights: [N, K] each; with several groups one weight [groups·N, K].
+        weights: [N, K] each; with several groups [groups·N, K].
         tile: static, how the work is cut. The result does not depend on it, nor on the kernel.
         groups: static; group c of the activations is multiplied by rows c·N .. (c+1)·N − 1 of the weight.
         interpret: static; run in interpret mode, without a GPU.
@@ -378,5 +317,5 @@ def q8_product(
     Returns:
         float32 [M, groups·N] for each weight.
     """
-    part = q8_any_part(x, weights, tile=tile, groups=groups, interpret=interpret)
-    return launch([part], warps=1, interpret=interpret)[0]
+    made = launch(q8_parts(x, weights, tile=tile, groups=groups, interpret=interpret), warps=1, interpret=interpret)
+    return [y for outputs in made for y in outputs]

@@ -150,7 +150,7 @@ def times(programs: Mapping[Launch, Any], data: Data) -> dict[Launch, list[float
 def candidates(product: Product, m: int) -> list[Tile | MmaTile]:
     """Tiles to measure for M rows, of one kernel or of both."""
     own = _share_warp_tiles(product, m) if m <= MAX_ROWS else []
-    return [*own, *(_tensor_core_tiles(product) if m >= MMA_FROM and q8_mma.why_not(product.k) is None else [])]
+    return [*own, *(_tensor_core_tiles(product, m) if m >= MMA_FROM and q8_mma.why_not(product.k) is None else [])]
 
 
 def _share_warp_tiles(product: Product, m: int) -> list[Tile]:
@@ -165,11 +165,11 @@ def _share_warp_tiles(product: Product, m: int) -> list[Tile]:
     ]
 
 
-def _tensor_core_tiles(product: Product) -> list[MmaTile]:
-    """Tiles with which about as many programs as a device runs at once take all rows, half as many or twice as many."""
-    heights = MmaTile.of(product.groups * sum(product.sizes)).heights
-    some = sorted({max(1, heights // 2), heights, 2 * heights})
-    return [MmaTile(warps, times, ahead) for warps in q8_mma.WARPS for times in some for ahead in (1, 2)]
+def _tensor_core_tiles(product: Product, m: int) -> list[MmaTile]:
+    """Tiles around the one of the rule."""
+    split = MmaTile.of(product.groups * sum(product.sizes), product.k, m).split
+    splits = [split, *(other for other in (split // 2, 2 * split) if other in POWERS[1:])]
+    return [MmaTile(max(warps, split), split, ahead) for split in splits for warps in (4, 16) for ahead in (1, 2)]
 
 
 def best(medians: Mapping[Launch, float]) -> dict[int, Tile | MmaTile]:
@@ -231,7 +231,7 @@ def tune(products: Sequence[Product], rows: Sequence[int], tick: Callable[[], No
         RuntimeError: no tile of a product compiles for some M.
     """
     chosen = {}
-    print("µs per tile (rows x unroll, c for chained; tensor cores: warps / heights x ahead), fastest first")
+    print("µs per tile (rows x unroll, c for chained; tensor cores: warps / split x ahead), fastest first")
     for product in products:
         launches = [Launch(product, m, tile) for m in rows for tile in candidates(product, m)]
         programs, failed = compile_all({launch: job(launch) for launch in launches}, tick)

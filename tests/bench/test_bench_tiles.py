@@ -38,11 +38,11 @@ def test_the_table_comes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(tiles, "_shipped", lambda: {"a device": {tile_key((512, 256), 4096, 1): entries}})
     for m, tile in {1: Tile(4, 2), 2: Tile(4, 2), 3: Tile(2, 8, True), 4: Tile(2, 8, True), 8: Tile(2, 8, True)}.items():
         assert tiles.tile_for((512, 256), 4096, 1, m, "a device") == tile
-    assert tiles.tile_for((512, 256), 4096, 1, 16, "a device") == MmaTile.of(768)
-    entries |= {"16": {"warps": 16, "heights": 2, "ahead": 1}, "32": {"warps": 4, "heights": 2, "ahead": 3}}
-    for m, mma in {9: MmaTile(16, 2, 1), 16: MmaTile(16, 2, 1), 17: MmaTile(4, 2, 3), 64: MmaTile(4, 2, 3)}.items():
+    assert tiles.tile_for((512, 256), 4096, 1, 16, "a device") == MmaTile.of(768, 4096, 16)
+    entries |= {"16": {"warps": 8, "split": 8, "ahead": 1}, "32": {"warps": 4, "split": 2, "ahead": 3}}
+    for m, mma in {9: MmaTile(8, 8, 1), 16: MmaTile(8, 8, 1), 17: MmaTile(4, 2, 3), 64: MmaTile(4, 2, 3)}.items():
         assert tiles.tile_for((512, 256), 4096, 1, m, "a device") == mma
-    entries |= {"8": {"warps": 8, "heights": 1, "ahead": 1}}
+    entries |= {"8": {"warps": 4, "split": 4, "ahead": 2}}
     assert tiles.tile_for((512, 256), 4096, 1, 5, "a device") == MmaTile()
     # Each batch of a product that has no K for the tensor cores has the tile of its rows.
     monkeypatch.setattr(tiles, "_shipped", lambda: {"a device": {tile_key((512, 256), 4096 - 32, 1): entries}})
@@ -95,8 +95,8 @@ def test_writing_keeps_what_is_there(tmp_path: Path) -> None:
         '{"a": {"8x64": {"1": [0, 1, 0]}}}',
         '{"a": {"8x64": {"1": [1, 1, 2]}}}',
         '{"a": {"8x64": {"m": [1, 1, 0]}}}',
-        '{"a": {"8x64": {"16": {"warps": 2, "heights": 4, "ahead": 1}}}}',
-        '{"a": {"8x64": {"16": {"warps": 4, "heights": 4, "rows": 1}}}}',
+        '{"a": {"8x64": {"16": {"warps": 2, "split": 4, "ahead": 1}}}}',
+        '{"a": {"8x64": {"16": {"warps": 4, "split": 4, "rows": 1}}}}',
     ],
 )
 def test_a_file_that_is_no_table_is_named(tmp_path: Path, text: str) -> None:
