@@ -20,8 +20,7 @@ from pallas_kernels.linear.activation_k import ActivationK
 from pallas_kernels.linear.lane_matmul import lane_part
 from pallas_kernels.linear.lane_row import quantize_for
 from pallas_kernels.linear.meaning import Weight
-from pallas_kernels.linear.q8_mma import MAX_ROWS as MMA_ROWS
-from pallas_kernels.linear.q8_mma import q8_parts, why_not
+from pallas_kernels.linear.q8_mma import q8_parts
 
 # Values of a large weight that are dequantised at a time.
 MAX_TILE_VALUES = 1 << 25
@@ -132,11 +131,11 @@ def _products(
 
 @functools.partial(jax.jit, static_argnames="interpret", inline=True)
 def _kernels(x: jax.Array, weights: tuple[Quantized, ...], *, interpret: bool) -> tuple[jax.Array, ...]:
-    """Run a kernel on at most 8 rows per launch, or 32 on the tensor cores. Traced once per shape and inlined."""
-    (m, groups, k), parts = x.shape, []
-    most = MMA_ROWS if isinstance(weights[0], Q8_0) and why_not(k) is None else MAX_ROWS
-    for first in range(0, m, most):
-        rows = x[first : first + most]
+    """Run a kernel on at most 8 rows per launch. Layers repeat shapes, so this is traced once per shape and inlined."""
+    m, groups, _ = x.shape
+    parts = []
+    for first in range(0, m, MAX_ROWS):
+        rows = x[first : first + MAX_ROWS]
         quants = quantize_for(rows.reshape(rows.shape[0], -1), type(weights[0]), groups, interpret=interpret)
         parts.append(quantized_products(quants, weights, groups=groups, interpret=interpret))
     outputs = (jnp.concatenate(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
@@ -148,8 +147,8 @@ def product_parts(
 ) -> list[Part]:
     """Products with weights of one format as launch parts: their outputs together are one for each weight, in order.
 
-    Q8_0 weights have the kernel and the tile measured for this device: they share a part, or each has one on the tensor cores.
-    Other products of more than eight rows go in batches, see `core.batches`. Arguments as for `q8_matmul`, `q8_mma` and
+    Q8_0 weights have the kernel and the tile measured for this device and so many rows: they share a part, or each has one on the
+    tensor cores. Other products of more than eight rows go in batches, see `core.batches`. Arguments as for `q8_product` and
     `lane_matmul`.
     """
     q8 = [weight for weight in weights if isinstance(weight, Q8_0)]
@@ -157,7 +156,8 @@ def product_parts(
         return [lane_part(x, weight, groups=groups, interpret=interpret) for weight in weights]
     m, _, blocks = x.scales.shape
     device_kind = "" if interpret else jax.devices()[0].device_kind
-    tile = tile_for(tuple(weight.shape[0] // groups for weight in q8), blocks * BLOCK, groups, m, device_kind)
+    sizes = tuple(weight.shape[0] // groups for weight in q8)
+    tile = tile_for(sizes, blocks * BLOCK, groups, m, device_kind)
     return q8_parts(x, q8, tile=tile, groups=groups, interpret=interpret)
 
 

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 from pallas_kernels.core import batches
 from pallas_kernels.core.arithmetic import LANES
-from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.formats import BLOCK
 from pallas_kernels.linear import q8_mma
 from pallas_kernels.linear.q8_matmul import Tile
@@ -102,10 +101,10 @@ def tile_for(sizes: tuple[int, ...], k: int, groups: int, m: int, device_kind: s
     """The tile of a launch, of the kernel that computes it.
 
     tiles.json has measured tiles. An M that was not measured uses the tile of the next larger measured M, or of the largest. If
-    that is one of the tensor cores and their kernel takes the product, it is the launch's. Without a measurement for so many
-    rows, more than eight are multiplied there. All else is the share-warp kernel's, with the tile of a batch (`core.batches`).
-    Without an entry, a program of that kernel loads four chunks before it multiplies the first. They come from up to four rows,
-    which share the activations, and from fewer rows if there would otherwise be too few programs.
+    that is one of the tensor cores and their kernel takes the product, it is the launch's: only a measurement chooses that
+    kernel. All else is the share-warp kernel's, with the tile of a batch (`core.batches`). Without an entry, a program of that
+    kernel loads four chunks before it multiplies the first. They come from up to four rows, which share the activations, and
+    from fewer rows if there would otherwise be too few programs.
 
     Args:
         sizes: rows of each weight.
@@ -116,12 +115,9 @@ def tile_for(sizes: tuple[int, ...], k: int, groups: int, m: int, device_kind: s
     """
     entries = _shipped().get(device_kind, {}).get(tile_key(sizes, k, groups), {})
     known = {int(rows): _tile(entry) for rows, entry in entries.items()}
-    if q8_mma.why_not(k) is None:
-        tile = _measured(known, m)
-        if isinstance(tile, MmaTile):
-            return tile
-        if m > max(known, default=0) and m > MAX_ROWS:
-            return MmaTile.of(groups * sum(sizes), k, m)
+    tile = _measured(known, m)
+    if isinstance(tile, MmaTile) and q8_mma.why_not(k) is None:
+        return tile
     of_a_batch = {rows: tile for rows, tile in known.items() if isinstance(tile, Tile)}
     return _measured(of_a_batch, batches.rows_of(m)) or _by_rule(groups * sum(sizes), k)
 

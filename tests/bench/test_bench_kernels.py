@@ -146,6 +146,7 @@ def test_each_number_of_rows_is_one_program_with_its_own_tile(monkeypatch: pytes
 def test_rows_name_the_kernel_that_the_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "copies", lambda product: 1)
     monkeypatch.setattr(tune, "times", lambda programs, data: {launch: [float(launch.m)] for launch in programs})
+    monkeypatch.setattr(kernels, "tile_for", lambda sizes, k, groups, m, device: MmaTile() if m > 8 else Tile())
     bench = Bench((WIDE,), (4, 16), 2.0, check_bits=False)
     bench.product(WIDE, dict.fromkeys(bench.launches(WIDE)))
     found = [(row["name"], row["kind"], row["m"], row["us"]) for row in bench.result.rows]

@@ -38,7 +38,7 @@ def test_the_table_comes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(tiles, "_shipped", lambda: {"a device": {tile_key((512, 256), 4096, 1): entries}})
     for m, tile in {1: Tile(4, 2), 2: Tile(4, 2), 3: Tile(2, 8, True), 4: Tile(2, 8, True), 8: Tile(2, 8, True)}.items():
         assert tiles.tile_for((512, 256), 4096, 1, m, "a device") == tile
-    assert tiles.tile_for((512, 256), 4096, 1, 16, "a device") == MmaTile.of(768, 4096, 16)
+    assert tiles.tile_for((512, 256), 4096, 1, 16, "a device") == Tile(2, 8, True)
     entries |= {"16": {"warps": 8, "split": 8, "ahead": 1}, "32": {"warps": 4, "split": 2, "ahead": 3}}
     for m, mma in {9: MmaTile(8, 8, 1), 16: MmaTile(8, 8, 1), 17: MmaTile(4, 2, 3), 64: MmaTile(4, 2, 3)}.items():
         assert tiles.tile_for((512, 256), 4096, 1, m, "a device") == mma

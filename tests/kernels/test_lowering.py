@@ -88,8 +88,8 @@ def test_golden_models(config):
         assert kernel_calls(lowered(product, 3), NAME) == 1, product.key
 
 
-def test_twelve_rows_are_two_launches_off_the_tensor_cores():
-    assert kernel_calls(lowered(Product("", (64,), 1056), 12), NAME) == 2
+def test_twelve_rows_are_two_launches():
+    assert kernel_calls(lowered(FLASH[0], 12), NAME) == 2
 
 
 def test_the_table_of_shapes_is_v4_flash():

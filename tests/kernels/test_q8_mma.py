@@ -12,6 +12,7 @@ from cuda import kernel_calls, lowered_for_cuda, pallas_calls
 from numerics import assert_bits_equal
 
 from pallas_kernels import ops
+from pallas_kernels.core import tiles
 from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.core.tiles import tile_for
 from pallas_kernels.formats import BLOCK, HALF, Q8_0
@@ -107,43 +108,44 @@ def test_lowers_for_cuda(shape, m):
         Q8_0(jax.ShapeDtypeStruct((2, n, blocks, HALF), jnp.int32), jax.ShapeDtypeStruct((n, blocks), jnp.float16))
         for n in heights
     ]
-    call = jax.jit(functools.partial(ops.quantized_products, groups=shape.groups))
-    text = lowered_for_cuda(call, x, weights)
+    tile = MmaTile.of(sum(heights), shape.k, m)
+    text = lowered_for_cuda(jax.jit(functools.partial(q8_product, tile=tile, groups=shape.groups)), x, weights)
     assert kernel_calls(text, q8_mma.NAME) == len(weights)
-    assert kernel_calls(text, q8_matmul.NAME) == 0
     assert pallas_calls(text) == 1
 
 
-@pytest.mark.parametrize("k", [1024, 1056])
-def test_a_product_of_twelve_rows_is_one_launch_where_the_kernel_takes_it(k):
+@pytest.mark.parametrize(("rows", "k", "expected"), [(4, 1024, 0), (12, 1024, 1), (12, 1056, 0)])
+def test_the_table_chooses_the_kernel_for_a_number_of_rows(monkeypatch, rows, k, expected):
+    tile = {"warps": 4, "split": 2, "ahead": 1}
+    device = jax.devices()[0].device_kind
+    monkeypatch.setattr(tiles, "_shipped", lambda: {device: {f"48x{k}": {"8": [1, 1, 0], "16": tile}}})
     weight = Q8_0(jax.ShapeDtypeStruct((2, 48, k // BLOCK, HALF), jnp.int32), jax.ShapeDtypeStruct((48, k // BLOCK), jnp.float16))
-    call = jax.jit(functools.partial(ops.matmul, strict=False, implementation="pallas"))
-    text = lowered_for_cuda(call, jax.ShapeDtypeStruct((12, k), jnp.float32), weight)
-    counts = kernel_calls(text, q8_mma.NAME), kernel_calls(text, q8_matmul.NAME)
-    assert counts == ((1, 0) if k == 1024 else (0, 2))
+    words = jax.ShapeDtypeStruct((rows, 1, 2, k // BLOCK, HALF), jnp.int32)
+    x = Activation(words, jax.ShapeDtypeStruct((rows, 1, k // BLOCK), jnp.float32))
+    text = lowered_for_cuda(jax.jit(lambda x, weight: ops.quantized_products(x, [weight])), x, weight)
+    assert (kernel_calls(text, q8_mma.NAME), kernel_calls(text, q8_matmul.NAME)) == (expected, 1 - expected)
+
+
+@pytest.mark.gpu
+def test_values_on_a_gpu():
+    x, [weight] = operands(1, 24, (264,), 4096)
+    [y] = product(x, [weight], tile=MmaTile.of(264, 4096, 24))
+    [expected] = interpreted(x, [weight], tile=MmaTile.of(264, 4096, 24))
+    assert_bits_equal(y, expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", FLASH, ids=lambda shape: shape.key)
 def test_each_row_has_the_bits_of_the_share_warp_kernel_on_a_gpu(shape):
-    """Rows at random, with the tile that a model has."""
+    """Rows at random, with the kernel and the tile that a model has for so many, and on the tensor cores in any case."""
     data = tune.Data(shape, sets=1)
     [weights], kind = data.weights, jax.devices()[0].device_kind
-    expected = eight_at_a_time(data.rows(q8_mma.MAX_ROWS), weights, run=product, groups=shape.groups)
-    for m in (9, 32):
+    expected = eight_at_a_time(data.rows(STEP_ROWS), weights, run=product, groups=shape.groups)
+    for m in (5, 8, 9, 16, 31, 32, STEP_ROWS):
         tile = tile_for(shape.sizes, shape.k, shape.groups, m, kind)
-        assert isinstance(tile, MmaTile)
-        for y, whole in zip(product(data.rows(m), weights, tile=tile, groups=shape.groups), expected, strict=True):
-            assert_bits_equal(y, whole[:m])
-
-
-@pytest.mark.gpu
-def test_values_on_a_gpu():
-    _, [weight] = operands(1, 1, (264,), 4096)
-    x = jax.random.normal(jax.random.key(2), (24, 4096), jnp.float32)
-    y = np.asarray(ops.matmul(x, weight, strict=False, implementation="pallas"))
-    expected = np.asarray(ops.matmul(x, weight, strict=False, implementation="xla"))
-    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        for way in {tile, MmaTile.of(shape.groups * sum(shape.sizes), shape.k, m)}:
+            for y, whole in zip(product(data.rows(m), weights, tile=way, groups=shape.groups), expected, strict=True):
+                assert_bits_equal(y, whole[:m])
 
 
 @pytest.mark.gpu
