@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core import batches
 from pallas_kernels.core.dispatch import DECODE_ROWS, choose
 from pallas_kernels.core.launch import Part, launch
 from pallas_kernels.core.limits import MAX_ROWS
@@ -21,7 +22,7 @@ from pallas_kernels.linear.cut import Cut, filled, own_part, rows_of, spread
 from pallas_kernels.linear.lane_matmul import lane_part
 from pallas_kernels.linear.lane_row import quantize_for
 from pallas_kernels.linear.meaning import Weight
-from pallas_kernels.linear.q8_mma import q8_parts
+from pallas_kernels.linear.q8_matmul import q8_part
 
 # Values of a large weight that are dequantised at a time.
 MAX_TILE_VALUES = 1 << 25
@@ -177,9 +178,8 @@ def product_parts(
 ) -> list[Part]:
     """Products with weights of one format as launch parts: their outputs together are one for each weight, in order.
 
-    Q8_0 weights have the kernel and the tile measured for this device and so many rows: they share a part, or each has one on the
-    tensor cores. Other products of more than eight rows go in batches, see `core.batches`. Arguments as for `q8_product` and
-    `lane_matmul`.
+    Q8_0 weights share a part, with the tile measured for this device. More than eight rows go in batches, see `core.batches`.
+    Arguments as for `q8_matmul` and `lane_matmul`.
     """
     q8 = [weight for weight in weights if isinstance(weight, Q8_0)]
     if not q8 or not isinstance(x, Activation):
@@ -187,8 +187,8 @@ def product_parts(
     m, _, blocks = x.scales.shape
     device_kind = "" if interpret else jax.devices()[0].device_kind
     sizes = tuple(weight.shape[0] // groups for weight in q8)
-    tile = tile_for(sizes, blocks * BLOCK, groups, m, device_kind)
-    return q8_parts(x, q8, tile=tile, groups=groups, interpret=interpret)
+    tile = tile_for(sizes, blocks * BLOCK, groups, batches.rows_of(m), device_kind)
+    return [q8_part(x, q8, tile=tile, groups=groups, interpret=interpret)]
 
 
 def quantized_products(

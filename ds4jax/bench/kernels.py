@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax.bench import bits
-from pallas_kernels.core import timing
+from pallas_kernels.core import batches, timing
 from pallas_kernels.core.tiles import tile_for
 from pallas_kernels.formats import BLOCK
 from pallas_kernels.linear import activation
-from pallas_kernels.linear.q8_mma import MmaTile
 from pallas_kernels.tuning import tune
 from pallas_kernels.tuning.shapes import Product
 from pallas_kernels.tuning.tune import Launch
@@ -40,8 +39,8 @@ class Result:
     """The result of a run.
 
     Attributes:
-        rows: {shape, name, kind, m, us, gbps, fraction, samples}; share_warp and mma rows also have weight_bytes. us is the
-            median of the samples, in microseconds per call.
+        rows: {shape, name, kind, m, us, gbps, fraction, samples}; share_warp rows also have weight_bytes. us is the median of the
+            samples, in microseconds per call.
         bits: rows of `bits.check`.
         problems: one line for each part that could not be measured.
     """
@@ -132,10 +131,11 @@ class Bench:
         self.result = Result()
 
     def launches(self, product: Product) -> list[Launch]:
-        """The programs of one product, one for each number of rows, with the same kernel and tile as in the model."""
+        """The programs of one product, one for each number of rows, with the same tile as in the model."""
         device = jax.devices()[0].device_kind
         every = dict.fromkeys([*self.rows, *(bits.EVERY_M if self.check_bits else ())])
-        return [Launch(product, m, tile_for(product.sizes, product.k, product.groups, m, device)) for m in every]
+        sizes = product.sizes, product.k, product.groups
+        return [Launch(product, m, tile_for(*sizes, batches.rows_of(m), device)) for m in every]
 
     def jobs(self) -> dict[Any, tuple[Any, tuple[Any, ...]]]:
         """All programs to compile, the slow ones first."""
@@ -154,16 +154,14 @@ class Bench:
                 jobs[Quantize(m, width)] = (jax.jit(_quantize_all), ([x] * ACTIVATION_CALLS,))
         return jobs
 
-    def product(self, product: Product, programs: Mapping[Launch, Any]) -> None:
+    def share_warp(self, product: Product, programs: Mapping[Launch, Any]) -> None:
         """Measure times and bits of one product."""
         data = tune.Data(product)
-        samples = {launch.m: (launch.tile, us) for launch, us in tune.times(programs, data).items()}
+        samples = {launch.m: us for launch, us in tune.times(programs, data).items()}
         for m in self.rows:
             if m in samples:
-                tile, us = samples[m]
-                cores = isinstance(tile, MmaTile)
-                name, kind = (f"{product.name}, tensor cores", "mma") if cores else (product.name, "share_warp")
-                made = row(product.key, name, kind, m, us, product.traffic(m), self.copy_gbps)
+                traffic = product.traffic(m)
+                made = row(product.key, product.name, "share_warp", m, samples[m], traffic, self.copy_gbps)
                 self.result.rows.append({"weight_bytes": product.weight_bytes, **made})
         if self.check_bits:
             self.result.bits += bits.check(product, {launch.m: run for launch, run in programs.items()}, data)
@@ -213,7 +211,7 @@ class Bench:
         programs = {key: compiled[key] for key in jobs if key in compiled}
         for product in self.products:
             launches = {key: run for key, run in programs.items() if isinstance(key, Launch) and key.product == product}
-            self._part(note, product.name, functools.partial(self.product, product, launches))
+            self._part(note, product.name, functools.partial(self.share_warp, product, launches))
         quantizers = {key: run for key, run in programs.items() if isinstance(key, Quantize)}
         self._part(note, "activations", functools.partial(self.quantization, quantizers))
         dots: dict[tuple[Product, str], dict[Dot, Any]] = {}

@@ -32,7 +32,6 @@ class Part:
         inputs, outputs: operands, and shapes of the results.
         aliases: input number → output number, for inputs that are updated in place.
         traffic: bytes of weights that one launch reads, as the kernel counts them; 0 if it reads none.
-        warps: warps of a program; None for those of the launch.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Part:
     outputs: tuple[jax.ShapeDtypeStruct, ...]
     aliases: dict[int, int] = dataclasses.field(default_factory=dict)
     traffic: int = 0
-    warps: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,26 +79,16 @@ def _kernel(*refs: Any, works: Sequence[_Work]) -> None:
 
 
 def launch(parts: Sequence[Part], *, warps: int, interpret: bool) -> list[list[jax.Array]]:
-    """Run kernels in one launch, and those with another number of warps in another one.
+    """Run kernels in one launch.
 
     Args:
-        parts: the kernels.
-        warps: warps of a program, if its part has no number of its own.
+        parts: the kernels; their programs have the same number of warps.
+        warps: warps of a program.
         interpret: run in interpret mode, without a GPU.
 
     Returns:
         The results of each part, with the shapes of its `outputs`.
     """
-    own = [part.warps or warps for part in parts]
-    made: dict[int, list[jax.Array]] = {}
-    for count in dict.fromkeys(own):
-        same = [i for i, warps in enumerate(own) if warps == count]
-        made |= zip(same, _together([parts[i] for i in same], count, interpret), strict=True)
-    return [made[i] for i in range(len(parts))]
-
-
-def _together(parts: Sequence[Part], warps: int, interpret: bool) -> list[list[jax.Array]]:
-    """Run kernels whose programs have the same number of warps in one launch."""
     aliases: dict[int, int] = {}
     inputs = outputs = 0
     for part in parts:

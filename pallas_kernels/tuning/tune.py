@@ -22,12 +22,10 @@ import numpy as np
 
 from pallas_kernels.core import tiles, timing
 from pallas_kernels.core.arithmetic import LANES
-from pallas_kernels.core.limits import MAX_ROWS, STEP_ROWS
+from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.formats import BLOCK, HALF, Q8_0, WORDS
-from pallas_kernels.linear import q8_matmul, q8_mma
 from pallas_kernels.linear.activation import Activation
-from pallas_kernels.linear.q8_matmul import Tile
-from pallas_kernels.linear.q8_mma import MmaTile, q8_product
+from pallas_kernels.linear.q8_matmul import NAME, Tile, q8_matmul
 from pallas_kernels.tuning.shapes import FLASH, Product
 
 # Six times the L2 cache of an H100, so a weight has left the cache before it is read again.
@@ -35,9 +33,7 @@ ROTATION_BYTES = 300_000_000
 SAMPLES = 40
 THREADS = 8
 POWERS = (1, 2, 4, 8)
-TUNED_ROWS = (1, 2, 3, 4, 8, 16, 32)
-# From this number of rows the kernel of the tensor cores is tried.
-MMA_FROM = 8
+TUNED_ROWS = (1, 2, 3, 4, 8)
 # Maximum registers of a lane for weights in flight, nine per block, and accumulators. With more, registers spill.
 MAX_REGISTERS = 200
 BAR = 40
@@ -49,7 +45,7 @@ class Launch:
 
     product: Product
     m: int
-    tile: Tile | MmaTile
+    tile: Tile
 
 
 def copies(product: Product) -> int:
@@ -89,7 +85,7 @@ class Data:
 def program(launch: Launch, *, interpret: bool = False) -> Any:
     """A jitted function of activations and weight sets that launches the kernel once per set."""
     # The inner jit is traced and lowered once for all sets.
-    one = jax.jit(functools.partial(q8_product, tile=launch.tile, groups=launch.product.groups, interpret=interpret))
+    one = jax.jit(functools.partial(q8_matmul, tile=launch.tile, groups=launch.product.groups, interpret=interpret))
     return jax.jit(lambda x, sets: [one(x, weights) for weights in sets])
 
 
@@ -138,23 +134,14 @@ def compile_all(
 
 def times(programs: Mapping[Launch, Any], data: Data) -> dict[Launch, list[float]]:
     """Times (µs) of every launch of each program of one product, in one trace."""
-    calls, found = len(data.weights), dict[Launch, list[float]]()
-    for kind, name in ((Tile, q8_matmul.NAME), (MmaTile, q8_mma.NAME)):
-        own = [launch for launch in programs if isinstance(launch.tile, kind)]
-        runs = [functools.partial(programs[launch], data.rows(launch.m), data.weights) for launch in own]
-        if runs:
-            found |= zip(own, timing.kernel_times(runs, name, calls, repeats=max(3, -(-SAMPLES // calls))), strict=True)
-    return {launch: found[launch] for launch in programs}
+    calls = len(data.weights)
+    runs = [functools.partial(compiled, data.rows(launch.m), data.weights) for launch, compiled in programs.items()]
+    measured = timing.kernel_times(runs, NAME, calls, repeats=max(3, -(-SAMPLES // calls)))
+    return dict(zip(programs, measured, strict=True))
 
 
-def candidates(product: Product, m: int) -> list[Tile | MmaTile]:
-    """Tiles to measure for M rows, of one kernel or of both."""
-    own = _share_warp_tiles(product, m) if m <= MAX_ROWS else []
-    return [*own, *(_tensor_core_tiles(product, m) if m >= MMA_FROM and q8_mma.why_not(product.k) is None else [])]
-
-
-def _share_warp_tiles(product: Product, m: int) -> list[Tile]:
-    """Tiles within the product's rows and chunks, and within the registers."""
+def candidates(product: Product, m: int) -> list[Tile]:
+    """Tiles to measure for M rows: within the product's rows and chunks, and within the registers."""
     chunks, heights = -(-product.k // (BLOCK * LANES)), max(product.sizes)
     return [
         Tile(rows, unroll, chained)
@@ -165,16 +152,9 @@ def _share_warp_tiles(product: Product, m: int) -> list[Tile]:
     ]
 
 
-def _tensor_core_tiles(product: Product, m: int) -> list[MmaTile]:
-    """Tiles around the one of the rule."""
-    split = MmaTile.of(product.groups * sum(product.sizes), product.k, m).split
-    splits = [split, *(other for other in (split // 2, 2 * split) if other in POWERS[1:])]
-    return [MmaTile(max(warps, split), split, ahead) for split in splits for warps in (4, 16) for ahead in (1, 2)]
-
-
-def best(medians: Mapping[Launch, float]) -> dict[int, Tile | MmaTile]:
+def best(medians: Mapping[Launch, float]) -> dict[int, Tile]:
     """The fastest tile for each M; of equally fast tiles the smaller."""
-    fastest: dict[int, Tile | MmaTile] = {}
+    fastest: dict[int, Tile] = {}
     for launch in sorted(medians, key=lambda launch: (medians[launch], dataclasses.astuple(launch.tile))):
         fastest.setdefault(launch.m, launch.tile)
     return fastest
@@ -194,15 +174,6 @@ def select(names: str) -> tuple[Product, ...]:
     return tuple(known[name] for name in dict.fromkeys(names.split(",")))
 
 
-def row_counts(numbers: str) -> tuple[int, ...]:
-    """Numbers of rows of a comma-separated list; an argparse type."""
-    known = {str(m): m for m in TUNED_ROWS}
-    unknown = [number for number in numbers.split(",") if number not in known]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} rows are not tuned; tuned: {', '.join(known)}")
-    return tuple(known[number] for number in dict.fromkeys(numbers.split(",")))
-
-
 class _Bar:
     """A progress bar on stderr if it is a terminal. `ds4jax.cli.progress` cannot be imported here."""
 
@@ -217,11 +188,10 @@ class _Bar:
             print(f"\r[{'#' * filled}{'.' * (BAR - filled)}] {self.count}/{self.total}", end=end, file=sys.stderr, flush=True)
 
 
-def tune(products: Sequence[Product], rows: Sequence[int], tick: Callable[[], None]) -> dict[str, dict[int, Tile | MmaTile]]:
+def tune(products: Sequence[Product], tick: Callable[[], None]) -> dict[str, dict[int, Tile]]:
     """Measure every candidate for every product, and print a line for each M.
 
     Args:
-        rows: numbers of rows M.
         tick: called after each compilation and after each product.
 
     Returns:
@@ -231,15 +201,15 @@ def tune(products: Sequence[Product], rows: Sequence[int], tick: Callable[[], No
         RuntimeError: no tile of a product compiles for some M.
     """
     chosen = {}
-    print("µs per tile (rows x unroll, c for chained; tensor cores: warps / split x ahead), fastest first")
+    print("µs per tile (rows x unroll, c for chained), fastest first")
     for product in products:
-        launches = [Launch(product, m, tile) for m in rows for tile in candidates(product, m)]
+        launches = [Launch(product, m, tile) for m in TUNED_ROWS for tile in candidates(product, m)]
         programs, failed = compile_all({launch: job(launch) for launch in launches}, tick)
-        if {launch.m for launch in programs} != set(rows):
+        if {launch.m for launch in programs} != set(TUNED_ROWS):
             raise RuntimeError(f"{product.key}: no tile compiles: {next(iter(failed.values()))}")
         medians = {launch: statistics.median(us) for launch, us in times(programs, Data(product)).items()}
         chosen[product.key] = best(medians)
-        for m in rows:
+        for m in TUNED_ROWS:
             order = sorted((launch for launch in medians if launch.m == m), key=medians.__getitem__)
             cells = "  ".join(f"{launch.tile} {medians[launch]:.2f}" for launch in order)
             print(f"{product.key:16} M={m}  {cells}" + ("  (some failed)" if len(order) < len(candidates(product, m)) else ""))
@@ -256,19 +226,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shapes", type=select, default=FLASH, metavar="NAME,...", help="measure only these products, such as q_b,head (all)"
     )
-    parser.add_argument(
-        "--rows",
-        type=row_counts,
-        default=TUNED_ROWS,
-        metavar="M,...",
-        help="measure only these numbers of rows, such as 16,32 (all)",
-    )
     options = parser.parse_args(argv)
     if jax.default_backend() != "gpu":
         print(f"tune: jax runs on {jax.default_backend()} here; tiles are measured on a GPU", file=sys.stderr)
         return 2
-    bar = _Bar(sum(1 + sum(len(candidates(product, m)) for m in options.rows) for product in options.shapes))
-    chosen = tune(options.shapes, options.rows, bar.tick)
+    bar = _Bar(sum(1 + sum(len(candidates(product, m)) for m in TUNED_ROWS) for product in options.shapes))
+    chosen = tune(options.shapes, bar.tick)
     device = jax.devices()[0].device_kind
     tiles.write(options.device_table, device, chosen)
     print(f"{options.device_table.name}: {len(chosen)} shapes of {device}")

@@ -10,9 +10,7 @@ import jax
 import pytest
 
 from pallas_kernels.core import tiles
-from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.linear.q8_matmul import Tile
-from pallas_kernels.linear.q8_mma import MmaTile
 from pallas_kernels.tuning import tune
 from pallas_kernels.tuning.shapes import FLASH, Product, tile_key
 from pallas_kernels.tuning.tune import Launch
@@ -25,9 +23,8 @@ def test_measured_tiles_come_from_the_table() -> None:
     assert {product.key for product in FLASH} <= set(shapes)
     for product in FLASH:
         entries = shapes[product.key]
-        share_warp = [m for m in tune.TUNED_ROWS if m <= MAX_ROWS]
-        assert {*map(str, share_warp)} <= set(entries)
-        for m, measured in {**{m: m for m in share_warp}, 5: 8, 6: 8, 7: 8}.items():
+        assert set(entries) == {str(m) for m in tune.TUNED_ROWS}
+        for m, measured in {**{m: m for m in tune.TUNED_ROWS}, 5: 8, 6: 8, 7: 8}.items():
             found = tiles.tile_for(product.sizes, product.k, product.groups, m, H100)
             assert [found.rows, found.unroll, found.chained] == entries[str(measured)]
             assert found in tune.candidates(product, measured)
@@ -38,15 +35,6 @@ def test_the_table_comes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(tiles, "_shipped", lambda: {"a device": {tile_key((512, 256), 4096, 1): entries}})
     for m, tile in {1: Tile(4, 2), 2: Tile(4, 2), 3: Tile(2, 8, True), 4: Tile(2, 8, True), 8: Tile(2, 8, True)}.items():
         assert tiles.tile_for((512, 256), 4096, 1, m, "a device") == tile
-    assert tiles.tile_for((512, 256), 4096, 1, 16, "a device") == Tile(2, 8, True)
-    entries |= {"16": {"warps": 8, "split": 8, "ahead": 1}, "32": {"warps": 4, "split": 2, "ahead": 3}}
-    for m, mma in {9: MmaTile(8, 8, 1), 16: MmaTile(8, 8, 1), 17: MmaTile(4, 2, 3), 64: MmaTile(4, 2, 3)}.items():
-        assert tiles.tile_for((512, 256), 4096, 1, m, "a device") == mma
-    entries |= {"8": {"warps": 4, "split": 4, "ahead": 2}}
-    assert tiles.tile_for((512, 256), 4096, 1, 5, "a device") == MmaTile()
-    # Each batch of a product that has no K for the tensor cores has the tile of its rows.
-    monkeypatch.setattr(tiles, "_shipped", lambda: {"a device": {tile_key((512, 256), 4096 - 32, 1): entries}})
-    assert tiles.tile_for((512, 256), 4096 - 32, 1, 12, "a device") == Tile(2, 8, True)
     assert tiles.tile_for((512, 256), 4096, 2, 2, "a device") == Tile(1, 4)
     assert tiles.tile_for((512, 256), 4096, 1, 2, "another") == Tile(1, 4)
 
@@ -76,7 +64,7 @@ def test_writing_keeps_what_is_there(tmp_path: Path) -> None:
     tiles.write(path, "another", {"8x64": {4: Tile(4, 4)}})
     tiles.write(path, "a device", {"16x64": {8: Tile(4, 2), 2: Tile(1, 2, True)}})
     assert json.loads(path.read_text()) == {
-        "a device": {"8x64": {"1": [1, 1, 0]}, "16x64": {"1": [2, 1, 0], "2": [1, 2, 1], "8": [4, 2, 0]}},
+        "a device": {"8x64": {"1": [1, 1, 0]}, "16x64": {"2": [1, 2, 1], "8": [4, 2, 0]}},
         "another": {"8x64": {"4": [4, 4, 0]}},
     }
     assert [entry.name for entry in tmp_path.iterdir()] == ["tiles.json"]
@@ -95,8 +83,6 @@ def test_writing_keeps_what_is_there(tmp_path: Path) -> None:
         '{"a": {"8x64": {"1": [0, 1, 0]}}}',
         '{"a": {"8x64": {"1": [1, 1, 2]}}}',
         '{"a": {"8x64": {"m": [1, 1, 0]}}}',
-        '{"a": {"8x64": {"16": {"warps": 2, "split": 4, "ahead": 1}}}}',
-        '{"a": {"8x64": {"16": {"warps": 4, "split": 4, "rows": 1}}}}',
     ],
 )
 def test_a_file_that_is_no_table_is_named(tmp_path: Path, text: str) -> None:

@@ -16,9 +16,7 @@ from pallas_kernels import ops
 from pallas_kernels.core import tiles
 from pallas_kernels.formats import BLOCK, HALF, Q8_0
 from pallas_kernels.linear.activation import Activation
-from pallas_kernels.linear.q8_matmul import NAME, Tile
-from pallas_kernels.linear.q8_mma import NAME as MMA
-from pallas_kernels.linear.q8_mma import q8_product
+from pallas_kernels.linear.q8_matmul import NAME, q8_matmul
 from pallas_kernels.tuning.shapes import FLASH, Product
 
 GGUF_A = Config(
@@ -73,12 +71,12 @@ def test_measured_tiles(product):
     blocks = product.k // BLOCK
     weights = [abstract_weight(product.groups * n, product.k) for n in product.sizes]
     for device, shapes_of in tiles.read(tiles.TABLE).items():
-        for m in {str(tile): int(m) for m, tile in shapes_of[product.key].items()}.values():
+        for m in {tuple(tile): int(m) for m, tile in shapes_of[product.key].items()}.values():
             words = jax.ShapeDtypeStruct((m, product.groups, 2, blocks, HALF), jnp.int32)
             x = Activation(words, jax.ShapeDtypeStruct((m, product.groups, blocks), jnp.float32))
             tile = tiles.tile_for(product.sizes, product.k, product.groups, m, device)
-            text = lowered_for_cuda(jax.jit(functools.partial(q8_product, tile=tile, groups=product.groups)), x, weights)
-            assert kernel_calls(text, NAME if isinstance(tile, Tile) else MMA) == 1
+            text = lowered_for_cuda(jax.jit(functools.partial(q8_matmul, tile=tile, groups=product.groups)), x, weights)
+            assert kernel_calls(text, NAME) == 1
 
 
 @pytest.mark.slow
