@@ -156,6 +156,7 @@ def _measured(prompts: Prompts, built: WholeModel, tokens: int, note: Note) -> R
             request = prompts.request(tokens, seed)
             times.append(prompts.first_token(request, prefix))
             prompts.slots.free(0)
+            prefix.settle()
             reused = request.reused
         # The first prompt of a length makes the small programs that move its states.
         if seed:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
 
+import jax
 import numpy as np
 
 from ds4jax.engine.chunk_state import ChunkState
@@ -32,6 +33,8 @@ class Store(Protocol):
 class PrefixCache:
     """States of full calls in host memory, the least recently used ones dropped; behind it perhaps a folder.
 
+    The last state given may be on its way from the device, so that nobody waits for the copy; `settle` waits for it.
+
     Attributes:
         nbytes: bytes of the states in memory.
     """
@@ -46,6 +49,7 @@ class PrefixCache:
         """
         self._ahead, self._maximum, self._store = ahead, maximum, store
         self._states: OrderedDict[str, ChunkState] = OrderedDict()
+        self._coming: tuple[str, ChunkState] | None = None
         self.nbytes = 0
 
     def keys(self, ids_T: np.ndarray, calls: Sequence[tuple[int, int]]) -> list[str]:
@@ -68,6 +72,8 @@ class PrefixCache:
 
     def get(self, key: str) -> ChunkState | None:
         """The state of a key, or None."""
+        if self._coming and self._coming[0] == key:
+            self.settle()
         state = self._states.get(key)
         if state is not None:
             self._states.move_to_end(key)
@@ -83,13 +89,25 @@ class PrefixCache:
 
     def wants(self, key: str) -> bool:
         """Whether the state of a key would be kept, and is not."""
-        return key not in self._states and (self._maximum > 0 or self._store is not None)
+        coming = self._coming is not None and self._coming[0] == key
+        return not coming and key not in self._states and (self._maximum > 0 or self._store is not None)
 
     def put(self, key: str, state: ChunkState) -> None:
-        """Keep a state of this key."""
+        """Keep a state of this key, whose copy to the host has begun. The one before has arrived by now, or is waited for."""
+        self.settle()
+        self._coming = key, state
+        self._keep(key, state)
+
+    def settle(self) -> None:
+        """Wait for the state that is on its way, and let go of the device's arrays."""
+        if self._coming is None:
+            return
+        (key, coming), self._coming = self._coming, None
+        state: ChunkState = jax.device_get(coming)
+        if key in self._states:
+            self._states[key] = state
         if self._store is not None:
             self._store.put(key, state)
-        self._keep(key, state)
 
     def _keep(self, key: str, state: ChunkState) -> None:
         if key in self._states or state.nbytes > self._maximum:
@@ -102,5 +120,6 @@ class PrefixCache:
 
     def close(self) -> None:
         """Finish writing."""
+        self.settle()
         if self._store is not None:
             self._store.close()

@@ -152,6 +152,8 @@ class Scheduler:
             self._guarded(self._take_in, intake.request)
         if self._slots.busy:
             self._guarded(self._decode, None)
+        if not self._intake:
+            self._guarded(self._prefix.settle, None)
 
     def _drop_cancelled(self) -> None:
         with self._condition:

@@ -121,7 +121,7 @@ class Slots:
     def warm(self) -> None:
         """Compile all programs, so that no request waits for those of another. Changes nothing."""
         for width in self.shape.kept:
-            state = self.taken(0, 0, width)
+            state: ChunkState = jax.device_get(self.taken(0, 0, width))
             self.put_rows(0, 0, state)
             self.put_rings(0, 0, state)
         self.insert(0, 0, max_new_tokens=1, sampling=Sampling(), depth=0, stop_ids=())
@@ -154,12 +154,12 @@ class Slots:
         jax.block_until_ready(cache.length)
 
     def taken(self, slot: int, start: int, width: int) -> ChunkState:
-        """The state of the `width` rows from row `start` on, which have just been appended, on the host."""
+        """The state of the `width` rows from row `start` on, which have just been appended, on its way to the host."""
         state, options = self.state, {"config": self.model.config, "chunk": width}
-        found = chunk_state.taken(state.cache, state.drafting, np.int32(slot), np.int32(start), **options)
-        # One after the other, the copies of some hundred arrays would each wait for the device.
-        on_host: ChunkState = jax.device_get(found)
-        return on_host
+        found: ChunkState = chunk_state.taken(state.cache, state.drafting, np.int32(slot), np.int32(start), **options)
+        for leaf in jax.tree.leaves(found):
+            leaf.copy_to_host_async()
+        return found
 
     def chunk_shapes(self, width: int) -> ChunkState:
         """Shapes and types of `taken`."""

@@ -111,8 +111,11 @@ def spans(chosen: jax.Array, experts: int, rows: int) -> Spans:
 
 
 def places(pairs: int, experts: int, rows: int) -> int:
-    """Places of `Spans`: the pairs, the empty places after those of each expert, and a tile's rows after all."""
-    return pairs + min(pairs, experts) * (ALIGNMENT - 1) + rows
+    """Places of `Spans`: the pairs, the empty places after those of each expert, and a tile's rows after all.
+
+    A multiple of `ALIGNMENT`, since copies address whole units of rows.
+    """
+    return -(-(pairs + min(pairs, experts) * (ALIGNMENT - 1) + rows) // ALIGNMENT) * ALIGNMENT
 
 
 def _aligned(count: jax.Array) -> jax.Array:

@@ -162,6 +162,14 @@ def test_v4_flash_lowers(gate: type[Quantized], down: type[Quantized], tokens: i
     assert text.count("custom_call @mosaic_gpu") == 2
 
 
+def test_any_number_of_pairs_lowers() -> None:
+    """Copies address units of eight rows."""
+    call = functools.partial(hopper.experts, limit=LIMIT, processors=132)
+    numbers = [jax.ShapeDtypeStruct((37, size), dtype) for size, dtype in ((512, "float32"), (5, "int32"), (5, "float32"))]
+    stacks = abstract(IQ2_XXS, 5, 256, 512), abstract(IQ2_XXS, 5, 256, 512), abstract(Q2_K, 5, 512, 256)
+    assert lowered_for_cuda(jax.jit(call), *numbers, *stacks).count("custom_call @mosaic_gpu") == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("gate", "down"), PAIRS, ids=IDS)
 def test_on_the_gpu(gate: type[Quantized], down: type[Quantized]) -> None:

@@ -44,21 +44,21 @@ def check_each_alone(
     layout: str, config: Config, size: int, width: int, alone: range, *, last: int = 255, interpret: bool
 ) -> None:
     """A step of `size` sequences of `width` rows, from position `last` at most, against the steps of the sequences `alone`."""
-    blocks = list(synthetic.synthetic(synthetic.checkpoint(config, layout)).layers)
+    graph, weights = nnx.split(list(synthetic.synthetic(synthetic.checkpoint(config, layout)).layers))
     each = [sequence(config, s, width, last) for s in range(size)]
     together = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *each)
 
     @jax.jit
-    def step(h_TND: jax.Array, ids: jax.Array, start: jax.Array, count: jax.Array, held: Any) -> Any:
-        rows = Rows.step(start, width, count)
+    def step(weights: Any, h_TND: jax.Array, ids: jax.Array, start: jax.Array, count: jax.Array, held: Any) -> Any:
+        rows, blocks = Rows.step(start, width, count), nnx.merge(graph, weights)
         assert paths.why_not_step(config, map(decode_kernels.weights_of, blocks), rows, held) is None
         with jax.default_matmul_precision("highest"):
             return decode_kernels.layers(config, blocks, h_TND, ids, rows, held, interpret=interpret)[:2]
 
-    streams, made = step(*together)
+    streams, made = step(weights, *together)
     assert np.isfinite(streams).all()
     for s in alone:
-        own, own_made = step(*each[s])
+        own, own_made = step(weights, *each[s])
         live = int(each[s][3][0])
         assert_bits_equal(streams[s * width : s * width + live], own[:live])
         for array, one in zip(jax.tree.leaves(made), jax.tree.leaves(own_made), strict=True):
