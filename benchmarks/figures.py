@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ds4jax.bench.environment import kernels_sha256
+from ds4jax.bench.prefill_report import by_width
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -167,13 +169,15 @@ def another_layout() -> str:
 
 
 def prompts() -> str:
-    """Prefill at full shape."""
-    rows = []
-    for row in result("h200-prefill")["rows"]:
-        calls = (f"{row['call_ms'][i]:.0f}" for i in (0, -1))
-        rows.append((f"{row['tokens']:,}", f"{row['tokens_per_second']:,.0f}", *calls, f"{row['temporary_bytes'] / 1e9:.2f}"))
-    head = "tokens", "tokens/s", "first call, ms", "last call, ms", "temporaries beside weights and cache, GB"
-    return _table(head, rows)
+    """Prompts at full shape: the time to the first token."""
+    content, rows = result("h200-prefill"), []
+    for row in content["rows"]:
+        cold, warm = (statistics.median(row[name]) for name in ("cold_ms", "warm_ms"))
+        times = f"{cold:,.0f}", f"{warm:,.0f}" if row["reused"] else "", f"{row['floor_ms']:,.0f}"
+        rows.append((f"{row['tokens']:,}", by_width(row["calls"]), *times, f"{row['tokens_per_second']:,.0f}"))
+    head = "tokens", "calls", "new prompt, ms", "known before, ms", "floor, ms", "tokens/s"
+    memory = ", ".join(f"{int(width):,} rows {size / 1e9:.2f}" for width, size in content["temporary_bytes"].items())
+    return f"{_table(head, rows)}\n\nTemporaries of a call in GB, in addition to weights and cache: {memory}."
 
 
 def long_contexts() -> str:
