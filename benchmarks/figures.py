@@ -29,6 +29,8 @@ PROGRAMS = {
     "plain in max_draft 2": "plain in the program for two drafts",
     "draft 1 in max_draft 2": "one draft a step",
     "draft 2 in max_draft 2": "two drafts a step",
+    "plain, sampled": "plain, sampled at temperature 1 with top-p 0.95",
+    "draft 2 in max_draft 2, sampled": "two drafts a step, sampled the same",
 }
 SHAPES = {
     "q_b": "32768×1024",
