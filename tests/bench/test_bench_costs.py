@@ -87,16 +87,18 @@ def test_the_shipped_table() -> None:
 
 
 def test_a_result_becomes_an_entry(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    table = tmp_path / "costs.json"
+    table, result = tmp_path / "costs.json", json.loads(RESULT.read_text())
+    named = {row["name"]: row["ms_per_step"] for row in result["rows"]}
+    times = tuple(named[name] for name in ("plain in max_draft 2", "draft 1 in max_draft 2", "draft 2 in max_draft 2"))
     cost_table.write(table, entry(small(), 1.0, 2.0, 3.0))
     for _ in range(2):
         assert (
             cli.main(["bench", "costs", "--from", str(RESULT), "--table", str(table), "--json", str(tmp_path / "made.json")]) == 0
         )
-    assert "draft 2: 7.074 ms a step, 1.087 of a step without drafts" in capsys.readouterr().out
+    said = f"draft 2: {times[2]:.3f} ms a step, {times[2] / times[0]:.3f} of a step without drafts"
+    assert said in capsys.readouterr().out
     first, second = cost_table.read(table)
-    assert (first.device, first.ms, first.drafter) == ("NVIDIA H200", (6.5095, 6.7454, 7.0744), "mtp")
-    result = json.loads(RESULT.read_text())
+    assert (first.device, first.ms, first.drafter) == ("NVIDIA H200", times, "mtp")
     assert first.commit == result["commit"]
     assert second == entry(small(), 1.0, 2.0, 3.0)
     made = json.loads((tmp_path / "made.json").read_text())
@@ -109,8 +111,10 @@ def test_a_result_becomes_an_entry(capsys: pytest.CaptureFixture[str], tmp_path:
 
 def test_the_times_of_sampled_steps_are_not_taken(tmp_path: Path) -> None:
     result, path = json.loads(RESULT.read_text()), tmp_path / "result.json"
-    slower = [row | {"sampled": True, "ms_per_step": 2 * row["ms_per_step"]} for row in result["rows"]]
-    path.write_text(json.dumps(result | {"rows": [row | {"sampled": False} for row in result["rows"]] + slower}))
+    greedy = [row for row in result["rows"] if not row["sampled"]]
+    assert len(greedy) < len(result["rows"])
+    slower = [row | {"sampled": True, "ms_per_step": 2 * row["ms_per_step"]} for row in greedy]
+    path.write_text(json.dumps(result | {"rows": greedy + slower}))
     assert bench.from_result(path)["ms"] == bench.from_result(RESULT)["ms"]
 
 
