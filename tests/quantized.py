@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,3 +61,16 @@ def form(value: jax.Array | Quantized) -> str:
 def as_float(weight: Quantized, dtype: str = "float32") -> jax.Array:
     """A weight's values in one program; outside of one, `dequantize` is a dozen."""
     return weight.dequantize(jnp.dtype(dtype))
+
+
+def abstract(format: type[Quantized], *shape: int) -> Quantized:
+    """The shapes and types of a weight [..., N, K]."""
+    *lead, k = shape
+    return jax.eval_shape(format.split, jax.ShapeDtypeStruct((*lead, k // format.BLOCK, format.BLOCK_BYTES), jnp.uint8))
+
+
+def abstract_experts(gate: type[Quantized], down: type[Quantized], tokens: int) -> tuple[Any, ...]:
+    """Rows, choice, weights, and the stacks of V4-Flash's experts, for a function of experts that is only lowered."""
+    numbers = (((tokens, 4096), "float32"), ((tokens, 6), "int32"), ((tokens, 6), "float32"))
+    stacks = abstract(gate, 256, 2048, 4096), abstract(gate, 256, 2048, 4096), abstract(down, 256, 4096, 2048)
+    return (*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in numbers), *stacks)

@@ -77,8 +77,8 @@ class Engine:
             slots: S, the number of requests that run at once.
             context: by default the smaller of 8,192 and the model's context.
             strict: float32 products without Pallas kernels.
-            chunk: maximum rows of a call that appends a prompt, at least 32; by default as many as the device's memory allows, up
-                to 4,096, and 128 on a CPU. While a call runs, no other request gets a token.
+            chunk: maximum rows of a call that appends a prompt, at least 32; by default as many as the device's memory allows
+                beside the weights, up to 4,096, and 128 on a CPU. While a call runs, no other request gets a token.
             drafter: the drafter; by default the model's MTP block.
             waiting: maximum number of requests that wait for a slot.
             prefix_bytes: maximum bytes of host memory for beginnings of prompts that may come again; 0 keeps none.

@@ -111,10 +111,10 @@ def with_widths(model: Loaded, shape: Shape, context: int, chunk: int | None) ->
     Args:
         shape: its widths are not read.
         context: maximum tokens of a request; widths that no prompt of this length needs are left out.
-        chunk: the maximum width; None for the widest call that the device's memory allows.
+        chunk: the maximum width; None for the widest call that the device's memory allows beside the weights.
     """
     if jax.devices()[0].platform == "cpu":
         return dataclasses.replace(shape, widths=(min(chunk or CPU_CHUNK, model.config.max_context),))
-    held = model.nbytes + state_bytes(model, shape)
-    allowed = widths(chunk or chunk_here(model.config, shape.capacity, held), buckets_here())
+    # Without the slots' state: the same prompt has the same calls, and so the same bits, at any number of slots.
+    allowed = widths(chunk or chunk_here(model.config, shape.capacity, model.nbytes), buckets_here())
     return dataclasses.replace(shape, widths=needed(allowed, context))

@@ -15,14 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.core import arithmetic, batches, loads
 from pallas_kernels.core.arithmetic import LANES
 from pallas_kernels.core.launch import Part, launch
 from pallas_kernels.linear import half_matmul
 from pallas_kernels.linear.halves import FloatRows
-from pallas_kernels.linear.matrices import Matrix, in_passes, matrices, part_name, store_sums, traffic
+from pallas_kernels.linear.matrices import in_passes, loaded_chunks, matrices, part_name, store_sums, traffic
 
 LOAD_BYTES = 16
 # Maximum 16-byte loads of a lane in flight, and maximum accumulators of a lane. More of them do not fit into registers.
@@ -47,21 +46,8 @@ def _body(
     owned = matrices(program, weight_refs, outputs, sizes, rows)
 
     def one_pass(start: jax.Array, chunks: int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        places = [start + c * LANES for c in range(chunks)]
-        inside = [place + loads.numbers() < columns if columns % LANES else None for place in places]
-
-        def weights_of(matrix: Matrix) -> list[list[jax.Array]]:
-            return [
-                [matrix.load(r, rows, place, real, width, batch) for r in range(rows)]
-                for place, real in zip(places, inside, strict=True)
-            ]
-
-        loaded = loads.load_selected(owned, weights_of)
-        if not interpret:
-            # Start all loads before the first product.
-            plt.debug_barrier()
         out = list(sums)
-        for place, real, weights in zip(places, inside, loaded, strict=True):
+        for place, real, weights in loaded_chunks(owned, start, chunks, (columns, width, rows), batch, interpret):
             for m in range(batch.size):
                 x = loads.load(x_ref, batch.row(m), pl.ds(place, LANES), slice(None), real=real, width=width)
                 for r, weight in enumerate(weights):

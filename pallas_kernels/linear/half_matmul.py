@@ -25,7 +25,7 @@ from pallas_kernels.core import batches, loads, mma
 from pallas_kernels.core.arithmetic import LANES
 from pallas_kernels.core.launch import Part
 from pallas_kernels.linear.halves import LOW_SCALE
-from pallas_kernels.linear.matrices import Matrix, in_passes, matrices, part_name, store_sums, traffic
+from pallas_kernels.linear.matrices import Matrix, in_passes, loaded_chunks, matrices, part_name, store_sums, traffic
 
 # Sums of a row, and warps of a program of many rows.
 RESIDUES = 8
@@ -57,21 +57,8 @@ def few_rows(
     pairs = pl.cdiv(rows, 2)
 
     def one_pass(start: jax.Array, chunks: int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        places = [start + c * LANES for c in range(chunks)]
-        inside = [place + loads.numbers() < columns if columns % LANES else None for place in places]
-
-        def weights_of(matrix: Matrix) -> list[list[jax.Array]]:
-            return [
-                [matrix.load(r, rows, place, real, width, batch) for r in range(rows)]
-                for place, real in zip(places, inside, strict=True)
-            ]
-
-        loaded = loads.load_selected(owned, weights_of)
-        if not interpret:
-            # Start all loads before the first product.
-            plt.debug_barrier()
         out = list(sums)
-        for place, real, weights in zip(places, inside, loaded, strict=True):
+        for place, real, weights in loaded_chunks(owned, start, chunks, (columns, width, rows), batch, interpret):
             for m in range(batch.size):
                 span = pl.ds(place, LANES)
                 high, low = (loads.load(x_ref, batch.row(m), half, span, slice(None), real=real, width=width) for half in (0, 1))

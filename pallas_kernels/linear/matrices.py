@@ -55,6 +55,34 @@ def matrices(program: jax.Array, weights: Sequence[Any], outs: Sequence[Any], si
     return made
 
 
+def loaded_chunks(
+    owned: Sequence[Matrix], start: jax.Array, chunks: int, shape: tuple[int, int, int], batch: Batch, interpret: bool
+) -> list[tuple[jax.Array, jax.Array | None, list[jax.Array]]]:
+    """Load a program's rows of some chunks of K from place `start` on, all before the first product.
+
+    Args:
+        shape: places along K, values of each, and rows of the program.
+
+    Returns:
+        For each chunk its place, which lanes have a place, bool [32] or None if all do, and the rows, [32, values] each.
+    """
+    columns, width, rows = shape
+    places = [start + c * LANES for c in range(chunks)]
+    inside = [place + loads.numbers() < columns if columns % LANES else None for place in places]
+
+    def weights_of(matrix: Matrix) -> list[list[jax.Array]]:
+        return [
+            [matrix.load(r, rows, place, real, width, batch) for r in range(rows)]
+            for place, real in zip(places, inside, strict=True)
+        ]
+
+    loaded = loads.load_selected(owned, weights_of)
+    if not interpret:
+        # Start all loads before the first product.
+        plt.debug_barrier()
+    return list(zip(places, inside, loaded, strict=True))
+
+
 def in_passes(chunks: int, unroll: int, size: int, one_pass: Callable[[jax.Array, int, Sums], Sums], sums: Sums) -> Sums:
     """Add all chunks of K to sums, `unroll` of them at a time.
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import functools
 import itertools
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numerics import END_TO_END, arrays, assert_bits_equal, assert_close, golden_model, short_model
+from small_models import roomy_model
 
 import ds4jax
 from ds4jax.cache.capacity import KERNEL_PREFILL, PREFILL, chunks, cut, needed, widths
 from ds4jax.config import Config
+from ds4jax.device import DeviceMemory
+from ds4jax.engine import prefill
 from ds4jax.engine.options import Options
 from ds4jax.engine.prefill import MAX_BYTES, call_bytes, chunk_for
+from ds4jax.engine.shape import Shape
 from ds4jax.errors import InputError
 
 SIZES = (1, 7, 128, 512, 4096)
@@ -147,3 +153,14 @@ def test_a_chunk_holds_at_least_a_token():
         Options(chunk=0)
     with pytest.raises(InputError, match="chunk is -1"):
         golden_model().logits([1, 2], chunk=-1)
+
+
+def test_the_widths_of_a_gpu_do_not_depend_on_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a prompt would have other calls, and other bits, in an engine of more slots."""
+    model = roomy_model()
+    capacity = Shape.of(model, context=8192)[0].capacity
+    room = model.nbytes + call_bytes(model.config, KERNEL_PREFILL[-1], capacity) + 1
+    monkeypatch.setattr(prefill, "device_memory", lambda: DeviceMemory(room, 0, None))
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu")])
+    found = {slots: Shape.of(model, slots=slots, context=8192)[0].widths for slots in (1, 8, 64)}
+    assert found == dict.fromkeys(found, KERNEL_PREFILL)

@@ -13,7 +13,7 @@ import pytest
 from cuda import kernel_calls, lowered_for_cuda
 from kernels.harness import Op, check_meaning, check_poisoned_row, check_rows
 from numerics import assert_bits_equal
-from quantized import random_blocks
+from quantized import abstract_experts, random_blocks
 
 from pallas_kernels.experts import meaning
 from pallas_kernels.experts.decode import DOWN, GATE_UP, ExpertTile, experts
@@ -118,20 +118,10 @@ def test_a_nan_stays_in_its_row(poison):
     check_poisoned_row(OP, clean, (x.at[1, 100].set(poison), *rest), 1)
 
 
-def abstract(format: type[Quantized], *shape: int) -> Quantized:
-    *lead, k = shape
-    raw = jax.ShapeDtypeStruct((*lead, k // format.BLOCK, format.BLOCK_BYTES), jnp.uint8)
-    return jax.eval_shape(format.split, raw)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(("gate", "down"), PAIRS, ids=IDS)
 def test_v4_flash_lowers(gate, down):
-    numbers = (
-        jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((3, 4096), "float32"), ((3, 6), "int32"), ((3, 6), "float32"))
-    )
-    stacks = abstract(gate, 256, 2048, 4096), abstract(gate, 256, 2048, 4096), abstract(down, 256, 4096, 2048)
-    text = lowered_for_cuda(jax.jit(functools.partial(experts, limit=LIMIT)), *numbers, *stacks)
+    text = lowered_for_cuda(jax.jit(functools.partial(experts, limit=LIMIT)), *abstract_experts(gate, down, 3))
     assert kernel_calls(text, GATE_UP) == kernel_calls(text, DOWN) == 1
     assert kernel_calls(text, activation_k.NAME) + kernel_calls(text, "q8_activation") == 2
 

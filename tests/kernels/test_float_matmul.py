@@ -82,10 +82,10 @@ def test_groups_of_rows_with_a_rest(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", FLASH)
-def test_on_the_gpu(name):
-    """float16 has its own test, `test_half_matmul`."""
-    check(*FLASH[name], "bfloat16", interpret=False)
+def test_on_the_gpu(name, dtype):
+    check(*FLASH[name], dtype, interpret=False)
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cuda import kernel_calls, lowered_for_cuda
 from numerics import assert_bits_equal
-from quantized import as_float, random_blocks
+from quantized import abstract_experts, as_float, random_blocks
 
 from pallas_kernels.experts import grouping
 from pallas_kernels.experts import prefill as experts_prefill
@@ -193,12 +193,6 @@ def test_a_nan_stays_in_its_row():
     assert_bits_equal(poisoned[1:], clean[1:])
 
 
-def abstract(format: type[Quantized], *shape: int) -> Quantized:
-    *lead, k = shape
-    raw = jax.ShapeDtypeStruct((*lead, k // format.BLOCK, format.BLOCK_BYTES), jnp.uint8)
-    return jax.eval_shape(format.split, raw)
-
-
 def test_tiles_fit_into_shared_memory():
     assert len(set(TILES)) == 3
     assert [tile.shared_bytes <= limit << 10 for tile, limit in zip(TILES, (160, 160, 99), strict=True)] == [True] * 3
@@ -211,13 +205,8 @@ def test_tiles_fit_into_shared_memory():
 @pytest.mark.parametrize(("gate", "down"), PAIRS, ids=IDS)
 def test_v4_flash_lowers(gate, down, tokens, tile):
     call = jax.jit(functools.partial(experts_prefill.experts, limit=LIMIT, tile=tile))
-    numbers = (
-        jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (((tokens, 4096), "float32"), ((tokens, 6), "int32"), ((tokens, 6), "float32"))
-    )
-    stacks = abstract(gate, 256, 2048, 4096), abstract(gate, 256, 2048, 4096), abstract(down, 256, 4096, 2048)
     with jax.default_matmul_precision("highest"):
-        text = lowered_for_cuda(call, *numbers, *stacks)
+        text = lowered_for_cuda(call, *abstract_experts(gate, down, tokens))
     assert kernel_calls(text, GATE_UP) == kernel_calls(text, DOWN) == 1
     assert kernel_calls(text, f"{NAME}_{gate.__name__.lower()}") >= 1
     assert kernel_calls(text, f"{NAME}_{down.__name__.lower()}") >= 1

@@ -6,13 +6,12 @@ import functools
 import operator
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from cuda import lowered_for_cuda
 from numerics import assert_bits_equal
-from quantized import as_float, random_blocks
+from quantized import abstract, abstract_experts, as_float, random_blocks
 from thread_emulation import decoded
 
 from ds4jax.model.paths import HOPPER
@@ -142,23 +141,12 @@ def test_positions_of_hidden_values_are_those_of_down(gate: type[Quantized], dow
     np.testing.assert_allclose(found, modelled(x, chosen, share, stacks), rtol=1e-9, atol=1e-9 * np.abs(found).max())
 
 
-def abstract(format: type[Quantized], *shape: int) -> Quantized:
-    *lead, k = shape
-    raw = jax.ShapeDtypeStruct((*lead, k // format.BLOCK, format.BLOCK_BYTES), jnp.uint8)
-    return jax.eval_shape(format.split, raw)
-
-
 @pytest.mark.parametrize("tokens", [64, pytest.param(4096, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("gate", "down"), SOME, ids=IDS)
 def test_v4_flash_lowers(gate: type[Quantized], down: type[Quantized], tokens: int) -> None:
     call = jax.jit(functools.partial(hopper.experts, limit=LIMIT, processors=132))
-    numbers = (
-        jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (((tokens, 4096), "float32"), ((tokens, 6), "int32"), ((tokens, 6), "float32"))
-    )
-    stacks = abstract(gate, 256, 2048, 4096), abstract(gate, 256, 2048, 4096), abstract(down, 256, 4096, 2048)
     with jax.default_matmul_precision("highest"):
-        text = lowered_for_cuda(call, *numbers, *stacks)
+        text = lowered_for_cuda(call, *abstract_experts(gate, down, tokens))
     assert text.count("custom_call @mosaic_gpu") == 2
 
 

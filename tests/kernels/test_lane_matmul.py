@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from kernels.harness import Op, check_lowers, check_meaning, check_poisoned_row, check_rows
 from numerics import assert_bits_equal
-from quantized import as_float, layouts, random_blocks
+from quantized import abstract, as_float, layouts, random_blocks
 
 from pallas_kernels import ops
 from pallas_kernels.core.dispatch import DECODE_ROWS
@@ -145,11 +145,6 @@ def test_weights_of_several_formats():
     wanted = *(expected(x, w) for w in weights[:2]), x @ np.asarray(weights[2]).T
     for y, want in zip(found, wanted, strict=True):
         np.testing.assert_allclose(y, want, rtol=0, atol=3e-6 * np.abs(want).max())
-
-
-def abstract(format: type[Quantized], *shape: int) -> Quantized:
-    *lead, k = shape
-    return jax.eval_shape(format.split, jax.ShapeDtypeStruct((*lead, k // format.BLOCK, format.BLOCK_BYTES), jnp.uint8))
 
 
 FLASH = {"head": (129280, 4096), "q_a": (1024, 4096), "q_b": (32768, 1024), "o_a": (8192, 4096), "shared": (4096, 2048)}
