@@ -14,6 +14,7 @@ from ds4jax.engine.pace import Pace
 from ds4jax.engine.prefix import PrefixCache
 from ds4jax.engine.request import Request
 from ds4jax.engine.slots import News, Slots
+from ds4jax.errors import ExchangeError
 
 # Calls without steps that measure a call's own cost.
 EMPTY_CALLS = 3
@@ -239,6 +240,9 @@ class Scheduler:
     def _guarded(self, work: Callable[[], None], culprit: Request | None) -> None:
         try:
             work()
+        except ExchangeError:
+            # The devices stay as they are, so that no call can succeed.
+            raise
         except Exception as error:
             self._recover(error, culprit)
 
