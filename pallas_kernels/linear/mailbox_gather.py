@@ -90,25 +90,27 @@ def lost(mail: Mail, after: jax.Array) -> jax.Array:
     return found
 
 
-def emulated(parts: Sequence[jax.Array], boxes: jax.Array, me: int, *, sends: bool) -> tuple[list[jax.Array], jax.Array]:
+@functools.partial(jax.jit, static_argnames="sends")
+def emulated(parts: Sequence[jax.Array], boxes: jax.Array, me: jax.Array, *, sends: bool) -> tuple[list[jax.Array], jax.Array]:
     """`gather` of one device in interpret mode, on an array in place of mailboxes: first all devices send, then each receives.
 
     Args:
         boxes: int32 [P, words, 2], values and flags of all mailboxes.
+        me: int32 [1], the device.
         sends: static; whether it sends its parts or receives those of the others.
 
     Returns:
         The outputs, undefined if it sends, and the mailboxes.
     """
-    devices, count = len(parts), boxes.shape[0]
-    work = _work(parts, count, (boxes.shape[1] - size_of(count, 0)) // (2 * count))
+    devices, inputs = boxes.shape[0], len(parts)
+    work = _work(parts, devices, (boxes.shape[1] - size_of(devices, 0)) // (2 * devices))
     *made, boxes = pl.pallas_call(
-        functools.partial(_on_array, work=work, me=me, sends=sends),
-        out_shape=[*_shapes(parts, count), jax.ShapeDtypeStruct(boxes.shape, boxes.dtype)],
+        functools.partial(_on_array, work=work, sends=sends),
+        out_shape=[*_shapes(parts, devices), jax.ShapeDtypeStruct(boxes.shape, boxes.dtype)],
         grid=(-(-work.total // PROGRAM),),
-        input_output_aliases={devices: devices},
+        input_output_aliases={inputs: inputs},
         interpret=True,
-    )(*parts, boxes)
+    )(*parts, boxes, me)
     return made, boxes
 
 
@@ -128,11 +130,11 @@ class _Work:
         return place_of(half, sender, word, self.devices, self.words)  # type: ignore[arg-type, return-value]
 
     def inside(self, word: jax.Array) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-        """For each part: which words are in it, and their rows and columns."""
+        """For each part: which words are in it, and their rows and columns; other words have a row that does not exist."""
         found, first = [], 0
         for rows, width in self.shapes:
             mask = (word >= first) & (word < first + rows * width)
-            index = jnp.where(mask, word - first, 0)
+            index = jnp.where(mask, word - first, rows * width)
             found.append((mask, index // width, index % width))
             first += rows * width
         return found
@@ -167,17 +169,18 @@ def _on_gpu(*refs: Any, work: _Work) -> None:
     _received(_remote(addresses, me, word), made, sent, flag, me, word, work)
 
 
-def _on_array(*refs: Any, work: _Work, me: int, sends: bool) -> None:
+def _on_array(*refs: Any, work: _Work, sends: bool) -> None:
     count = len(work.shapes)
-    parts, made, boxes = refs[:count], refs[count + 1 : -1], refs[-1]
+    parts, me_ref, made, boxes = refs[:count], refs[count + 1], refs[count + 2 : -1], refs[-1]
     word = pl.program_id(0) * PROGRAM + jnp.arange(PROGRAM, dtype=jnp.int32)
-    own, number = Twin(boxes, me), jnp.int32(me)
+    me = me_ref[0]
+    own = Twin(boxes, me)
     if sends:
-        flag, value = _begun(own.take, parts, number, word, work)
-        _sent(lambda device: Twin(boxes, device), value, flag, number, word, work)
+        flag, value = _begun(own.take, parts, me, word, work)
+        _sent(lambda device: Twin(boxes, device), value, flag, me, word, work)
     else:
-        flag, value = _begun(lambda place, _, live: own.held(place, live), parts, number, word, work)
-        _received(own, made, value, flag, number, word, work)
+        flag, value = _begun(lambda place, _, live: own.held(place, live), parts, me, word, work)
+        _received(own, made, value, flag, me, word, work)
 
 
 def _begun(

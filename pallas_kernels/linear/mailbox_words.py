@@ -102,7 +102,7 @@ class Twin:
     """
 
     boxes: Any
-    device: jax.Array | int
+    device: jax.Array
 
     def held(self, place: jax.Array, live: jax.Array) -> jax.Array:
         """What `take` returned before: flags of own places, 0 as there."""
@@ -118,6 +118,8 @@ class Twin:
 
     def send(self, place: jax.Array, value: jax.Array, flag: jax.Array) -> jax.Array:
         """As in `Box`."""
+        # What is not sent has a place that does not exist.
+        place = jnp.where(flag != 0, place, self.boxes.shape[1])
         for part, array in enumerate((value, flag)):
             plt.store(self._at(place, part), array, mask=flag != 0)
         return value
@@ -136,7 +138,7 @@ class Twin:
         return lost
 
     def _at(self, place: jax.Array, part: int) -> Any:
-        return self.boxes.at[jnp.full(place.shape, self.device, jnp.int32), place, jnp.full(place.shape, part, jnp.int32)]
+        return self.boxes.at[jnp.broadcast_to(self.device, place.shape), place, jnp.full(place.shape, part, jnp.int32)]
 
     def _load(self, place: jax.Array, part: int, mask: jax.Array) -> jax.Array:
         loaded: jax.Array = plt.load(self._at(place, part), mask=mask, other=0)

@@ -106,7 +106,7 @@ def test_a_step_by_mailboxes(devices: int) -> None:
 @pytest.mark.long
 def test_a_step_of_the_mtp_block_by_mailboxes() -> None:
     """One draft, and the committed rows through the block."""
-    config = dataclasses.replace(FLASH, n_mtp=1)
+    config = dataclasses.replace(FLASH, n_mtp=1, compress_ratios=(0, 4, 128, 0))
     text = lowered_step(2, config, mail=True, drafter=MTPDrafter())
     assert exchanges(text) == 0
     assert by_mail(text) == gathers(config, 2) + A_COMMIT + A_DRAFT
