@@ -119,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_stdout()
         return PIPE_CLOSED
-    except (OSError, ExchangeError) as error:
+    except ExchangeError as error:
+        parser.exit(1, f"ds4jax: error: {error}\n")
+    except OSError as error:
         _drop_stdout()
         parser.exit(1, f"ds4jax: error: {error}\n")

@@ -76,6 +76,11 @@ class Scheduler:
         """Whether the thread takes requests."""
         return self._thread.is_alive() and not self._closing
 
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the thread by itself."""
+        return self._error
+
     def submit(self, request: Request) -> None:
         """Append a request to the queue.
 

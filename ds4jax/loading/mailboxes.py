@@ -55,7 +55,6 @@ class Exchange:
 
 
 COLLECTIVE = Exchange("collective", "asked for")
-UNMEASURED = "mailboxes are not measured on a GPU yet"
 
 
 def require(name: str, devices: Sequence[jax.Device], model: Callable[[], Transformer]) -> None:
@@ -84,7 +83,7 @@ def chosen(name: str, devices: Sequence[jax.Device], model: Transformer) -> Exch
     if name == "collective":
         return COLLECTIVE
     if name == "auto":
-        return Exchange("collective", why_not(devices) or why_not_mailboxes(model) or UNMEASURED)
+        return Exchange("collective", why_not(devices) or why_not_mailboxes(model) or paths.UNMEASURED)
     mesh = Mesh(np.array(devices), (AXIS,))
     exchange = allotted(mesh, places(model.config, len(devices)))
     require_trial(exchange, mesh)

@@ -47,6 +47,8 @@ MIN_COLUMNS = 16
 HOPPER = ("H100", "H200", "GH200", "H800", "H20")
 # Names in JAX of GPUs of which all in one host store into each other's memory over NVLink.
 PEERS = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
+# Why mailboxes are used where they are asked for alone.
+UNMEASURED = "mailboxes are not measured on a GPU yet"
 # Drafters whose gathers follow each other: each depends on the one before.
 CHAINED = ("none", "mtp", "ngram", "mtp+ngram")
 # The kinds of calls, where they are the reason.
