@@ -9,7 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from cuda import executed_calls, lowered_for_cuda
+from cuda import gpus as gpu_mesh
+from jax.sharding import Mesh, NamedSharding
 from small_models import shallow_model
 
 from ds4jax import load
@@ -17,15 +21,19 @@ from ds4jax.bounds import EXCHANGES
 from ds4jax.cli import main as cli
 from ds4jax.config import Config
 from ds4jax.decode.exchange import why_not_mailboxes
+from ds4jax.decode.module import MAIL_SPECS
 from ds4jax.errors import InputError
 from ds4jax.loading import mailboxes
 from ds4jax.loading.cuts import row_words
-from ds4jax.loading.mailboxes import Exchange, chosen, require_trial
+from ds4jax.loading.mailboxes import Exchange, allotted, chosen, require_trial
 from ds4jax.model import paths
 from ds4jax.model.parameters import build
 from ds4jax.model.transformer import Transformer
 from ds4jax.random_models import checkpoint as synthetic
 from pallas_kernels.core.limits import STEP_ROWS
+from pallas_kernels.linear import mailbox_gather
+from pallas_kernels.linear.cut import AXIS
+from pallas_kernels.linear.mailbox import size_of
 
 H100, H200 = paths.PEERS
 FLASH = dataclasses.replace(Config(), n_layers=2, n_hash_layers=1, compress_ratios=(0, 4), n_mtp=0)
@@ -151,3 +159,31 @@ def test_a_device_that_refuses_the_store(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(mailboxes, "trial", lambda mesh, words: failing)
     with pytest.raises(InputError, match=r"^exchange is mailbox: its trial failed \(INTERNAL: an illegal address\); "):
         require_trial(Exchange("mailbox", ""), None)  # type: ignore[arg-type]
+
+
+def test_the_trial_lowers_for_cuda() -> None:
+    mesh = gpu_mesh(**{AXIS: 2})
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(((2, 2), (2,)), MAIL_SPECS, strict=True)
+    ]
+    text = lowered_for_cuda(mailboxes.trial(mesh, 1 << 16), *shapes)
+    assert executed_calls(text, mailbox_gather.NAME) == len(mailboxes.TRIALS)
+    assert "all_gather" not in text
+
+
+def test_memory_is_kept_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that need no more places have the same mailboxes. Larger ones leave the smaller where they are."""
+    monkeypatch.setattr(mailboxes, "_allotted", {})
+    mesh = Mesh(np.array(jax.devices()[:1]), (AXIS,))
+    first = allotted(mesh, 10)
+    assert allotted(mesh, 9) is first
+    second = allotted(mesh, 11)
+    assert (first.words, second.words) == (10, 11)
+    assert second.alone is first.alone
+    [(_, memory)] = mailboxes._allotted.values()
+    for one, boxes in zip((first, second), memory, strict=True):
+        assert boxes.size == 2 * size_of(1, one.words)
+        assert not np.asarray(boxes).any()
+        low, high = np.asarray(one.arrays[0])[0].view(np.uint32).tolist()
+        assert high << 32 | low == boxes.addressable_shards[0].data.unsafe_buffer_pointer()

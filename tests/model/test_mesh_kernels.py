@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cuda import executed_calls, gpus, lowered_for_cuda
+from jax.sharding import NamedSharding
 
 from ds4jax.config import Config
 from ds4jax.decode import loop as decode
@@ -17,7 +18,7 @@ from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.drafters.mtp import MTPDrafter
 from ds4jax.decode.drafters.ngram import NgramDrafter
 from ds4jax.decode.loop import Limits
-from ds4jax.decode.module import Graph, flat
+from ds4jax.decode.module import MAIL_SPECS, Graph, flat
 from ds4jax.decode.sampling import Filters, Sampling
 from ds4jax.loading.cuts import cut_names, gathers
 from ds4jax.loading.mailboxes import places
@@ -57,7 +58,10 @@ def cut_model(devices: int, config: Config = FLASH, *, mail: bool = False) -> tu
     tensors = synthetic.checkpoint(config, "flash-q2").tensors
     model = build(config, ((tensor.name, placement.abstract(tensor.name, tensor.abstract)) for tensor in tensors))
     graph, weights = Graph.split(model, words=places(config, devices) if mail else 0)
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((devices, 2), (devices,))]
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(placement.mesh, spec))
+        for shape, spec in zip(((devices, 2), (devices,)), MAIL_SPECS, strict=True)
+    ]
     return graph, flat(weights, tuple(arrays) if mail else ())
 
 
