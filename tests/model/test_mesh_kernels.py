@@ -8,21 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from cuda import executed_calls, gpus, lowered_for_cuda
-from jax.sharding import NamedSharding
+from cuda import executed_calls, lowered_for_cuda
+from mesh_steps import FLASH, cut_model, lowered_step
 
-from ds4jax.config import Config
 from ds4jax.decode import loop as decode
-from ds4jax.decode.depth import Policy
-from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.drafters.mtp import MTPDrafter
 from ds4jax.decode.drafters.ngram import NgramDrafter
-from ds4jax.decode.loop import Limits
-from ds4jax.decode.module import MAIL_SPECS, Graph, flat
-from ds4jax.decode.sampling import Filters, Sampling
-from ds4jax.loading.cuts import cut_names, gathers
-from ds4jax.loading.mailboxes import places
-from ds4jax.loading.placement import Placement
+from ds4jax.decode.module import Graph
+from ds4jax.loading.cuts import gathers
 from ds4jax.model.parameters import build
 from ds4jax.random_models import checkpoint as synthetic
 from pallas_kernels.attention import decode as attention
@@ -30,10 +23,7 @@ from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.experts import decode as experts
 from pallas_kernels.experts import prefill as grouped
 from pallas_kernels.linear import mailbox_gather
-from pallas_kernels.linear.cut import AXIS
 
-# A layer of each kind, so that each jitted layer stands once in the text.
-FLASH = dataclasses.replace(Config(), n_layers=3, n_hash_layers=1, compress_ratios=(0, 4, 128), n_mtp=0)
 # After o_a, o_b, the hidden values and the outputs of the experts.
 A_LAYER = 4
 # Of the embedding and of the logits.
@@ -50,32 +40,6 @@ REDUCTIONS = ("all_reduce", "reduce_scatter", "all_to_all", "collective_permute"
 
 # Of the MTP block: the next token's embedding, the block's input, its layer, and the logits of its drafts.
 A_COMMIT, A_DRAFT = 2 + A_LAYER, 1
-
-
-def cut_model(devices: int, config: Config = FLASH, *, mail: bool = False) -> tuple[Graph, tuple[Any, ...]]:
-    """The model over a mesh that needs no devices, with mailboxes or without."""
-    placement = Placement(gpus(**{AXIS: devices}), cut_names(config, devices))
-    tensors = synthetic.checkpoint(config, "flash-q2").tensors
-    model = build(config, ((tensor.name, placement.abstract(tensor.name, tensor.abstract)) for tensor in tensors))
-    graph, weights = Graph.split(model, words=places(config, devices) if mail else 0)
-    arrays = [
-        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(placement.mesh, spec))
-        for shape, spec in zip(((devices, 2), (devices,)), MAIL_SPECS, strict=True)
-    ]
-    return graph, flat(weights, tuple(arrays) if mail else ())
-
-
-def lowered_step(
-    devices: int, config: Config = FLASH, *, mail: bool, drafter: Drafter | None = None, sequences: int = 1, strict: bool = False
-) -> str:
-    """A step of a model that was cut, with one draft if it has a drafter."""
-    graph, weights = cut_model(devices, config, mail=mail)
-    how: dict[str, Any] = {"drafter": drafter, "max_draft": 1 if drafter else 0}
-    state = jax.eval_shape(lambda: decode.start(config, 512, [0] * sequences, **how))
-    policy = Policy(jnp.zeros(sequences, jnp.int32), jnp.ones(1 + how["max_draft"], jnp.float32))
-    limits = Limits.of([1] * sequences, [1] * sequences, [[0]] * sequences)
-    arguments = (graph, weights, state, limits, Filters.of([Sampling()] * sequences), policy)
-    return lowered_for_cuda(decode.run.__wrapped__, *arguments, **how, strict=strict)
 
 
 def exchanges(text: str) -> int:
@@ -111,13 +75,18 @@ def test_a_step_by_mailboxes(devices: int) -> None:
 def test_a_step_of_the_mtp_block_by_mailboxes() -> None:
     """One draft, and the committed rows through the block."""
     config = dataclasses.replace(FLASH, n_mtp=1, compress_ratios=(0, 4, 128, 0))
-    text = lowered_step(2, config, mail=True, drafter=MTPDrafter())
+    text = lowered_step(2, config, mail=True, drafter=MTPDrafter(), drafts=1)
     assert exchanges(text) == 0
     assert by_mail(text) == gathers(config, 2) + A_COMMIT + A_DRAFT
 
 
 @pytest.mark.parametrize(
-    "how", [{"strict": True}, {"sequences": STEP_ROWS + 1}, pytest.param({"drafter": Foreign()}, id="a drafter from outside")]
+    "how",
+    [
+        {"strict": True},
+        {"sequences": STEP_ROWS + 1},
+        {"drafter": Foreign(), "drafts": 1},
+    ],
 )
 @pytest.mark.long
 def test_steps_that_go_by_collectives_all_the_same(how: dict[str, Any]) -> None:
