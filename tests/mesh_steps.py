@@ -31,7 +31,7 @@ FLASH = dataclasses.replace(Config(), n_layers=3, n_hash_layers=1, compress_rati
 def cut_model(devices: int, config: Config = FLASH, *, mail: bool = False) -> tuple[Graph, tuple[Any, ...]]:
     """The model over a mesh that needs no devices, with mailboxes or without."""
     placement = Placement(gpus(**{AXIS: devices}), cut_names(config, devices))
-    tensors = synthetic.checkpoint(config, "flash-q2").tensors
+    tensors = synthetic.checkpoint(config, "flash-0731-q2" if config.n_dspark else "flash-q2").tensors
     model = build(config, ((tensor.name, placement.abstract(tensor.name, tensor.abstract)) for tensor in tensors))
     graph, weights = Graph.split(model, words=places(config, devices) if mail else 0)
     arrays = [

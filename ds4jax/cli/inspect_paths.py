@@ -103,7 +103,7 @@ def prompt_experts(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 def exchange(checkpoint: Checkpoint) -> dict[str, str]:
     """How GPUs exchange outputs in a decode step, with the reasons: "auto" and "mailbox", each a way and a reason."""
     weights = _weights(checkpoint)
-    blocks = [own for (block, _), own in weights.items() if block and block != DSPARK]
+    blocks = [own for (block, _), own in weights.items() if block]
     reason = paths.why_not_mailboxes(checkpoint.config, blocks, weights["", ""]["head"])
     able = f"refused ({reason})" if reason else f"mailboxes, between {' or '.join(paths.PEERS)} of one process"
     return {"auto": f"collectives ({reason or paths.UNMEASURED})", "mailbox": able}

@@ -35,14 +35,18 @@ def mail_for(
     mail, sequences = mail_of(graph, weights), cache.length.shape[0]
     if mail is None:
         return None
-    # Of a program's model again, because it may have another MTP block than the one that was loaded.
-    reason = paths.why_not_mail(sequences * step_rows(max_draft, sequences), name_of(drafter), strict=strict)
-    return None if reason or why_not_mailboxes(merged(graph, weights)) else mail
+    # The program's model may have another MTP block than the one that was loaded.
+    model, name = merged(graph, weights), name_of(drafter)
+    # A DSpark block has rows of its own.
+    rows = max(step_rows(max_draft, sequences), model.config.dspark_block if name.startswith("dspark") else 0)
+    reason = paths.why_not_mail(sequences * rows, name, strict=strict) or why_not_mailboxes(model)
+    return None if reason else mail
 
 
 def why_not_mailboxes(model: Transformer) -> str | None:
     """Why decode steps of a model cannot gather outputs by mailboxes, see `paths.why_not_mailboxes`; None when they can."""
-    blocks = map(decode_kernels.weights_of, (*model.layers, *model.mtp))
+    stages = model.dspark.stages if model.dspark else ()
+    blocks = map(decode_kernels.weights_of, (*model.layers, *model.mtp, *stages))
     return paths.why_not_mailboxes(model.config, blocks, model.head.weight.get_value())
 
 

@@ -50,7 +50,7 @@ PEERS = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
 # Why mailboxes are used where they are asked for alone.
 UNMEASURED = "mailboxes are not measured on a GPU yet"
 # Drafters whose gathers follow each other: each depends on the one before.
-CHAINED = ("none", "mtp", "ngram", "mtp+ngram")
+CHAINED = ("none", "mtp", "dspark", "ngram", "mtp+ngram", "dspark+ngram")
 # The kinds of calls, where they are the reason.
 PROMPT, STEP = "a chunk of a prompt", "a decode step"
 
@@ -217,10 +217,8 @@ def why_not_mailboxes(config: Config, blocks: Iterable[Weights], head: Any) -> s
     Mailboxes need gathers that follow each other, which those of the kernels do and those of the modules do not.
 
     Args:
-        blocks: the layers' weights, those of the MTP block included.
+        blocks: the layers' weights, those of the blocks that draft included.
     """
-    if config.n_dspark:
-        return "the gathers of a DSpark block do not follow each other"
     reason = next((reason for weights in blocks if (reason := why_not_block(config, weights))), None)
     return reason or why_not_head(config, head, STEP_ROWS, strict=False)
 

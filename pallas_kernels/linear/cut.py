@@ -117,13 +117,17 @@ def gathered_together(parts: Sequence[jax.Array], weight: Any) -> list[jax.Array
     return [jnp.moveaxis(piece.reshape(-1, *part.shape), 0, 1).reshape(len(part), -1) for piece, part in pieces]
 
 
-def rows_taken(table: Cut, index_T: jax.Array) -> jax.Array:
-    """Rows float32 [T, K] of a cut table [V, K]: each device looks up its own, and the rows are gathered."""
+def rows_taken(table: Cut, index_T: jax.Array, after: jax.Array | None = None) -> jax.Array:
+    """Rows float32 [T, K] of a cut table [V, K]: each device looks up its own, and the rows are gathered.
+
+    Args:
+        after: what the gather before led to, if the index does not depend on it; mailboxes wait for it.
+    """
     size = table.rows.shape[0]
     place_T = jnp.clip(index_T - jax.lax.axis_index(AXIS) * size, 0, size - 1)
     rows = table.rows.take(place_T).dequantize() if isinstance(table.rows, Quantized) else table.rows[place_T]
     rows, owner_T, count = rows.astype(jnp.float32), index_T // size, jnp.arange(len(index_T))
     if table.mail:
-        [whole] = gather([rows], table.mail)
+        [whole] = gather([rows], table.mail, after)
         return whole.reshape(len(rows), table.devices, -1)[count, owner_T]
     return jax.lax.all_gather(rows, AXIS)[owner_T, count]

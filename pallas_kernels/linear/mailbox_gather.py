@@ -51,8 +51,11 @@ def words_of(arrays: Sequence[Any]) -> int:
     return sum(math.prod(array.shape) for array in arrays)
 
 
-def gather(parts: Sequence[jax.Array], mail: Mail) -> list[jax.Array]:
+def gather(parts: Sequence[jax.Array], mail: Mail, after: jax.Array | None = None) -> list[jax.Array]:
     """Outputs [T, n] of all devices from each one's parts [T, n/P] of type float32, of any numbers of rows, in one exchange.
+
+    Args:
+        after: what the gather before led to, if no part depends on it; is not read.
 
     Raises:
         ValueError: another type, or more words than a mailbox has places.
@@ -64,7 +67,7 @@ def gather(parts: Sequence[jax.Array], mail: Mail) -> list[jax.Array]:
         grid=(-(-work.total // PROGRAM),),
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         name=f"{NAME}_{work.total}",
-    )(*parts, mail.addresses, mail.me)
+    )(*parts, mail.addresses, mail.me, *(() if after is None else (after,)))
     return made
 
 
@@ -161,7 +164,7 @@ def _remote(addresses: Any, device: jax.Array, like: jax.Array) -> Remote:
 
 def _on_gpu(*refs: Any, work: _Work) -> None:
     count = len(work.shapes)
-    parts, (addresses, me_ref), made = refs[:count], refs[count : count + 2], refs[count + 2 :]
+    parts, (addresses, me_ref), made = refs[:count], refs[count : count + 2], refs[-count:]
     word = pl.program_id(0) * PROGRAM + jnp.arange(PROGRAM, dtype=jnp.int32)
     me = me_ref[0]
     flag, value = _begun(lambda place, value, live: _remote(addresses, me, word).take(place, value, live), parts, me, word, work)

@@ -10,11 +10,14 @@ import pytest
 from mesh_steps import FLASH, traced_step
 
 from ds4jax.decode.drafter import Drafter
+from ds4jax.decode.drafters.dspark import DSparkDrafter
 from ds4jax.decode.drafters.mtp import MTPDrafter
 from ds4jax.decode.drafters.second_opinion import SecondOpinion
+from ds4jax.random_models.checkpoint import config_of
 from pallas_kernels.linear import mailbox_gather
 
 LOOPS = ("while", "scan", "cond")
+WITH_DSPARK = dataclasses.replace(config_of("flash-0731-q2", 3), n_mtp=0)
 WITH_MTP = dataclasses.replace(FLASH, n_mtp=1, compress_ratios=(0, 4, 128, 0))
 
 
@@ -107,9 +110,11 @@ def loop_of(jaxpr: Any) -> Any:
     ("config", "drafter", "apart"),
     [
         pytest.param(FLASH, None, 0, id="plain"),
-        # The loop over deeper drafts and the first draft count as one each.
+        # The loop over deeper drafts and the first draft count as one each, and all drafts of DSpark as one.
         pytest.param(WITH_MTP, MTPDrafter(), 2, id="mtp"),
         pytest.param(WITH_MTP, SecondOpinion(MTPDrafter()), 2, id="mtp+ngram"),
+        pytest.param(WITH_DSPARK, DSparkDrafter(), 1, id="dspark"),
+        pytest.param(WITH_DSPARK, SecondOpinion(DSparkDrafter()), 1, id="dspark+ngram"),
     ],
 )
 @pytest.mark.long
@@ -123,7 +128,9 @@ def test_each_gather_waits_for_the_one_before(
     chain = Chain()
     chain.through(step, [True] * len(step.invars), [0] * len(step.invars))
     plain = 4 * config.n_layers + 2
-    assert chain.count == plain + (2 + 4 + apart if drafter else 0)
+    # The rows of committed tokens: embedding, input and layer of the MTP block, or the rows of DSpark's rings.
+    committed = {0: 0, 1: 2 + 4, 2: 1}[config.n_mtp + 2 * bool(config.n_dspark)]
+    assert chain.count == plain + committed + apart
 
 
 def test_a_step_that_forgets_to_wait_is_found() -> None:
