@@ -44,6 +44,10 @@ REQUANTISED_FORMS = DENSE_FORMS | {"f16": "F16"}
 FLAVOURS = ("mainline", "antirez", "hub")
 # Layouts of models with random weights.
 LAYOUT_NAMES = ("flash-q2", "small-q2", "ud-iq3-xxs", "small-ud-iq3-xxs", "flash-0731-q2", "small-0731-q2", "mxfp4-layout")
+# How several devices exchange outputs.
+EXCHANGES = ("collective",)
+# What `ds4jax bench mesh` measures, in this order: chains of gathers, models, and one model in two processes.
+MESH_PIECES = ("gathers", "plain", "drafts", "slots", "prefill", "long", "processes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -231,7 +231,7 @@ def _simulated(rows: Sequence[Row], acceptance: Sequence[float]) -> list[Row]:
 
 
 def tokens_per_step(acceptance: Sequence[float], depth: int) -> float:
-    """Mean tokens of a step with `depth` drafts, of which the first, second, .. stand with this probability if those before do."""
+    """Mean tokens of a step with `depth` drafts, if each stands with its share of `acceptance` whenever those before it do."""
     return 1 + sum(math.prod(acceptance[: i + 1]) for i in range(depth))
 
 

@@ -188,7 +188,7 @@ def lower(program: Program, graph: Graph, weights: tuple[jax.Array, ...], start:
 def compiled(
     programs: Sequence[Program], config: Config, graph: Graph, weights: tuple[jax.Array, ...], context: int, capacity: int
 ) -> dict[Program, Loop]:
-    """Compile all programs, each in its own thread while the next is traced. The states are whole on each of the model's devices."""
+    """Compile all programs, each in its own thread while the next is traced. Their states are on each of the model's devices."""
     starts = [filled(config, program, context, capacity) for program in programs]
     starts = everywhere(starts, graph.mesh) if isinstance(graph.mesh, Mesh) else starts
     lowers = [functools.partial(lower, program, graph, weights, start) for program, start in zip(programs, starts, strict=True)]

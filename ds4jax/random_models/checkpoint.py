@@ -246,8 +246,8 @@ def random_weight(
 ) -> Quantized:
     """A weight [..., N, K] of random blocks, in the format's planes on the device.
 
-    Scales are within 25 % of the value that gives the weights a standard deviation of about `spread`. With `share`, the blocks are
-    those of rows of a larger weight.
+    Scales are within 25 % of the value that gives the weights a standard deviation of about `spread`. With `share`, the blocks
+    are those of rows of a larger weight.
     """
     name, (*lead, k) = format.__name__, shape
     stored = jax.ShapeDtypeStruct((*lead, k // format.BLOCK, format.BLOCK_BYTES), jnp.uint8)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 from cuda import executed_calls, lowered_for_cuda
 from jax.sharding import AbstractMesh
 
+from ds4jax.bench.exchanges import of_step
 from ds4jax.config import Config
 from ds4jax.decode import loop as decode
 from ds4jax.decode.depth import Policy
@@ -49,6 +52,12 @@ def exchanges(text: str) -> int:
     return text.count("stablehlo.all_gather")
 
 
+def gathered_values(text: str) -> list[int]:
+    """How many values each gather brings together, sorted."""
+    shapes = re.findall(r'"stablehlo\.all_gather".*-> tensor<([\dx]+)xf32>', text)
+    return sorted(math.prod(map(int, shape.split("x"))) for shape in shapes)
+
+
 @pytest.mark.parametrize("devices", [2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.long
 def test_a_step_of_two_gpus(devices: int) -> None:
@@ -60,6 +69,9 @@ def test_a_step_of_two_gpus(devices: int) -> None:
     expected = {experts.GATE_UP: 3, experts.DOWN: 3, attention.SPLIT_NAME: 3}
     assert {name: executed_calls(text, name) for name in expected} == expected
     assert exchanges(text) == gathers(FLASH, devices) == A_LAYER * FLASH.n_layers + ENDS
+    # The benchmark times gathers of these sizes.
+    sizes = [one.floats for one in of_step(FLASH, devices) for _ in range(FLASH.n_layers if one.layers else 1)]
+    assert gathered_values(text) == sorted(sizes)
 
 
 @pytest.mark.long
