@@ -20,8 +20,8 @@ PLUGINS = ("-p", "no:cacheprovider", "-p", "no:benchmark")
 LOAD_BYTES = 4_000_000_000
 # Assumed acceptance of the first and second draft of an MTP block, and assumed tokens of a step with DSpark.
 ACCEPTANCE, PER_STEP = (0.79, 0.58), 4.42
-# Seconds of the part "mesh" without its tests, and of one of its processes.
-MESH_SECONDS, MESH_LIMIT = 540, 300
+# Seconds of the part "mesh", so that it ends within ten minutes with its tests, and of one of its processes.
+MESH_SECONDS, MESH_LIMIT = 480, 300
 TESTS = ("-m", "pytest", "-m", "gpu", "-o", "addopts=", "--import-mode=importlib", *PLUGINS, "-v", "-rs")
 
 
