@@ -108,10 +108,11 @@ def describe() -> dict[str, Any]:
 
 
 def present() -> dict[str, Any]:
-    """The fields of `describe`, and `backend` and `count` of the devices."""
+    """The fields of `describe`, `backend` and `count` of the devices, and a hash of the package's source, as of the kernels'."""
     import jax
 
-    return describe() | {"backend": jax.default_backend(), "count": jax.device_count()}
+    devices = {"backend": jax.default_backend(), "count": jax.device_count()}
+    return describe() | {"source_sha256": kernels_sha256(ROOT / "ds4jax")} | devices
 
 
 def probe() -> dict[str, Any]:

@@ -32,7 +32,7 @@ def bench(options: Options, note: Note, keep: Callable[[Row], None], before: Row
 
     Args:
         keep: takes the content after everything that was found.
-        before: an earlier result. What it has is not measured again if device, versions, commit and options are the same.
+        before: an earlier result. What it has is not measured again if device, versions, source and options are the same.
 
     Raises:
         InputError: there are not so many devices, or JAX does not start.
@@ -74,7 +74,8 @@ def _begun(options: Options, devices: int, found: Row, before: Row | None) -> Ro
     # Limits change no figure.
     asked = {name: value for name, value in asked.items() if not name.endswith("_seconds")}
     content = {"schema": SCHEMA, **found, "devices": devices, "options": asked}
-    if before is not None and all(before.get(name) == value for name, value in content.items() if name != "command"):
+    same = {name: value for name, value in content.items() if name not in ("command", "commit")}
+    if before is not None and all(before.get(name) == value for name, value in same.items()):
         content |= _finished(before)
     else:
         content |= {name: [] for name in LISTS.values()}

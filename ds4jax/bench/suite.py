@@ -169,7 +169,7 @@ def start_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
 def mesh_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     """Measure V4-Flash on all GPUs and on fewer. Writes `<slug>-mesh.json` after each piece, `.png` and `-mesh-profile.txt`.
 
-    What is in the file already, of the same commit, device and options, is not measured again.
+    What is in the file already, of the same source, device and options, is not measured again.
     """
     from ds4jax.bench import mesh, mesh_report, report
     from ds4jax.bench.mesh_options import Options

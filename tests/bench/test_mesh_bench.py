@@ -212,7 +212,7 @@ def test_what_was_found_is_kept_at_once_and_not_measured_again(monkeypatch: pyte
     again, kept = measured(monkeypatch, says(then="sys.exit(3)"), before, limit_seconds=100)
     assert (again, kept) == (content, [])
     assert before is not None
-    # Of another commit, or cut in the middle of a piece.
+    # Of another version, or cut in the middle of a piece.
     other = before | {"jax": "2"}
     assert len(measured(monkeypatch, says(PLAIN, FINISHED, DONE), other)[0]["rows"]) == 2
     cut = before | {"finished": before["finished"][:1]}

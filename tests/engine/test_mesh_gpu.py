@@ -1,4 +1,4 @@
-"""A slice of V4-Flash on two GPUs: the bits of one, of decode steps and of a prompt. `ds4jax bench mesh` compares whole models."""
+"""A slice of V4-Flash on two GPUs has the bits of one, in steps and in a prompt. `ds4jax bench mesh` compares whole models."""
 
 from __future__ import annotations
 

@@ -19,13 +19,13 @@ tokens and fingerprints between all numbers of devices and processes, and the ca
 fails or is missing, or a bit differs.
 
 A layout that does not fit on one device is measured on several alone. Each model on each number of devices has a process of its
-own. The file of --json is written after each figure; with --resume, what it has of the same commit, devices and options stays."""
+own. The file of --json is written after each figure; with --resume, what it has of the same source, devices and options stays."""
 
 EXAMPLES = """\
 examples:
   ds4jax bench mesh --synthetic mxfp4-layout,flash-q2 --json mesh.json --plot mesh.png
   ds4jax bench mesh --synthetic flash-q2 --devices 2 --pieces gathers,plain --limit 120
-  ds4jax bench mesh --synthetic small-q2 --layers 2 --context 64 --long 600 --prompt 64 --slots 2,4 --steps 4 --links 8"""
+  ds4jax bench mesh --synthetic small-q2 --layers 2 --context 64 --long 600 --prompt 64 --slots 2 --steps 4"""
 
 _DEVICES = cli_options.integer(Integers(2, None, "this measures at least 2 devices"))
 _LINKS = cli_options.integer(Integers(1, 1000, "a chain has 1 to 1000 gathers"))
