@@ -132,7 +132,7 @@ def drafts(one: Measured) -> Iterator[Row]:
         row |= {"simulated": True, "assumed_tokens_per_step": round(assumed, 4), "simulated_tokens_per_second": speed}
     lossless = lossless_check(loop, options.steps, depth, one.note)
     if not lossless["equal"]:
-        one.problem(f"{row['name']}: not the output of plain decode")
+        one.problem("not the output of plain decode")
     yield row | {"lossless": lossless["equal"]}
 
 
@@ -175,7 +175,7 @@ def prefill(one: Measured) -> Iterator[Row]:
         samples.append(1e3 * (time.perf_counter() - began))
     ms = statistics.median(samples[1:])
     if not finite(cache):
-        one.problem("prefill: values that are not finite")
+        one.problem("values that are not finite")
     one.note(f"prefill: {ms:.1f} ms for {rows} tokens")
     yield {
         "name": "prefill",

@@ -89,7 +89,7 @@ def _together(task: Task) -> None:
 
 
 def _measure(task: Task, meet: Callable[[], None] = lambda: None) -> None:
-    """Measure all pieces. One that fails is a problem, and the next one is measured."""
+    """Measure all pieces. One that fails is a problem, and the next one is measured; it does not count as finished."""
     from ds4jax.errors import InputError
     from ds4jax.loading.placement import chosen
 
@@ -97,8 +97,8 @@ def _measure(task: Task, meet: Callable[[], None] = lambda: None) -> None:
     speak = say if task.index == 0 else _silent
     devices = chosen("all" if run.processes > 1 else run.devices)
     if run.layout is None:
-        _gathers(task, devices, speak)
-        speak("finished", {"piece": GATHERS})
+        if _gathers(task, devices, speak):
+            speak("finished", {"piece": GATHERS})
         speak("done", True)
         return
     from ds4jax.bench import mesh_pieces
@@ -112,12 +112,17 @@ def _measure(task: Task, meet: Callable[[], None] = lambda: None) -> None:
         return
     speak("model", _weights(model, devices, mesh_pieces.peaks(devices)))
     profiled = functools.partial(_profiled, speak, run)
-    one = mesh_pieces.Measured(model, options, devices, meet, functools.partial(speak, "problem"), profiled, note)
+    problems: list[str] = []
+    one = mesh_pieces.Measured(model, options, devices, meet, problems.append, profiled, note)
     for piece in run.pieces:
-        with contextlib.nullcontext() if run.processes > 1 else _reported(piece, speak):
+        with contextlib.nullcontext() if run.processes > 1 else _caught(problems):
             for row in mesh_pieces.FUNCTIONS[piece](one):
                 speak("row", {"piece": piece, **row})
+        for problem in problems:
+            speak("problem", f"{piece}: {problem}")
+        if not problems:
             speak("finished", {"piece": piece})
+        problems.clear()
     speak("done", True)
 
 
@@ -126,25 +131,27 @@ def _silent(kind: str, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _reported(piece: str, speak: Speak) -> Iterator[None]:
-    """Tells an error of a piece as a problem."""
+def _caught(problems: list[str]) -> Iterator[None]:
+    """An error inside is a problem."""
     try:
         yield
     except Exception as error:
-        line = " ".join(str(error).split())[:LONGEST] or type(error).__name__
-        speak("problem", f"{piece}: {line}")
+        problems.append(" ".join(str(error).split())[:LONGEST] or type(error).__name__)
 
 
-def _gathers(task: Task, devices: tuple[jax.Device, ...], speak: Speak) -> None:
+def _gathers(task: Task, devices: tuple[jax.Device, ...], speak: Speak) -> bool:
+    """Time gathers. Returns whether all brought their values to the right places."""
     from ds4jax.bench import exchanges
     from ds4jax.random_models.checkpoint import config_of
 
-    options = task.options
+    options, right = task.options, True
     config = config_of(options.layouts[0], options.layers)
     for row in exchanges.measure(config, devices, (1, *options.slots), options.links, functools.partial(speak, "note")):
         speak("gather", {"piece": GATHERS, **row})
         if not row["right"]:
+            right = False
             speak("problem", f"a gather of {row['whole_bytes']} bytes brings values to a wrong place")
+    return right
 
 
 def _weights(model: Any, devices: tuple[jax.Device, ...], peaks: list[int | None]) -> dict[str, Any]:

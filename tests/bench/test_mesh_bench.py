@@ -14,6 +14,7 @@ import pytest
 from ds4jax.bench import environment, mesh, mesh_processes, mesh_report, report, suite
 from ds4jax.bench.mesh_options import Options, Run, runs
 from ds4jax.bench.mesh_worker import Task
+from ds4jax.bounds import MESH_PIECES
 from ds4jax.cli import main as cli
 from ds4jax.errors import InputError
 from ds4jax.loading.cuts import cut_names
@@ -81,6 +82,8 @@ def test_a_wrong_gather_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [one] = content["compared"]
     assert (one["equal"], one["first_differing_step"]) == (False, 0)
     assert not any(row["right"] for row in content["gathers"])
+    # A piece without problems is not measured again, whatever its bits are.
+    assert [one["piece"] for one in content["finished"]] == ["plain", "plain"]
     out = capsys.readouterr().out
     assert "DIFFERENT: small-q2, plain, 2 devices against 1 device: 3 of 3 steps, first 0" in out
     assert "brings values to a wrong place" in out
@@ -88,23 +91,33 @@ def test_a_wrong_gather_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("eight")
-def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every piece of two layouts, on one and two devices and in two processes; then nothing is left to measure."""
+@pytest.mark.parametrize(
+    ("layout", "layers", "pieces", "drafts", "assumed"),
+    [
+        ("small-q2", "1", "plain,drafts", "2 drafts of mtp", 1.75),
+        # DSpark reads three layers.
+        ("small-0731-q2", "3", ",".join(MESH_PIECES), "5 drafts of dspark", 4.42),
+    ],
+)
+def test_a_whole_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str, layers: str, pieces: str, drafts: str, assumed: float
+) -> None:
+    """Every piece, on one and two devices and in two processes; then nothing is left to measure."""
     file, picture = tmp_path / "mesh.json", tmp_path / "mesh.png"
-    layouts = ["--synthetic", "small-q2,small-0731-q2", "--layers", "3"]
-    options = [*layouts, "--devices", "2", "--acceptance", "0.5,0.5", "--per-step", "4.42"]
-    arguments = [*TINY, *options, "--json", str(file), "--plot", str(picture)]
+    options = ["--synthetic", layout, "--layers", layers, "--pieces", pieces, "--devices", "2"]
+    simulated = ["--acceptance", "0.5,0.5", "--per-step", "4.42"]
+    arguments = [*TINY, *options, *simulated, "--json", str(file), "--plot", str(picture)]
     assert cli.main(arguments) == 0, capsys.readouterr().out
     content = json.loads(file.read_text())
-    names = ["plain", "2 slots", "prefill", "long"]
-    for layout, drafts, assumed in (("small-q2", "2 drafts of mtp", 1.75), ("small-0731-q2", "5 drafts of dspark", 4.42)):
-        for devices in (2, 1):
-            rows = [row for row in content["rows"] if row["layout"] == layout and row["devices"] == devices]
-            assert {row["name"] for row in rows} == {*names, drafts}
-            [drafted] = (row for row in rows if row["name"] == drafts)
-            assert (drafted["assumed_tokens_per_step"], drafted["simulated"], drafted["lossless"]) == (assumed, True, True)
-    assert [row["name"] for row in content["rows"] if row["processes"] == 2] == ["plain"]
-    assert len(content["compared"]) == 11
+    for devices in (2, 1):
+        rows = [row for row in content["rows"] if row["devices"] == devices and row["processes"] == 1]
+        assert [row["piece"] for row in rows] == [one for one in pieces.split(",") if one not in ("gathers", "processes")]
+        [drafted] = (row for row in rows if row["piece"] == "drafts")
+        assert (drafted["name"], drafted["assumed_tokens_per_step"], drafted["lossless"]) == (drafts, assumed, True)
+        assert drafted["simulated"]
+    apart = [row["name"] for row in content["rows"] if row["processes"] == 2]
+    assert apart == (["plain"] if "processes" in pieces else [])
+    assert len(content["compared"]) == len(rows) + len(apart)
     assert all(one["equal"] for one in content["compared"])
     assert picture.stat().st_size > 20_000
     capsys.readouterr()
