@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,36 @@ def test_some_rows_have_the_values_of_the_whole(layout: str) -> None:
             expected = whole[..., half, :]
         for one, other in zip(jax.tree.leaves(part), jax.tree.leaves(expected), strict=True):
             assert np.asarray(one).tobytes() == np.asarray(other).tobytes(), tensor.name
+
+
+SHARES = """
+import json
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ds4jax.random_models import checkpoint
+from pallas_kernels.linear.cut import AXIS
+
+found = {}
+for form in ("MXFP4", "IQ2_XXS", "Q2_K", "Q8_0", "BF16"):
+    for count in (1, 8):
+        mesh = Mesh(np.array(jax.devices()[:count]), (AXIS,))
+        made = checkpoint._over.lower(mesh, form, (256, 2048, 4096), 0.01, np.uint32(1)).compile().memory_analysis()
+        found.setdefault(form, []).append([made.output_size_in_bytes, made.temp_size_in_bytes])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.usefixtures("eight")
+def test_no_device_makes_more_than_its_share() -> None:
+    """At the shape of V4-Flash's experts: what the program of a device leaves, and its temporary arrays."""
+    done = subprocess.run([sys.executable, "-c", SHARES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found) == 5
+    for form, [(whole, _), (part, temporary)] in found.items():
+        # Besides some bytes for the list of planes.
+        assert (whole // 8 <= part <= whole // 8 + 64, temporary < 64) == (True, True), form
 
 
 def test_the_most_important_comes_first() -> None:
