@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ds4jax.bench import environment, mesh, mesh_processes, mesh_report, report, suite
+from ds4jax.bench.exchanges import of_step
 from ds4jax.bench.mesh_options import Options, Run, runs
 from ds4jax.bench.mesh_worker import Task
 from ds4jax.bounds import MESH_PIECES
@@ -52,7 +53,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("eight")
 def test_one_and_two_devices_have_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mesh.json"
-    options = ["--layers", "1", "--devices", "2", "--pieces", "gathers,plain", "--json", str(file)]
+    options = ["--layers", "1", "--devices", "2", "--pieces", "plain", "--json", str(file)]
     assert cli.main([*TINY, *options]) == 0, capsys.readouterr().out
     content = json.loads(file.read_text())
     assert [(row["devices"], row["name"]) for row in content["rows"]] == [(2, "plain"), (1, "plain")]
@@ -60,10 +61,18 @@ def test_one_and_two_devices_have_the_same_bits(tmp_path: Path, capsys: pytest.C
     held = {one["devices"]: one["held_bytes"] for one in content["models"]}
     assert held[1] == [content["models"][0]["weight_bytes"]]
     assert held[2] == [synthetic_share(1, 2)] * 2
-    sizes = [row["whole_bytes"] for row in content["gathers"]]
-    assert sizes == sorted(set(sizes))
-    assert all(row["right"] and row["us_per_gather"] > 0 for row in content["gathers"])
     assert "bits: 1 comparisons, 0 with differences" in capsys.readouterr().out
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("eight")
+def test_gathers_are_timed_at_every_size(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.json"
+    assert cli.main([*TINY, "--devices", "4", "--pieces", "gathers", "--json", str(file)]) == 0
+    config, rows = synthetic.config_of("small-q2"), json.loads(file.read_text())["gathers"]
+    sizes = {4 * count * one.floats for count in (1, 2) for one in of_step(config, 4)}
+    assert [row["whole_bytes"] for row in rows] == sorted(sizes)
+    assert all(row["right"] and row["us_per_gather"] > 0 for row in rows)
 
 
 def synthetic_share(layers: int, devices: int) -> int:
