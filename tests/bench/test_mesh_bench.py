@@ -294,6 +294,25 @@ def test_a_failure_is_a_problem_and_the_rest_is_measured(
     assert not mesh.good(content)
 
 
+ALONE = f"""
+import sys
+from ds4jax.bench import environment, mesh, mesh_processes, mesh_report
+from jax._src import xla_bridge
+
+environment.probe = lambda: {{"device": "A GPU", "jax": "1", "backend": "gpu", "count": 4, "command": ""}}
+mesh_processes.PROGRAM = {says(PLAIN, FINISHED, DONE)!r}
+mesh_report.show(mesh.bench(mesh.Options(), print, lambda content: None))
+sys.exit(len(xla_bridge._backends))
+"""
+
+
+def test_the_first_process_starts_no_device() -> None:
+    """It would hold the memory that the others need."""
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "bits: 5 comparisons, 0 with differences" in done.stdout
+
+
 @pytest.mark.usefixtures("two")
 def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
