@@ -31,6 +31,8 @@ AND_NGRAM = "+ngram"
 DRAFTERS = ("auto", "mtp", "dspark", "ngram", f"mtp{AND_NGRAM}", f"dspark{AND_NGRAM}", "none")
 # How several devices exchange outputs in a decode step; "auto" is what was measured to be faster.
 EXCHANGES = ("auto", "collective", "mailbox")
+# Those that are measured beside each other.
+WAYS = EXCHANGES[1:]
 # No token has this id: the only stop token of a generation that ignores the end of the text.
 NO_STOP = -1
 MAX_TOKENS = 2**31 - 1
@@ -46,6 +48,8 @@ REQUANTISED_FORMS = DENSE_FORMS | {"f16": "F16"}
 FLAVOURS = ("mainline", "antirez", "hub")
 # Layouts of models with random weights.
 LAYOUT_NAMES = ("flash-q2", "small-q2", "ud-iq3-xxs", "small-ud-iq3-xxs", "flash-0731-q2", "small-0731-q2", "mxfp4-layout")
+# What `ds4jax bench mesh` measures, in this order: chains of gathers, models, and one model in two processes.
+MESH_PIECES = ("gathers", "plain", "drafts", "slots", "prefill", "long", "processes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,7 +100,7 @@ def bench(options: Options, note: Note) -> Row:
     problems: list[str] = []
     rows = _timed(options, loops, planned, bandwidth, problems, note)
     by_call = calls.measured(model, capacity, TEXT * options.steps, note)
-    lossless = _lossless(loops[options.drafting], options, note) if options.max_draft else None
+    lossless = lossless_check(loops[options.drafting], options.steps, options.max_draft, note) if options.max_draft else None
     profiles, kernels = _profiles(options, loops, bandwidth, problems, note)
     return {
         "schema": SCHEMA,
@@ -217,7 +217,7 @@ def _simulated(rows: Sequence[Row], acceptance: Sequence[float]) -> list[Row]:
     for row in rows:
         depth = row["draft"]
         if acceptance and depth and not row["sampled"]:
-            tokens = 1 + sum(math.prod(acceptance[: i + 1]) for i in range(depth))
+            tokens = tokens_per_step(acceptance, depth)
             made.append(
                 {
                     "name": row["name"],
@@ -228,6 +228,11 @@ def _simulated(rows: Sequence[Row], acceptance: Sequence[float]) -> list[Row]:
                 }
             )
     return made
+
+
+def tokens_per_step(acceptance: Sequence[float], depth: int) -> float:
+    """Mean tokens of a step with `depth` drafts, if each stands with its share of `acceptance` whenever those before it do."""
+    return 1 + sum(math.prod(acceptance[: i + 1]) for i in range(depth))
 
 
 def _per_step(row: Row, tokens: Sequence[float]) -> list[Row]:
@@ -243,18 +248,20 @@ def _per_step(row: Row, tokens: Sequence[float]) -> list[Row]:
     ]
 
 
-def _lossless(loop: Loop, options: Options, note: Note) -> Row:
-    """Compare plain decode and the maximum draft in one executable. In successive steps 0, 1, .. drafts are right."""
-    count = options.steps
+def lossless_check(loop: Loop, count: int, depth: int, note: Note) -> Row:
+    """Compare `count` tokens of plain decode and of `depth` drafts, the program's maximum, in one executable.
+
+    In successive steps 0, 1, .. drafts are right.
+    """
     plain = loop.run(loop.fresh(), count, 0)
     tokens, marks = np.asarray(plain.tokens)[0, :count], np.asarray(plain.fingerprints)[0, :count]
-    drafted = loop.run(loop.fresh(with_truth(loop.start, tokens)), count, options.max_draft)
+    drafted = loop.run(loop.fresh(with_truth(loop.start, tokens)), count, depth)
     differing = np.asarray(drafted.tokens)[0, :count] != tokens
     bits = np.any(np.asarray(drafted.fingerprints)[0, :count] != marks, axis=1)
     found = {
         "equal": not differing.any() and not bits.any(),
         "program": loop.program.name,
-        "draft": options.max_draft,
+        "draft": depth,
         "tokens": count,
         "steps": int(drafted.acceptance.steps[0]),
         "tried": np.asarray(drafted.acceptance.tried)[0].tolist(),
@@ -262,7 +269,7 @@ def _lossless(loop: Loop, options: Options, note: Note) -> Row:
         "differing_tokens": int(differing.sum()),
         "differing_fingerprints": int(bits.sum()),
     }
-    note(f"draft {options.max_draft} and plain: {'equal' if found['equal'] else 'DIFFERENT'} over {count} tokens")
+    note(f"draft {depth} and plain: {'equal' if found['equal'] else 'DIFFERENT'} over {count} tokens")
     return found
 
 

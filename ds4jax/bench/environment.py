@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -20,6 +21,7 @@ from ds4jax.nvidia import cards
 ROOT = Path(__file__).resolve().parents[2]
 COPY_FLOATS = 2**28
 COPIES = 10
+PROBE = "import json; from ds4jax.bench.environment import present; print(json.dumps(present()))"
 
 
 def require_gpu() -> None:
@@ -103,6 +105,29 @@ def describe() -> dict[str, Any]:
         "kernels_sha256": kernels_sha256(),
         "command": command_line(sys.argv),
     }
+
+
+def present() -> dict[str, Any]:
+    """The fields of `describe`, `backend` and `count` of the devices, and a hash of the package's source, as of the kernels'."""
+    import jax
+
+    devices = {"backend": jax.default_backend(), "count": jax.device_count()}
+    return describe() | {"source_sha256": kernels_sha256(ROOT / "ds4jax")} | devices
+
+
+def probe() -> dict[str, Any]:
+    """`present`, from a process of its own, so that this one holds no memory of a device.
+
+    Raises:
+        InputError: JAX does not start.
+    """
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise InputError(f"bench: jax does not start: {reason}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found | {"command": command_line(sys.argv)}
 
 
 def copy_gbps() -> float:

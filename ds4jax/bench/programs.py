@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ds4jax.bounds import NO_STOP
 from ds4jax.config import Config
@@ -22,6 +23,7 @@ from ds4jax.decode.loop import DecodeState, Limits
 from ds4jax.decode.module import Graph
 from ds4jax.decode.sampling import Filters, Sampling
 from ds4jax.engine import compile
+from ds4jax.loading.placement import everywhere
 from ds4jax.random_models.checkpoint import spread_numbers
 from ds4jax.random_models.oracle import OracleDrafter
 from pallas_kernels.attention.stored_rows import NarrowKeys, NarrowRows, Stored, narrow_keys, narrow_rows
@@ -186,8 +188,9 @@ def lower(program: Program, graph: Graph, weights: tuple[jax.Array, ...], start:
 def compiled(
     programs: Sequence[Program], config: Config, graph: Graph, weights: tuple[jax.Array, ...], context: int, capacity: int
 ) -> dict[Program, Loop]:
-    """Compile all programs, each in its own thread while the next is traced."""
+    """Compile all programs, each in its own thread while the next is traced. Their states are on each of the model's devices."""
     starts = [filled(config, program, context, capacity) for program in programs]
+    starts = everywhere(starts, graph.mesh) if isinstance(graph.mesh, Mesh) else starts
     lowers = [functools.partial(lower, program, graph, weights, start) for program, start in zip(programs, starts, strict=True)]
     made = compile.compile_all(map(compile.Program, lowers), len(programs))
     return {

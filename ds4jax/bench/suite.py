@@ -14,12 +14,14 @@ from pathlib import Path
 
 from ds4jax.bench import environment
 from ds4jax.bench.environment import ROOT
-from ds4jax.errors import InputError
 
-PROBE = "import jax; print(jax.default_backend()); print(jax.devices()[0].device_kind)"
 # pytest-benchmark, if installed, warns about workers, and warnings are errors here.
 PLUGINS = ("-p", "no:cacheprovider", "-p", "no:benchmark")
 LOAD_BYTES = 4_000_000_000
+# Assumed acceptance of the first and second draft of an MTP block, and assumed tokens of a step with DSpark.
+ACCEPTANCE, PER_STEP = (0.79, 0.58), 4.42
+# Seconds of the part "mesh", so that it ends within ten minutes with its tests, and of one of its processes.
+MESH_SECONDS, MESH_LIMIT = 480, 300
 TESTS = ("-m", "pytest", "-m", "gpu", "-o", "addopts=", "--import-mode=importlib", *PLUGINS, "-v", "-rs")
 
 
@@ -29,20 +31,16 @@ def progress() -> Callable[[str], None]:
     return lambda message: print(f"{time.monotonic() - start:6.1f} s  {message}", file=sys.stderr, flush=True)
 
 
-def device_kind() -> str:
-    """JAX's name of the GPU. A separate process asks for it, so that the GPU's memory stays free.
+def gpus() -> tuple[str, int]:
+    """JAX's name of the GPU, and how many there are. A separate process asks for it, so that the GPUs' memory stays free.
 
     Raises:
         InputError: JAX finds no GPU, or does not start.
     """
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, cwd=ROOT)
-    lines = done.stdout.splitlines()
-    if done.returncode or len(lines) < 2:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise InputError(f"bench: jax does not start: {reason}")
-    if lines[0] != "gpu":
-        raise environment.no_gpu(lines[0])
-    return lines[1]
+    found = environment.probe()
+    if found["backend"] != "gpu":
+        raise environment.no_gpu(found["backend"])
+    return found["device"], found["count"]
 
 
 def gpu_tests(path: Path, tests: Sequence[str]) -> bool:
@@ -96,7 +94,7 @@ def decode_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     _start_gpu()
     from ds4jax.bench import decode, decode_report, report
 
-    content = decode.bench(decode.Options(strict=True, acceptance=(0.79, 0.58)), note)
+    content = decode.bench(decode.Options(strict=True, acceptance=ACCEPTANCE), note)
     report.write(out / f"{slug}-decode.json", content)
     decode_report.write_profile(out / f"{slug}-decode-profile.txt", content)
     if importlib.util.find_spec("matplotlib") is None:
@@ -168,6 +166,31 @@ def start_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     return True
 
 
+def mesh_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
+    """Measure V4-Flash on all GPUs and on fewer. Writes `<slug>-mesh.json` after each piece, `.png` and `-mesh-profile.txt`.
+
+    What is in the file already, of the same source, device and options, is not measured again.
+    """
+    from ds4jax.bench import mesh, mesh_report, report
+    from ds4jax.bench.mesh_options import Options
+    from ds4jax.bounds import WAYS
+    from ds4jax.model import paths
+
+    path, (kind, count) = out / f"{slug}-mesh.json", gpus()
+    ways = WAYS[:1] if paths.why_no_peers([kind] * count, 1) else WAYS
+    options = Options(
+        exchanges=ways, acceptance=ACCEPTANCE, per_step=PER_STEP, limit_seconds=MESH_LIMIT, all_seconds=MESH_SECONDS
+    )
+    content = mesh.bench(options, note, lambda content: report.write(path, content), before=mesh.earlier(path))
+    mesh_report.write_profile(out / f"{slug}-mesh-profile.txt", content)
+    if importlib.util.find_spec("matplotlib") is None:
+        note("no figure: matplotlib is not installed")
+    else:
+        mesh_report.plot(out / f"{slug}-mesh.png", content)
+    mesh_report.show(content)
+    return mesh.good(content)
+
+
 PREFILL = (
     "tests/kernels/test_attention_prefill.py",
     "tests/kernels/test_grouped_matmul.py",
@@ -188,10 +211,12 @@ class Part:
     Attributes:
         measure: takes the folder, the device's name for files and a function that prints notes; returns whether all is good.
         tests: arguments for pytest. Tests that mostly compile share the GPU in several processes.
+        several: whether it measures all GPUs; the names of its files then have their number.
     """
 
     measure: Callable[[Path, str, Callable[[str], None]], bool] | None
     tests: tuple[str, ...]
+    several: bool = False
 
 
 PARTS = {
@@ -202,6 +227,7 @@ PARTS = {
     "prefill": Part(prefill_part, ("-n", "4", *PREFILL)),
     "long": Part(long_part, ("-n", "4", *LONG)),
     "start": Part(start_part, ("-n", "0", "tests/kernels/test_gpu.py", "-k", "golden_activation")),
+    "mesh": Part(mesh_part, ("-n", "0", "tests/engine/test_mesh_gpu.py"), several=True),
     "lossless": Part(
         None,
         ("-n", "5", "tests/decode", "tests/model/test_decode_kernels.py", "tests/test_tiny_model.py"),
@@ -216,8 +242,8 @@ def suite(part: str, out: Path) -> int:
         InputError: there is no GPU.
     """
     note = progress()
-    slug = environment.slug(device_kind())
-    chosen = PARTS[part]
+    chosen, (kind, count) = PARTS[part], gpus()
+    slug = environment.slug(kind) + (f"-x{count}" if chosen.several else "")
     measured = chosen.measure is None or chosen.measure(out, slug, note)
     note("tests marked gpu")
     path = out / f"{slug}-{part}-gpu-tests.txt"

@@ -15,7 +15,9 @@ from ds4jax.config import Config
 from ds4jax.decode.module import Graph, flat
 from ds4jax.device import device_memory
 from ds4jax.engine.prefill import nbytes
+from ds4jax.loading import mailboxes
 from ds4jax.loading.checkpoint import Checkpoint
+from ds4jax.loading.placement import Devices, chosen
 from ds4jax.random_models import checkpoint as synthetic
 from ds4jax.random_models.layouts import LAYOUTS
 
@@ -25,7 +27,7 @@ Note = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class WholeModel:
-    """A model with random weights on the default device.
+    """A model with random weights on one or several devices.
 
     Attributes:
         layout: a name in `LAYOUTS`.
@@ -43,18 +45,24 @@ class WholeModel:
     seconds: float
 
     @classmethod
-    def make(cls, layout: str, layers: int | None, note: Note) -> WholeModel:
+    def make(cls, layout: str, layers: int | None, note: Note, devices: Devices = None, exchange: str = "auto") -> WholeModel:
         """Make a model with all layers, or only the first `layers`.
 
+        Args:
+            devices, exchange: what the weights are cut over, and how outputs are gathered, as for `ds4jax.load`.
+
         Raises:
-            InputError: the weights do not fit on the device.
+            InputError: there are not so many devices, the weights do not fit on them, or the exchange cannot be used.
         """
+        present = chosen(devices)
         bandwidth = environment.copy_gbps() if jax.default_backend() == "gpu" else None
         config = synthetic.config_of(layout, layers)
         checkpoint = synthetic.checkpoint(config, layout)
         began = time.perf_counter()
-        graph, split = Graph.split(synthetic.synthetic(checkpoint))
-        weights = jax.block_until_ready(flat(split))
+        model = synthetic.synthetic(checkpoint, present)
+        way = mailboxes.chosen(exchange, present, model)
+        graph, split = Graph.split(model, words=way.words)
+        weights = jax.block_until_ready(flat(split, way.arrays))
         made = cls(layout, config, checkpoint, graph, weights, bandwidth, time.perf_counter() - began)
         note(f"{made.nbytes / 1e9:.1f} GB of weights made in {made.seconds:.1f} s")
         return made

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -227,6 +227,19 @@ def depths(word: str) -> tuple[int, ...]:
 def lengths(word: str) -> tuple[int, ...]:
     """A comma-separated list of token counts, sorted without repeats."""
     return tuple(sorted({token_count(part) for part in word.split(",")}))
+
+
+def names(what: str, allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """A reader of a comma-separated list of allowed names, in the given order without repeats; `what` is one of them in words."""
+
+    def read(word: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(word.split(",")))
+        for name in found:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name!r} is not {what}; give some of {', '.join(allowed)}")
+        return found
+
+    return read
 
 
 def shares(word: str) -> tuple[float, ...]:

@@ -84,8 +84,19 @@ def chosen(name: str, devices: Sequence[jax.Device], model: Transformer) -> Exch
         return COLLECTIVE
     if name == "auto":
         return Exchange("collective", why_not(devices) or why_not_mailboxes(model) or paths.UNMEASURED)
+    return between(devices, places(model.config, len(devices)))
+
+
+def between(devices: Sequence[jax.Device], words: int) -> Exchange:
+    """Mailboxes between devices with places for `words` words of each, tried before they are used.
+
+    Raises:
+        InputError: the devices cannot have mailboxes, or the trial failed.
+    """
+    if reason := why_not(devices):
+        raise InputError(f"exchange is mailbox: {reason}; leave it out")
     mesh = Mesh(np.array(devices), (AXIS,))
-    exchange = allotted(mesh, places(model.config, len(devices)))
+    exchange = allotted(mesh, words)
     require_trial(exchange, mesh)
     return exchange
 

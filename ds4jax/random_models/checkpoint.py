@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from ds4jax.bounds import own_drafter
 from ds4jax.config import Config
@@ -19,6 +20,7 @@ from ds4jax.errors import InputError
 from ds4jax.loading.checkpoint import Checkpoint, Tensor
 from ds4jax.loading.gguf_header import TENSOR_TYPES
 from ds4jax.loading.gguf_names import Slot, device_form, slots
+from ds4jax.loading.placement import Placement, everywhere
 from ds4jax.loading.plan import require_fit
 from ds4jax.loading.tensor_reader import Reading
 from ds4jax.model.block import initial_base
@@ -26,9 +28,11 @@ from ds4jax.model.parameters import Value, build
 from ds4jax.model.transformer import Transformer
 from ds4jax.random_models.layouts import LAYOUTS
 from pallas_kernels.formats import FORMATS, Quantized
+from pallas_kernels.formats.base import row_axes
 from pallas_kernels.formats.codebook import codebook
 from pallas_kernels.formats.iq2_xxs import GRID
 from pallas_kernels.formats.mxfp4 import TWICE_E2M1
+from pallas_kernels.linear.cut import AXIS
 
 # Device type of each form.
 ON_DEVICE = {"F16": jnp.float16, "BF16": jnp.bfloat16, "F32": jnp.float32, "I32": jnp.int32}
@@ -84,14 +88,48 @@ def checkpoint(config: Config, layout: str) -> Checkpoint:
     return Checkpoint(Path(layout), "synthetic", config, tensors, None, {}, drafter=own_drafter(config))
 
 
-def synthetic(checkpoint: Checkpoint) -> Transformer:
-    """Make the model on the default device, tensor by tensor. No tensor is in memory twice.
+def synthetic(checkpoint: Checkpoint, devices: Sequence[jax.Device] = ()) -> Transformer:
+    """Make the model tensor by tensor. No tensor is in memory twice.
+
+    Args:
+        devices: each makes its own rows of what is cut over them, with the values of one device; without any, the default device.
 
     Raises:
-        InputError: the weights do not fit on the device.
+        InputError: the weights do not fit on the devices.
     """
-    require_fit(checkpoint)
-    return build(checkpoint.config, ((tensor.name, tensor.read()) for tensor in checkpoint.tensors))
+    require_fit(checkpoint, max(len(devices), 1))
+    if len(devices) < 2:
+        return build(checkpoint.config, ((tensor.name, tensor.read()) for tensor in checkpoint.tensors))
+    placement = Placement.of(checkpoint.config, devices)
+    return build(checkpoint.config, ((tensor.name, _placed(tensor, placement)) for tensor in checkpoint.tensors))
+
+
+def _placed(tensor: Tensor, placement: Placement) -> Value:
+    """A parameter on all devices: parts of what is cut, copies of everything else."""
+    mesh = placement.mesh
+    assert isinstance(mesh, Mesh)
+    if tensor.name not in placement.cut:
+        whole: Value = everywhere(tensor.read(), mesh)
+        return whole
+    made: Value = _over(mesh, tensor.form, tensor.shape, _spread(tensor.name, tensor.shape), np.uint32(_seed(tensor.name)))
+    return made
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _over(mesh: Mesh, form: str, shape: tuple[int, ...], spread: float, seed: jax.Array) -> Value:
+    """A random matrix or stack cut over a mesh. All devices make their rows at the same time, in one program."""
+    *lead, n, k = shape
+    own = n // mesh.size
+
+    def part(seed: jax.Array) -> Value:
+        share = Share(jax.lax.axis_index(AXIS).astype(jnp.uint32) * own, n)
+        return _random(form, (*lead, own, k), spread, seed, share)
+
+    whole = jax.eval_shape(functools.partial(_random, form, shape, spread), seed)
+    placed = Placement(mesh, frozenset({""})).abstract("", whole)
+    specs = jax.tree.map(lambda plane: plane.sharding.spec, placed)
+    made: Value = jax.shard_map(part, mesh=mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False)(seed)
+    return made
 
 
 def _tensor(config: Config, slot: Slot, layout: str) -> Tensor:
@@ -104,43 +142,77 @@ def _tensor(config: Config, slot: Slot, layout: str) -> Tensor:
         on_device = count * jnp.dtype(ON_DEVICE[form]).itemsize
 
     def start(rows: slice | None) -> Reading:
-        return Reading.at_once(functools.partial(_rows, functools.partial(value, config, slot, layout), rows))
+        return Reading.at_once(functools.partial(value, config, slot, layout, rows))
 
     return Tensor(slot.name, slot.shape, stored, form, count // block * nbytes, on_device, start)
 
 
-def _rows(make: Callable[[], Value], rows: slice | None) -> Value:
-    """Some rows of a value, of the second axis from the end; None stands for all."""
-    made = make()
-    if rows is None:
-        return made
-    if isinstance(made, Quantized):
-        return made.change_rows(lambda plane, axis: jax.lax.slice_in_dim(plane, rows.start, rows.stop, axis=axis))
-    return made[..., rows, :]
+def value(config: Config, slot: Slot, layout: str, rows: slice | None = None) -> Value:
+    """A parameter's value, made on the device. It is the same in every run.
 
-
-def value(config: Config, slot: Slot, layout: str) -> Value:
-    """A parameter's value, made on the device. It is the same in every run."""
+    Args:
+        rows: make only these, of the second axis from the end; None stands for all.
+    """
     form = device_form(slot, LAYOUTS[layout].stored_type(slot, config.n_layers))
-    seed = jnp.uint32(zlib.crc32(slot.name.encode()))
     if form == "I32":
-        return _expert_ids(slot.shape, config.n_experts, seed)
+        return _expert_ids(slot.shape, config.n_experts, jnp.uint32(_seed(slot.name)))
     if slot.name.endswith(("hc_attn_base", "hc_ffn_base")):
         part, number = slot.name.removeprefix("dspark.").split(".")[:2]
         return jnp.asarray(initial_base(config, int(number) + (0 if part == "layers" else config.n_layers)))
     for suffix, constant in _CONSTANT.items():
         if slot.name.endswith(suffix):
             return jnp.full(slot.shape, constant, ON_DEVICE[form])
-    given = (spread for suffix, spread in _SPREAD.items() if slot.name.endswith(suffix))
-    spread = next(given, slot.shape[-1] ** -0.5)
+    shape, share = slot.shape, None
+    if rows is not None:
+        *lead, n, k = slot.shape
+        shape, share = (*lead, rows.stop - rows.start, k), Share(jnp.uint32(rows.start), n)
+    return _random(form, shape, _spread(slot.name, slot.shape), jnp.uint32(_seed(slot.name)), share)
+
+
+def _seed(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+def _spread(name: str, shape: tuple[int, ...]) -> float:
+    """Standard deviation of a parameter with random values."""
+    given = (spread for suffix, spread in _SPREAD.items() if name.endswith(suffix))
+    return next(given, shape[-1] ** -0.5)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Says that an array is some rows of a larger one, whose values it gets.
+
+    Attributes:
+        first: uint32 [], the index of the first row.
+        whole: static; the number of rows of the larger one.
+    """
+
+    first: jax.Array
+    whole: int = dataclasses.field(metadata={"static": True})
+
+
+def _random(form: str, shape: tuple[int, ...], spread: float, seed: jax.Array, share: Share | None = None) -> Value:
+    """Random values [..., N, K] of any form."""
     if form in FORMATS:
-        return random_weight(FORMATS[form], slot.shape, spread, seed)
-    return spread_numbers(slot.shape, ON_DEVICE[form], spread, seed)
+        return random_weight(FORMATS[form], shape, spread, seed, share)
+    return spread_numbers(shape, ON_DEVICE[form], spread, seed, share)
 
 
-def random_bits(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
-    """Random uint32 of any shape: a multiplicative hash of each index. It takes a few operations; threefry takes a hundred."""
-    x = jax.lax.iota(jnp.uint32, math.prod(shape)) * jnp.uint32(0x9E3779B1)
+def random_bits(shape: tuple[int, ...], seed: jax.Array, share: Share | None = None, axis: int = -2) -> jax.Array:
+    """Random uint32 of any shape: a multiplicative hash of each index. It takes a few operations; threefry takes a hundred.
+
+    Args:
+        share: makes the bits of these rows of a larger array, `axis` being the axis of rows from the end.
+    """
+    x = jax.lax.iota(jnp.uint32, math.prod(shape))
+    if share is not None:
+        # The index in the larger array.
+        row = math.prod(shape[axis:][1:])
+        between = (share.whole - shape[axis]) * row % 2**32
+        x += x // jnp.uint32(shape[axis] * row) * jnp.uint32(between) + share.first * jnp.uint32(row)
+    x *= jnp.uint32(0x9E3779B1)
     x = ((x ^ (x >> 16)) ^ seed) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 15)) * jnp.uint32(0xC2B2AE35)
     return (x ^ (x >> 16)).reshape(shape)
@@ -152,9 +224,11 @@ def _unit(bits: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def spread_numbers(shape: tuple[int, ...], dtype: jnp.dtype, spread: float, seed: jax.Array) -> jax.Array:
-    """Uniform random numbers with mean 0 and standard deviation `spread`."""
-    return ((_unit(random_bits(shape, seed)) - 0.5) * (math.sqrt(12) * spread)).astype(dtype)
+def spread_numbers(
+    shape: tuple[int, ...], dtype: jnp.dtype, spread: float, seed: jax.Array, share: Share | None = None
+) -> jax.Array:
+    """Uniform random numbers with mean 0 and standard deviation `spread`; with `share`, those of rows of a larger array."""
+    return ((_unit(random_bits(shape, seed, share)) - 0.5) * (math.sqrt(12) * spread)).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -167,19 +241,22 @@ def _expert_ids(shape: tuple[int, ...], n_experts: int, seed: jax.Array) -> jax.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def random_weight(format: type[Quantized], shape: tuple[int, ...], spread: float, seed: jax.Array) -> Quantized:
+def random_weight(
+    format: type[Quantized], shape: tuple[int, ...], spread: float, seed: jax.Array, share: Share | None = None
+) -> Quantized:
     """A weight [..., N, K] of random blocks, in the format's planes on the device.
 
-    Scales are within 25 % of the value that gives the weights a standard deviation of about `spread`.
+    Scales are within 25 % of the value that gives the weights a standard deviation of about `spread`. With `share`, the blocks
+    are those of rows of a larger weight.
     """
     name, (*lead, k) = format.__name__, shape
     stored = jax.ShapeDtypeStruct((*lead, k // format.BLOCK, format.BLOCK_BYTES), jnp.uint8)
     planes = jax.eval_shape(format.split, stored)
     scale = spread / _unit_of(name)
     made: dict[str, jax.Array] = {}
-    for i, field in enumerate(dataclasses.fields(planes)):
+    for i, (field, axis) in enumerate(zip(dataclasses.fields(planes), row_axes(format), strict=True)):
         plane = getattr(planes, field.name)
-        bits = random_bits(plane.shape, seed + jnp.uint32(0x2BE5AB * i))
+        bits = random_bits(plane.shape, seed + jnp.uint32(0x2BE5AB * i), share, axis)
         if plane.dtype == jnp.float16:
             multiple = scale * (_MINIMUM[name] if field.name == "minima" else 1.0)
             made[field.name] = ((0.75 + 0.5 * _unit(bits)) * multiple).astype(jnp.float16)

@@ -106,7 +106,7 @@ def test_suite_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert line.startswith("ds4jax: error: bench: jax runs on cpu here")
     monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
     with pytest.raises(InputError, match="jax does not start: .*nonsense"):
-        module.device_kind()
+        module.gpus()
 
 
 def test_tests_run_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch, root: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_suite(
         order.append(slug)
         return measured
 
-    monkeypatch.setattr(module, "device_kind", lambda: "A GPU")
+    monkeypatch.setattr(module, "gpus", lambda: ("A GPU", 2))
     monkeypatch.setattr(module, "gpu_tests", gpu_tests)
     monkeypatch.setattr(module, "PARTS", {"kernels": module.Part(part, ("tests/one.py",))})
     assert cli.main(["bench", "suite", "--part", "kernels", "--out", str(tmp_path)]) == code

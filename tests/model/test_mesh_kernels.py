@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from cuda import executed_calls, lowered_for_cuda
+from cuda import executed_calls, gpus, kernel_calls, lowered_for_cuda
+from jax.sharding import NamedSharding
 from mesh_steps import FLASH, cut_model, lowered_step
 
+from ds4jax.bench.exchanges import CUT, chain_of, of_step
 from ds4jax.decode import loop as decode
 from ds4jax.decode.drafters.mtp import MTPDrafter
 from ds4jax.decode.drafters.ngram import NgramDrafter
-from ds4jax.decode.module import Graph
+from ds4jax.decode.module import MAIL_SPECS, Graph
 from ds4jax.loading.cuts import gathers
 from ds4jax.model.parameters import build
 from ds4jax.random_models import checkpoint as synthetic
@@ -23,6 +27,7 @@ from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.experts import decode as experts
 from pallas_kernels.experts import prefill as grouped
 from pallas_kernels.linear import mailbox_gather
+from pallas_kernels.linear.cut import AXIS
 
 # After o_a, o_b, the hidden values and the outputs of the experts.
 A_LAYER = 4
@@ -51,6 +56,12 @@ def by_mail(text: str) -> int:
     return executed_calls(text, mailbox_gather.NAME)
 
 
+def gathered_values(text: str) -> list[int]:
+    """How many values each gather brings together, sorted."""
+    shapes = re.findall(r'"stablehlo\.all_gather".*-> tensor<([\dx]+)xf32>', text)
+    return sorted(math.prod(map(int, shape.split("x"))) for shape in shapes)
+
+
 @pytest.mark.parametrize("devices", [2, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.long
 def test_a_step_of_two_gpus(devices: int) -> None:
@@ -59,6 +70,9 @@ def test_a_step_of_two_gpus(devices: int) -> None:
     assert {name: executed_calls(text, name) for name in expected} == expected
     assert exchanges(text) == gathers(FLASH, devices) == A_LAYER * FLASH.n_layers + ENDS
     assert by_mail(text) == executed_calls(text, mailbox_gather.LOST_NAME) == 0
+    # The benchmark times gathers of these sizes.
+    sizes = [one.floats for one in of_step(FLASH, devices) for _ in range(FLASH.n_layers if one.layers else 1)]
+    assert gathered_values(text) == sorted(sizes)
 
 
 @pytest.mark.parametrize("devices", [2, pytest.param(8, marks=pytest.mark.slow)])
@@ -116,3 +130,16 @@ def test_a_cut_model_has_programs_of_its_own() -> None:
     graphs = [Graph.split(build(FLASH, abstract))[0], *(cut_model(count)[0] for count in (2, 4, 4)), cut_model(4, mail=True)[0]]
     assert graphs[0].mesh is None
     assert len(set(graphs)) == len({graph.text for graph in graphs}) == 4
+
+
+@pytest.mark.parametrize("words", [0, 4096])
+def test_a_chain_of_gathers_of_two_gpus(words: int) -> None:
+    """What the benchmark times: as many gathers as it says, in one way alone."""
+    mesh, links, number = gpus(**{AXIS: 2}), 3, jnp.int32
+    placed = jax.ShapeDtypeStruct((1, 4096), jnp.float32, sharding=NamedSharding(mesh, CUT))
+    boxes = [
+        jax.ShapeDtypeStruct(shape, number, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(((2, 2), (2,)), MAIL_SPECS, strict=True)
+    ]
+    text = lowered_for_cuda(chain_of(mesh, 4096, links, words), placed, *(boxes if words else ()))
+    assert (exchanges(text), kernel_calls(text, mailbox_gather.NAME)) == ((0, links) if words else (links, 0))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ds4jax.bounds import LAYOUT_NAMES, Integers, Numbers
 from ds4jax.cli import options as cli_options
-from ds4jax.cli.commands import bench_batch, bench_costs, bench_prefill, bench_serve
+from ds4jax.cli.commands import bench_batch, bench_costs, bench_mesh, bench_prefill, bench_serve
 from ds4jax.cli.commands import model as models
 from ds4jax.cli.commands.bench_result import ended, notes
 from ds4jax.config import CACHES
@@ -97,11 +97,12 @@ examples:
   ds4jax bench start --synthetic small-q2 --prompt 32 --json start.json"""
 
 # Parts of `ds4jax.bench.suite`, which imports JAX.
-PARTS = ("kernels", "decode", "batch", "load", "prefill", "long", "start", "lossless")
+PARTS = ("kernels", "decode", "batch", "load", "prefill", "long", "start", "mesh", "lossless")
 
 SUITE = """\
 Run one part's benchmarks and bit comparisons, then its tests marked gpu, and write the results to the folder. Exit code 1 if a
-test or a measurement fails or a bit differs. Needs a checkout, pytest and an NVIDIA GPU."""
+test or a measurement fails or a bit differs. Needs a checkout, pytest and an NVIDIA GPU; the part mesh needs several, and goes on
+where it was cut."""
 
 SUITE_EXAMPLES = """\
 examples:
@@ -135,6 +136,7 @@ def add_parser(commands: Any) -> None:
     bench_costs.add_parser(targets)
     bench_serve.add_parser(targets)
     bench_prefill.add_parser(targets)
+    bench_mesh.add_parser(targets)
     start = targets.add_parser("start", help="the first token of a process", description=START, epilog=START_EXAMPLES)
     start.add_argument("--synthetic", choices=LAYOUT_NAMES, help="a model of these shapes with random weights (the tiny model)")
     start.add_argument("--layers", type=cli_options.token_count, metavar="N", help="only the first N layers: a slice")
