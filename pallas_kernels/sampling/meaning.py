@@ -40,7 +40,9 @@ def bounds(size: int, top_k: jax.Array, top_p: jax.Array) -> tuple[jax.Array, ja
     return most, jnp.where(top_p >= 1, jnp.uint32(0xFFFFFFFF), jnp.ceil(top_p * ONE).astype(jnp.uint32))
 
 
-def kept_ties(threshold: jax.Array, size: int, most: jax.Array, least: jax.Array, count: jax.Array, above: jax.Array) -> jax.Array:
+def kept_ties(
+    threshold: jax.Array, size: int, most: jax.Array, least: jax.Array, count: jax.Array, above: jax.Array
+) -> jax.Array:
     """How many tokens at the threshold are kept at most, int32 [].
 
     Args:
