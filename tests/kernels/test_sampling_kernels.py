@@ -40,7 +40,7 @@ def distributions(size: int) -> np.ndarray:
         return weights / weights.sum()
 
     few = np.zeros(size)
-    few[random.permutation(size)[:5]] = [0.5, 0.125, 0.125, 0.125, 0.125]
+    few[random.permutation(size)[:5]] = [0.5, 0.125, 0.125, 0.125, 0.125][:size]
     last = np.zeros(size)
     last[-1] = 1
     tiny = np.full(size, 1e-41)
