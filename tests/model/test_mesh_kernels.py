@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from cuda import executed_calls, lowered_for_cuda
-from jax.sharding import AbstractMesh
+from cuda import executed_calls, gpus, lowered_for_cuda
 
 from ds4jax.config import Config
 from ds4jax.decode import loop as decode
@@ -37,7 +36,7 @@ REDUCTIONS = ("all_reduce", "reduce_scatter", "all_to_all", "collective_permute"
 
 def cut_model(devices: int) -> tuple[Graph, tuple[Any, ...]]:
     """The model over a mesh that needs no devices."""
-    placement = Placement(AbstractMesh((devices,), (AXIS,)), cut_names(FLASH, devices))
+    placement = Placement(gpus(**{AXIS: devices}), cut_names(FLASH, devices))
     tensors = synthetic.checkpoint(FLASH, "flash-q2").tensors
     model = build(FLASH, ((tensor.name, placement.abstract(tensor.name, tensor.abstract)) for tensor in tensors))
     graph, weights = Graph.split(model)
