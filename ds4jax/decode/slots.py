@@ -15,7 +15,7 @@ from flax import nnx
 
 from ds4jax.bounds import NO_STOP
 from ds4jax.config import Config
-from ds4jax.decode import loop
+from ds4jax.decode import exchange, loop
 from ds4jax.decode.depth import Policy
 from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.loop import DecodeState, Limits
@@ -151,10 +151,11 @@ def call(
         steps: int32 [], maximum number of steps; at most `max_steps(max_draft)` are made.
 
     Returns:
-        The state, its report with the latest `CALL_TOKENS` tokens of each slot, see `ds4jax.decode.loop.report`, and the scores
-        of the call's tokens.
+        The state, its report with the latest `CALL_TOKENS` tokens of each slot, see `ds4jax.decode.loop.report` and
+        `exchange.checked`, and the scores of the call's tokens.
     """
-    model = merged(graph, weights)
+    mail = exchange.mail_for(graph, weights, state.cache, drafter, max_draft, strict=strict)
+    model = merged(graph, weights, mail)
     goal_S = jnp.minimum(asked.limits.maximum, state.tokens.shape[1])
     steps = jnp.where(jnp.any(mask.masked), jnp.minimum(steps, 1), jnp.minimum(steps, max_steps(max_draft)))
     begun_S, first_S = loop.active(state, goal_S), state.count
@@ -174,8 +175,9 @@ def call(
         return made + 1, state, scores
 
     scores = Scores.none(len(first_S), CALL_TOKENS, model.config.vocab_size)
-    _, state, scores = jax.lax.while_loop(more, one, (jnp.int32(0), state, scores))
-    return state, loop.report(state, CALL_TOKENS), scores
+    begun = jnp.int32(0), state, scores
+    (_, state, scores), missing = exchange.repeated(mail, more, one, begun, lambda carry: carry[1].count)
+    return state, exchange.marked(loop.report(state, CALL_TOKENS), missing), scores
 
 
 def max_steps(max_draft: int) -> int:
