@@ -31,6 +31,8 @@ PROGRAMS = {
     "draft 2 in max_draft 2": "two drafts a step",
     "plain, sampled": "plain, sampled at temperature 1 with top-p 0.95",
     "draft 2 in max_draft 2, sampled": "two drafts a step, sampled the same",
+    "plain, sampled, top-k 1": "plain, sampled with top-k 1: the greedy tokens",
+    "draft 2 in max_draft 2, sampled, top-k 1": "two drafts a step, sampled with top-k 1",
 }
 SHAPES = {
     "q_b": "32768×1024",

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ds4jax.bench import calls, profile
-from ds4jax.bench.programs import GREEDY, RUNS, SAMPLED, Loop, Program, compiled, with_truth
+from ds4jax.bench.programs import GREEDY, RUNS, SAMPLED, SAMPLED_FIRST, Loop, Program, compiled, with_truth
 from ds4jax.bench.traffic import step_bytes
 from ds4jax.bench.whole_model import Note, Row, WholeModel, finite, peak_bytes
 from ds4jax.bounds import drafts_of, own_drafter
@@ -149,13 +149,17 @@ class Way:
 
 
 def _ways(options: Options) -> list[Way]:
-    """Plain in its own program, each depth in the drafting program, strict plain; then plain and the largest depth sampled."""
+    """Plain in its own program, each depth in the drafting program, strict plain; then plain and the largest depth sampled.
+
+    Sampled steps with `top_k` 1 have the greedy tokens, so that the time over greedy is that of the sampling alone.
+    """
     plain, inside = Way("plain", PLAIN, 0), options.drafting
     depths = options.drafts if options.max_draft else ()
     drafting = [Way(f"{f'draft {depth}' if depth else 'plain'} in {inside.name}", inside, depth) for depth in depths]
     strict = [Way("strict plain", STRICT, 0)] if options.strict else []
     most = [plain, *(way for way in drafting if way.draft == options.max_draft)]
-    sampled = [dataclasses.replace(way, name=f"{way.name}, sampled", sampling=SAMPLED) for way in most]
+    ways = {"sampled": SAMPLED, "sampled, top-k 1": SAMPLED_FIRST}
+    sampled = [dataclasses.replace(way, name=f"{way.name}, {name}", sampling=ways[name]) for name in ways for way in most]
     return [plain, *drafting, *strict, *sampled]
 
 

@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from ds4jax.decode.drafter import Drafts
-from ds4jax.decode.sampling import Filters, draw, filtered, most_likely, uniform
+from ds4jax.decode.sampling import NEXT, REPLACEMENT, Filters, draw, filtered, kept, most_likely, uniform
+from pallas_kernels.sampling import meaning
 
 Decision = tuple[jax.Array, jax.Array]
 
 
-def accept(logits_SWV: jax.Array, drafts: Drafts, depth_S: jax.Array, filters: Filters, position_S: jax.Array) -> Decision:
+def accept(
+    logits_SWV: jax.Array, drafts: Drafts, depth_S: jax.Array, filters: Filters, position_S: jax.Array, *, strict: bool = False
+) -> Decision:
     """Accept a prefix of each sequence's drafts, and choose the token after it.
 
     At temperature 0 a draft is accepted if it is the most likely token. At a higher temperature it is accepted with probability
@@ -31,6 +34,7 @@ def accept(logits_SWV: jax.Array, drafts: Drafts, depth_S: jax.Array, filters: F
         depth_S: int32 [S], the number of valid drafts; later entries are not read.
         filters: temperature, filters and key of each sequence, every field [S].
         position_S: int32 [S], position of the first row.
+        strict: static; without Pallas kernels.
 
     Returns:
         The number of accepted drafts, int32 [S], and the token after them, int32 [S].
@@ -39,7 +43,7 @@ def accept(logits_SWV: jax.Array, drafts: Drafts, depth_S: jax.Array, filters: F
     """
 
     def sampled(logits_SWV: jax.Array) -> Decision:
-        drawn = jax.vmap(_sampled)(logits_SWV, drafts, depth_S, filters.usable(), position_S)
+        drawn = _sampled(logits_SWV, drafts, depth_S, filters.usable(), position_S, strict)
         count_S, token_S = (jnp.where(filters.sampled, a, b) for a, b in zip(drawn, greedy(logits_SWV), strict=True))
         return count_S, token_S
 
@@ -63,21 +67,31 @@ def _greedy(logits_WV: jax.Array, drafts: Drafts, depth: jax.Array) -> Decision:
     return count, tokens_W[count]
 
 
-def _sampled(logits_WV: jax.Array, drafts: Drafts, depth: jax.Array, filters: Filters, position: jax.Array) -> Decision:
-    """One sampled sequence: logits [W, V], drafts [K], other arguments []."""
-    max_draft = drafts.tokens.shape[0]
-    positions_W = position + jnp.arange(max_draft + 1, dtype=jnp.int32)
-    p_WV = jax.vmap(filtered, in_axes=(0, None))(logits_WV, filters)
-    uniform_K = jax.vmap(uniform, in_axes=(None, 0))(filters, positions_W[:-1])
-    known_K = drafts.known(logits_WV.shape[1])
-    chosen = (jnp.arange(max_draft), jnp.where(known_K, drafts.tokens, 0))
-    count = _accepted_prefix(known_K & (uniform_K * _non_negative(drafts.q[chosen]) < p_WV[:-1][chosen]), depth)
-    p_V = p_WV[count]
-    replaced = count < depth
-    above_V = jnp.maximum(p_V - _non_negative(drafts.q[jnp.minimum(count, max_draft - 1)]), 0.0) if max_draft else p_V
+def _sampled(
+    logits_SWV: jax.Array, drafts: Drafts, depth_S: jax.Array, filters: Filters, position_S: jax.Array, strict: bool
+) -> Decision:
+    """The rows of all sequences together, because the kernels share programs among them."""
+    sequences, width, vocabulary = logits_SWV.shape
+    positions_SW = position_S[:, None] + jnp.arange(width, dtype=jnp.int32)
+    filters_SW = jax.tree.map(lambda field: jnp.broadcast_to(field[:, None], positions_SW.shape), filters)
+    if width == 1:
+        # Without drafts nothing asks for a sum of 1.
+        p_SWV = kept(logits_SWV, filters_SW, strict=strict)
+        return jnp.zeros_like(depth_S), draw(p_SWV[:, 0], filters, position_S, NEXT, strict=strict)
+    p_SWV, index_S = filtered(logits_SWV, filters_SW, strict=strict), jnp.arange(sequences, dtype=jnp.int32)
+    earlier = jax.tree.map(lambda field: field[:, :-1], filters_SW)
+    known_SK, q_SKV = drafts.known(vocabulary), drafts.q
+    chosen_SK1 = jnp.where(known_SK, drafts.tokens, 0)[..., None]
+    p_SK, q_SK = (jnp.take_along_axis(x, chosen_SK1, axis=2)[..., 0] for x in (p_SWV[:, :-1], q_SKV))
+    accepted_SK = known_SK & (uniform(earlier, positions_SW[:, :-1]) * _non_negative(q_SK) < p_SK)
+    count_S = jax.vmap(_accepted_prefix)(accepted_SK, depth_S)
+    p_SV, replaced_S = p_SWV[index_S, count_S], count_S < depth_S
+    above_SV = jnp.maximum(p_SV - _non_negative(q_SKV[index_S, jnp.minimum(count_S, width - 2)]), 0.0)
     # If p - q is nowhere positive, p and q are equal up to rounding, and rounding caused the rejection.
-    residual_V = jnp.where(replaced & (jnp.sum(above_V) > 0), above_V, p_V)
-    return count, draw(residual_V, filters, positions_W[count], replaced)
+    some_S = replaced_S & jnp.any(meaning.mass(above_SV) > 0, axis=1)
+    residual_SV = jnp.where(some_S[:, None], above_SV, p_SV)
+    purpose_S = jnp.where(replaced_S, REPLACEMENT, NEXT)
+    return count_S, draw(residual_SV, filters, positions_SW[index_S, count_S], purpose_S, strict=strict)
 
 
 def _non_negative(q: jax.Array) -> jax.Array:

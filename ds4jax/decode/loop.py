@@ -232,7 +232,8 @@ def step(
     seen, cache = verify(model, state.cache, ids_SW, live_S, taps_of(drafter, model.config), strict=strict)
     logits_SWV = seen.logits_SWV
 
-    stand_S, follower_S = accept(mask.applied(logits_SWV) if mask else logits_SWV, drafts, depth_S, filters, position_S)
+    allowed_SWV = mask.applied(logits_SWV) if mask else logits_SWV
+    stand_S, follower_S = accept(allowed_SWV, drafts, depth_S, filters, position_S, strict=strict)
     offset = jnp.arange(verified, dtype=jnp.int32)
     new_SW = jnp.where(offset < stand_S[:, None], jnp.pad(usable_SK, ((0, 0), (0, 1))), follower_S[:, None])
     stops_SW = jnp.any(new_SW[:, :, None] == limits.stop_ids[:, None, :], axis=2) & (offset <= stand_S[:, None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax import bounds
-from ds4jax.decode.selection import kept
+from ds4jax.model import paths
+from pallas_kernels.sampling import decode, meaning
 
 # Higher temperatures overflow float32; at this one the distribution is already uniform.
 MAX_TEMPERATURE = 1e30
@@ -120,28 +121,62 @@ _one = jax.jit(_with_key)
 with_keys = jax.jit(jax.vmap(_with_key))
 
 
-def filtered(logits_V: jax.Array, filters: Filters) -> jax.Array:
-    """The distribution to draw from, float32 [V]; removed tokens have probability 0.
+def kept(logits_V: jax.Array, filters: Filters, *, strict: bool = False) -> jax.Array:
+    """The probabilities of the tokens that the filters keep, float32 [V]; removed tokens have probability 0.
 
     All filters use the same probabilities, softmax(logits / temperature) over the complete vocabulary. A token stays if every
     filter keeps it. Of equal probabilities the lower id ranks first. The most likely token always stays.
 
     Args:
-        logits_V: float32 [V].
-        filters: of one sequence; the temperature must be positive.
+        logits_V: float32 [V], or [..., V] with the axes of the filters' fields.
+        filters: of one sequence, or of as many as there are rows; the temperatures must be positive.
+        strict: static; without Pallas kernels.
     """
     # Subtract the maximum first. Otherwise a small temperature could give infinite values.
-    probabilities = jax.nn.softmax((logits_V - jnp.max(logits_V)) / filters.temperature)
-    kept_V = jnp.where(kept(probabilities, filters.top_k, filters.top_p, filters.min_p), probabilities, 0.0)
-    return kept_V / jnp.sum(kept_V)
+    weights = jnp.exp((logits_V - jnp.max(logits_V, axis=-1, keepdims=True)) / filters.temperature[..., None])
+    probabilities = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    operands = probabilities, filters.top_k, filters.top_p, filters.min_p
+    return _by_row(decode.keep, meaning.keep, operands, strict=strict)
+
+
+def filtered(logits_V: jax.Array, filters: Filters, *, strict: bool = False) -> jax.Array:
+    """The distribution to draw from: `kept`, divided by its sum."""
+    kept_V = kept(logits_V, filters, strict=strict)
+    return kept_V / jnp.sum(kept_V, axis=-1, keepdims=True)
+
+
+def _by_row(
+    kernel: Callable[..., jax.Array], meant: Callable[..., jax.Array], operands: tuple[jax.Array, ...], *, strict: bool
+) -> jax.Array:
+    """A function of rows of the vocabulary, by kernels on CUDA unless strict.
+
+    Args:
+        kernel, meant: functions of the same operands, of R rows and of one.
+        operands: the first one [..., V], the others [...].
+    """
+    axes = operands[0].shape[:-1]
+    rows = tuple(x.reshape(-1, *x.shape[len(axes) :]) for x in operands)
+    default = jax.vmap(meant)
+    if paths.why_not_sampling(strict=strict):
+        made: jax.Array = default(*rows)
+    else:
+        made = jax.lax.platform_dependent(*rows, cuda=kernel, default=default)
+    return made.reshape(*axes, *made.shape[1:])
 
 
 # Purposes of a draw. Each has its own key at each position.
 NEXT, REPLACEMENT, ACCEPTANCE, PROPOSAL = range(4)
 
 
-def _key(filters: Filters, position: jax.Array, purpose: jax.Array | int) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(filters.key, position), purpose)
+def _random(make: Callable[[jax.Array], jax.Array], filters: Filters, position: jax.Array, purpose: jax.Array | int) -> jax.Array:
+    """Random numbers made from the key of each position; all arguments have the position's axes."""
+
+    def one(key: jax.Array, position: jax.Array, purpose: jax.Array) -> jax.Array:
+        return make(jax.random.fold_in(jax.random.fold_in(key, position), purpose))
+
+    for _ in range(position.ndim):
+        one = jax.vmap(one)
+    return one(filters.key, position, jnp.broadcast_to(jnp.asarray(purpose, jnp.int32), position.shape))
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
@@ -149,42 +184,45 @@ def most_likely(logits: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def draw(weights_V: jax.Array, filters: Filters, position: jax.Array, replacement: jax.Array) -> jax.Array:
+def draw(
+    weights_V: jax.Array, filters: Filters, position: jax.Array, purpose: jax.Array | int, *, strict: bool = False
+) -> jax.Array:
     """Draw the token after `position`, int32.
 
     Args:
-        weights_V: float32 [V], proportional to the probabilities.
-        filters: of one sequence.
-        position: int32.
-        replacement: bool, whether the token replaces a rejected draft.
+        weights_V: float32 [V] or [..., V], from 0 to 1 and in all at most about 1: proportional to the probabilities, which they
+            give up to multiples of 2**-31.
+        filters, position: of one row, or with the axes of the rows; the position is int32.
+        purpose: `NEXT`, `REPLACEMENT` or `PROPOSAL`.
+        strict: static; without Pallas kernels.
     """
-    key = _key(filters, position, jnp.where(replacement, REPLACEMENT, NEXT))
-    return jax.random.categorical(key, jnp.log(weights_V)).astype(jnp.int32)
+    random = _random(lambda key: jax.random.bits(key, (), jnp.uint32), filters, position, purpose)
+    return _by_row(decode.pick, meaning.pick, (weights_V, random), strict=strict)
 
 
 def uniform(filters: Filters, position: jax.Array) -> jax.Array:
-    """A random float32 in [0, 1) for accepting the draft after `position`."""
-    return jax.random.uniform(_key(filters, position, ACCEPTANCE), (), jnp.float32)
+    """A random float32 in [0, 1) for accepting the draft after `position`; arguments have the same axes."""
+    return _random(lambda key: jax.random.uniform(key, (), jnp.float32), filters, position, ACCEPTANCE)
 
 
-def propose(logits_SV: jax.Array, filters: Filters, position_S: jax.Array) -> tuple[jax.Array, jax.Array]:
+def propose(
+    logits_SV: jax.Array, filters: Filters, position_S: jax.Array, *, strict: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Choose a draft for each sequence.
 
     Args:
         logits_SV: float32 [S, V], from the drafter.
         filters: every field [S].
         position_S: int32 [S], the position before the draft.
+        strict: static; without Pallas kernels.
 
     Returns:
         The drafts int32 [S], and their distributions float32 [S, V], which are undefined at temperature 0.
     """
 
-    def one(logits_V: jax.Array, filters: Filters, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        q_V = filtered(logits_V, filters)
-        return jax.random.categorical(_key(filters, position, PROPOSAL), jnp.log(q_V)).astype(jnp.int32), q_V
-
     def drawn(logits_SV: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token_S, q_SV = jax.vmap(one)(logits_SV, filters.usable(), position_S)
+        q_SV = filtered(logits_SV, filters.usable(), strict=strict)
+        token_S = draw(q_SV, filters, position_S, PROPOSAL, strict=strict)
         return jnp.where(filters.sampled, token_S, most_likely(logits_SV)), q_SV
 
     def greedy(logits_SV: jax.Array) -> tuple[jax.Array, jax.Array]:

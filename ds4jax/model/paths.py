@@ -128,6 +128,11 @@ def why_not_head(config: Config, head: Any, rows: int, *, strict: bool) -> str |
     return reason or _no_kernel("head", head, LANE_FORMATS)
 
 
+def why_not_sampling(*, strict: bool) -> str | None:
+    """Why the kernels cannot filter probabilities and draw tokens; None when they can."""
+    return "strict" if strict else opt_out()
+
+
 def why_not_prefill_attention(config: Config, rows: Rows, weight: Weight) -> str | None:
     """Why the prefill kernels cannot run the attention of a call of these rows; None when they can.
 

@@ -290,7 +290,8 @@ def test_a_whole_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     told = json.loads((tmp_path / "d.json").read_text())
     assert (told["slice"], told["layers"], told["whole_layers"]) == (True, 3, 6)
     greedy = ["plain", "plain in max_draft 1", "draft 1 in max_draft 1"]
-    assert [row["name"] for row in told["rows"]] == [*greedy, "plain, sampled", "draft 1 in max_draft 1, sampled"]
+    sampled = [f"{name}, {kind}" for kind in ("sampled", "sampled, top-k 1") for name in greedy if name != "plain in max_draft 1"]
+    assert [row["name"] for row in told["rows"]] == [*greedy, *sampled]
     assert all(row["ms_per_step"] > 0 and row["fraction"] is None for row in told["rows"])
     assert [row["simulated"] for row in told["simulated"]] == [True]
     calls = told["calls"]

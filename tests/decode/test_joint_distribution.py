@@ -33,7 +33,7 @@ from ds4jax.decode.drafters.mtp import MTPDrafter, MTPState
 from ds4jax.decode.drafters.ngram import NgramDrafter, NgramState
 from ds4jax.decode.drafters.second_opinion import Opinions, SecondOpinion
 from ds4jax.decode.loop import DecodeState, Limits
-from ds4jax.decode.sampling import Filters, Sampling, draw, filtered
+from ds4jax.decode.sampling import REPLACEMENT, Filters, Sampling, draw, filtered
 from ds4jax.language_model import LanguageModel
 
 FAR = 1000
@@ -234,18 +234,18 @@ def test_a_stop_token_inside_a_draft_ends_what_plain_decode_would_end(depth):
 
 
 def every_draft_stands(
-    logits_SWV: jax.Array, drafts: Drafts, depth_S: jax.Array, filters: Filters, position_S: jax.Array
+    logits_SWV: jax.Array, drafts: Drafts, depth_S: jax.Array, filters: Filters, position_S: jax.Array, *, strict: bool
 ) -> Decision:
-    return depth_S, accept(logits_SWV, drafts, jnp.int32(0) * depth_S, filters, position_S)[1]
+    return depth_S, accept(logits_SWV, drafts, jnp.int32(0) * depth_S, filters, position_S, strict=strict)[1]
 
 
 def replaced_from_p(
-    logits_SWV: jax.Array, drafts: Drafts, depth_S: jax.Array, filters: Filters, position_S: jax.Array
+    logits_SWV: jax.Array, drafts: Drafts, depth_S: jax.Array, filters: Filters, position_S: jax.Array, *, strict: bool
 ) -> Decision:
-    count_S, follower_S = accept(logits_SWV, drafts, depth_S, filters, position_S)
+    count_S, follower_S = accept(logits_SWV, drafts, depth_S, filters, position_S, strict=strict)
 
     def plain(logits_WV: jax.Array, count: jax.Array, filters: Filters, position: jax.Array) -> jax.Array:
-        return draw(filtered(logits_WV[count], filters), filters, position + count, jnp.array(True))
+        return draw(filtered(logits_WV[count], filters, strict=strict), filters, position + count, REPLACEMENT, strict=strict)
 
     return count_S, jnp.where(count_S < depth_S, jax.vmap(plain)(logits_SWV, count_S, filters, position_S), follower_S)
 

@@ -212,6 +212,7 @@ def test_the_opt_out_is_the_reason_everywhere(monkeypatch: pytest.MonkeyPatch) -
         paths.why_not_block(KINDS, weights_of(abstract().layers[0])),
         paths.why_not_step(KINDS, [weights_of(abstract().layers[0])], chunk(1), caches.empty(KINDS, 64).layers),
         paths.why_not_head(KINDS, STORED, 1, strict=False),
+        paths.why_not_sampling(strict=False),
         paths.why_not_prefill_attention(KINDS, chunk(9), number(64, 64)),
         paths.why_not_grouped_experts(KINDS, [STORED] * 3, decoding=False, strict=False),
     } == {f"{OPT_OUT}=1"}

@@ -75,7 +75,7 @@ class DSparkDrafter:
         """Draft with one pass if any sequence has a depth above 0; `maximum` is at most the config's `dspark_block`."""
 
         def choose(i: int, logits_SV: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return propose(logits_SV, filters, rows.start + i)
+            return propose(logits_SV, filters, rows.start + i, strict=rows.strict)
 
         def some() -> Drafts:
             made = list(slots(model, state, last_S, rows.start, depth_S > 0, maximum, choose, strict=rows.strict))

@@ -55,7 +55,7 @@ class MTPDrafter:
         position_S, strict = rows.start, rows.strict
 
         def add(i: jax.Array, drafts: Drafts, h_SND: jax.Array) -> Drafts:
-            token_S, q_SV = propose(model.mtp_logits(h_SND, strict=strict), filters, position_S + i)
+            token_S, q_SV = propose(model.mtp_logits(h_SND, strict=strict), filters, position_S + i, strict=strict)
             return Drafts(drafts.tokens.at[:, i].set(token_S), drafts.q.at[:, i].set(q_SV))
 
         def deeper(i: jax.Array, carry: Carry) -> Carry:

@@ -1,0 +1,1 @@
+"""Sampling: the tokens that the filters keep, and the draw of one of them."""
