@@ -144,6 +144,7 @@ def load(
     cache: str = "float32",
     max_draft: int | None = None,
     devices: Devices = None,
+    groups: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a GGUF file, whole or split, or a checkpoint directory of the hub, tensor by tensor. Weights keep their stored format.
@@ -165,6 +166,8 @@ def load(
             speculative decode give the same tokens within one such loop. Without drafts, a loop for 0 is the fastest.
         devices: a number of devices, "all", or a list of devices or of their indices; None is the first. The weights are cut over
             them, and on a CPU the output has the same bits on any number.
+        groups: divide the devices into so many equal groups, each with all weights and its part of an engine's slots. On a CPU
+            replies have the same bits with any number.
         progress: called after each tensor with the bytes read and the bytes of all tensors.
 
     Raises:
@@ -178,7 +181,9 @@ def load(
     path, side = Path(path) if path is not None else SHIPPED, drafter_file or mtp_file
     checkpoint = open_checkpoint(path, side, dense=dense, drafter=drafter)
     checkpoint.log_note()
-    return from_checkpoint(checkpoint, qat=qat, cache=cache, max_draft=max_draft, devices=devices, progress=progress)
+    return from_checkpoint(
+        checkpoint, qat=qat, cache=cache, max_draft=max_draft, devices=devices, groups=groups, progress=progress
+    )
 
 
 def from_checkpoint(
@@ -188,6 +193,7 @@ def from_checkpoint(
     cache: str | None = None,
     max_draft: int | None = None,
     devices: Devices = None,
+    groups: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Read the weights of an opened model; arguments and errors as for `load`."""
@@ -195,10 +201,11 @@ def from_checkpoint(
     from ds4jax.loading.plan import require_fit
 
     found = placement.chosen(devices)
+    groups = placement.checked_groups(groups, found)
     max_draft = bounds.max_draft_of(checkpoint.opened_with, checkpoint.config, max_draft)
     checkpoint = checkpoint.configured(qat=qat, cache=cache)
-    require_fit(checkpoint, len(found))
-    with placement.read(checkpoint, found) as values:
+    require_fit(checkpoint, len(found), groups)
+    with placement.read(checkpoint, found, groups) as values:
         model = build(checkpoint.config, _named(checkpoint, values, progress))
     about = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.opened_with}
     return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, **about)

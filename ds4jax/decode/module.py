@@ -14,13 +14,14 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ds4jax.decode import groups
+from ds4jax.decode.groups import WHOLE
 from ds4jax.model.transformer import Transformer
 from pallas_kernels.formats import Quantized
 from pallas_kernels.linear.cut import AXIS, Cut
 
 Weights = nnx.State | tuple[jax.Array, ...]
 Program = TypeVar("Program", bound=Callable[..., Any])
-WHOLE = PartitionSpec()
 
 
 @jax.tree_util.register_static
@@ -79,11 +80,14 @@ def _placed(arrays: list[jax.Array]) -> tuple[Mesh | AbstractMesh | None, tuple[
     return next((one.mesh for one in shardings if isinstance(one, NamedSharding)), None), specs
 
 
-def on_devices(program: Program) -> Program:
+def on_devices(program: Program, ins: Any = WHOLE, outs: Any = WHOLE) -> Program:
     """Run a program `(graph, weights, *arguments, **static)` of a cut model on every device of its mesh, under `jax.jit`.
 
-    All devices have the same arguments and results, and exchange what `pallas_kernels.linear.cut` gathers, so they make the same
-    decisions. A model on one device runs `program` as it is.
+    All devices of a group have the same arguments and results, and exchange what `pallas_kernels.linear.cut` gathers, so they
+    make the same decisions. A model on one device runs `program` as it is.
+
+    Args:
+        ins, outs: how arguments and results lie on groups, as for `groups.over_groups`; read if there are any.
     """
 
     @functools.wraps(program)
@@ -94,7 +98,9 @@ def on_devices(program: Program) -> Program:
         def on_each(weights: tuple[jax.Array, ...], arguments: tuple[Any, ...]) -> Any:
             return program(graph, weights, *arguments, **static)
 
-        whole = jax.shard_map(on_each, mesh=graph.mesh, in_specs=(graph.specs, WHOLE), out_specs=WHOLE, check_vma=False)
+        placed = (ins, outs) if groups.count(graph.mesh) > 1 else (WHOLE, WHOLE)
+        specs = {"in_specs": (graph.specs, placed[0]), "out_specs": placed[1]}
+        whole = jax.shard_map(on_each, mesh=graph.mesh, **specs, check_vma=False)
         return whole(flat(weights), arguments)
 
     return run  # type: ignore[return-value]
@@ -124,6 +130,9 @@ def _with_cuts(state: nnx.State, mesh: Mesh | AbstractMesh, specs: Iterator[Part
     """The state with a `Cut` in place of each weight that is cut."""
     values, tree = jax.tree.flatten(state, is_leaf=lambda value: isinstance(value, Quantized))
     planes = [[next(specs) for _ in jax.tree.leaves(value)] for value in values]
-    cut = [Cut(value, mesh.size) if any(AXIS in spec for spec in of) else value for value, of in zip(values, planes, strict=True)]
+    cut = [
+        Cut(value, mesh.shape[AXIS]) if any(AXIS in spec for spec in of) else value
+        for value, of in zip(values, planes, strict=True)
+    ]
     made: nnx.State = jax.tree.unflatten(tree, cut)
     return made
