@@ -98,9 +98,8 @@ def on_devices(program: Program, ins: Any = WHOLE, outs: Any = WHOLE) -> Program
         def on_each(weights: tuple[jax.Array, ...], arguments: tuple[Any, ...]) -> Any:
             return program(graph, weights, *arguments, **static)
 
-        placed = (ins, outs) if groups.count(graph.mesh) > 1 else (WHOLE, WHOLE)
-        specs = {"in_specs": (graph.specs, placed[0]), "out_specs": placed[1]}
-        whole = jax.shard_map(on_each, mesh=graph.mesh, **specs, check_vma=False)
+        own, made = (ins, outs) if groups.count(graph.mesh) > 1 else (WHOLE, WHOLE)
+        whole = jax.shard_map(on_each, mesh=graph.mesh, in_specs=(graph.specs, own), out_specs=made, check_vma=False)
         return whole(flat(weights), arguments)
 
     return run  # type: ignore[return-value]

@@ -93,8 +93,8 @@ class Shape:
 def fresh(model: Loaded, shape: Shape) -> DecodeState:
     """The state of free slots."""
     mesh = model.graph.mesh if shape.groups > 1 else None
-    options = {"drafter": shape.drafter, "max_draft": model.max_draft, "mesh": mesh}
-    state = beginning.state(model.config, shape.capacity, [0] * shape.slots, **options)
+    last_S, depth = [0] * shape.slots, model.max_draft
+    state = beginning.state(model.config, shape.capacity, last_S, drafter=shape.drafter, max_draft=depth, mesh=mesh)
     return state if mesh else model.placed(state)
 
 
