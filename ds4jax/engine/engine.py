@@ -212,10 +212,12 @@ def _require_fit(model: Loaded, shape: Shape, context: int) -> None:
         return
     kernels = jax.devices()[0].platform != "cpu"
     calls = call_bytes(model.config, shape.chunk, shape.capacity, kernels=kernels)
-    state = state_bytes(model, shape)
+    # Groups on a CPU share its memory.
+    parts = shape.groups if kernels else 1
+    state = state_bytes(model, shape) * shape.groups // parts
     if state + calls > free:
-        fitting = max(free - calls, 0) * (shape.slots // shape.groups) // state * shape.groups
+        fitting = max(free - calls, 0) * (shape.slots // parts) // state * parts
         raise InputError(
             f"slots: {shape.slots} with a context of {context:,} need {(state + calls) / GB:.2f} GB beside the weights, "
-            f"{free / GB:.2f} GB are free; {fitting} would fit"
+            f"{free / GB:.2f} GB are free; {fitting - fitting % shape.groups} would fit"
         )

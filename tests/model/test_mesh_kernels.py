@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -13,10 +14,14 @@ from jax.sharding import AbstractMesh
 
 from ds4jax.config import Config
 from ds4jax.decode import loop as decode
+from ds4jax.decode import slots
 from ds4jax.decode.depth import Policy
+from ds4jax.decode.groups import GROUPS, placed_shapes
 from ds4jax.decode.loop import Limits
+from ds4jax.decode.masks import Mask
 from ds4jax.decode.module import Graph, flat
 from ds4jax.decode.sampling import Filters, Sampling
+from ds4jax.decode.width import ROOM
 from ds4jax.loading.cuts import cut_names, gathers
 from ds4jax.loading.placement import Placement
 from ds4jax.model.parameters import build
@@ -35,9 +40,10 @@ ENDS = 2
 REDUCTIONS = ("all_reduce", "reduce_scatter", "all_to_all", "collective_permute", "collective_broadcast")
 
 
-def cut_model(devices: int) -> tuple[Graph, tuple[Any, ...]]:
-    """The model over a mesh that needs no devices."""
-    placement = Placement(AbstractMesh((devices,), (AXIS,)), cut_names(FLASH, devices))
+def cut_model(devices: int, in_groups: int = 1) -> tuple[Graph, tuple[Any, ...]]:
+    """The model over a mesh that needs no devices: so many of them, in each of so many groups."""
+    axes = ((in_groups, devices), (GROUPS, AXIS)) if in_groups > 1 else ((devices,), (AXIS,))
+    placement = Placement(AbstractMesh(*axes), cut_names(FLASH, devices))
     tensors = synthetic.checkpoint(FLASH, "flash-q2").tensors
     model = build(FLASH, ((tensor.name, placement.abstract(tensor.name, tensor.abstract)) for tensor in tensors))
     graph, weights = Graph.split(model)
@@ -60,6 +66,39 @@ def test_a_step_of_two_gpus(devices: int) -> None:
     expected = {experts.GATE_UP: 3, experts.DOWN: 3, attention.SPLIT_NAME: 3}
     assert {name: executed_calls(text, name) for name in expected} == expected
     assert exchanges(text) == gathers(FLASH, devices) == A_LAYER * FLASH.n_layers + ENDS
+
+
+@pytest.mark.parametrize("devices", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.long
+def test_a_call_of_slots_on_two_groups(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group makes the launches of its own two slots, and gathers among its own devices alone."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    graph, weights = cut_model(devices, in_groups=2)
+    empty = jax.eval_shape(lambda: decode.start(FLASH, 512, [0] * 4, drafter=None, max_draft=0))
+    state = placed_shapes(empty, graph.mesh)
+    arguments = (graph, weights, state, slots.Asked.none(4, (1.0,)), Mask.none(4, FLASH.vocab_size), jnp.int32(1))
+    text = lowered_for_cuda(slots.call.__wrapped__, *arguments, drafter=None, max_draft=0, strict=False)
+    expected = {experts.GATE_UP: 3, experts.DOWN: 3, attention.SPLIT_NAME: 3}
+    assert {name: executed_calls(text, name) for name in expected} == expected
+    assert exchanges(text) == (gathers(FLASH, devices) if devices > 1 else 0)
+    assert set(re.findall(r"replica_groups = dense<(.*?)>", text)) == ({"[[0, 1], [2, 3]]"} if devices > 1 else set())
+    # The window's ring of two slots, in a program of four.
+    ring = rf"tensor<(\d)x{FLASH.window + ROOM}x{FLASH.head_dim}xf32>"
+    launches = [line for line in text.splitlines() if "@__gpu$xla.gpu.triton" in line]
+    assert {count for line in launches for count in re.findall(ring, line)} == {"2"}
+
+
+@pytest.mark.long
+def test_a_prefill_of_slots_on_two_groups() -> None:
+    """All groups compute the rows and gather as one group alone would; nothing crosses."""
+    graph, weights = cut_model(2, in_groups=2)
+    state = placed_shapes(jax.eval_shape(lambda: decode.start(FLASH, 1024, [0] * 2, drafter=None, max_draft=0)), graph.mesh)
+    ids = jax.ShapeDtypeStruct((512,), jnp.int32)
+    arguments = (graph, weights, state.cache, None, ids, ids, jnp.int32(512), jnp.int32(1))
+    text = lowered_for_cuda(slots.prefill.__wrapped__, *arguments, drafter=None, strict=False)
+    assert {name: executed_calls(text, name) for name in (grouped.GATE_UP, grouped.DOWN)} == {grouped.GATE_UP: 2, grouped.DOWN: 2}
+    assert exchanges(text) == (A_LAYER + 1) * 2 + 1
+    assert set(re.findall(r"replica_groups = dense<(.*?)>", text)) == {"[[0, 1], [2, 3]]"}
 
 
 @pytest.mark.long
