@@ -173,11 +173,11 @@ def test_an_engine_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def in_two_groups() -> Iterator[Any]:
+def in_two_groups() -> Any:
     """A model that says that its devices are two groups."""
     model = copy.copy(shallow_model())
     model.graph = types.SimpleNamespace(mesh=AbstractMesh((2, 1), (GROUPS, "devices")))  # type: ignore[assignment]
-    yield model
+    return model
 
 
 def test_slots_that_groups_do_not_divide_are_refused_in_one_line(in_two_groups: Any) -> None:

@@ -63,19 +63,21 @@ def test_the_same_bits_on_any_number_of_devices(name: str, parts: str, counts: t
 
 
 @pytest.mark.parametrize(
-    ("name", "layouts"),
+    ("name", "parts", "layouts"),
     [
-        pytest.param("layer", ("1/1", "2/2"), marks=pytest.mark.long),
-        pytest.param("mtp", ("1/1", "2/2", "4/2"), marks=pytest.mark.slow),
-        pytest.param("mtp", ("1/1", "8/2", "8/4"), marks=pytest.mark.slow),
-        pytest.param("dspark", ("1/1", "4/2", "4/4"), marks=pytest.mark.slow),
-        pytest.param("tiny", ("1/1", "2/2", "4/2"), marks=pytest.mark.slow),
+        pytest.param("layer", "slots", ("1/1", "2/2"), marks=pytest.mark.long),
+        # One sequence is whole on all groups.
+        pytest.param("mtp", "tokens,slots", ("1/1", "2/2", "4/2"), marks=pytest.mark.slow),
+        pytest.param("mtp", "slots", ("1/1", "8/2", "8/4"), marks=pytest.mark.slow),
+        pytest.param("dspark", "slots", ("1/1", "4/2", "4/4"), marks=pytest.mark.slow),
+        pytest.param("tiny", "slots,session", ("4/2", "1/1", "2/2"), marks=pytest.mark.slow),
     ],
 )
-def test_the_same_bits_on_any_number_of_groups(name: str, layouts: tuple[str, ...]) -> None:
+def test_the_same_bits_on_any_number_of_groups(name: str, parts: str, layouts: tuple[str, ...]) -> None:
     """Requests of an engine with four slots, whose groups have their part of the state and exchange nothing in a step."""
-    found, checkpoint = measured(name, "slots", *layouts), opened(name)
-    expected, state = found[layouts[0]]["equal"], found[layouts[0]]["state"][0]
+    found, checkpoint = measured(name, parts, *layouts), opened(name)
+    expected, state = found["1/1"]["equal"], found["1/1"]["state"][0]
+    assert list(expected) == ["fingerprint", *parts.split(",")]
     for strict in ("strict False", "strict True"):
         replies, reused, freed = expected["slots"][strict]
         assert len(replies) == 9
