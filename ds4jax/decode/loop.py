@@ -172,6 +172,8 @@ def append(
 
 def as_prefill(program: Callable[..., tuple[Cache, Any]]) -> Callable[..., tuple[Cache, Any]]:
     """A function with the arguments of `append` as a compiled program."""
+    # JAX names the program by it.
+    program.__name__ = "prefill"
     return precise(jax.jit(program, static_argnames=("graph", "drafter", "strict"), donate_argnames=("cache", "drafting")))
 
 

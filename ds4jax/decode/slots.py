@@ -213,14 +213,15 @@ def call(
     With groups, each makes its own steps: a group ends early when one of its own requests ends, or has none.
     """
     mesh, own = getattr(graph, "mesh", None), state.count.shape[0]
-    if groups.count(mesh) > 1 and jax.default_backend() == "cpu":
-        # A CPU computes steps of other numbers of slots with other code, which ends in other last bits.
-        state, asked, mask = _in_whole_shape(state, asked, mask, mesh)
+    # A CPU computes steps of other numbers of slots with other code, which ends in other last bits.
+    in_whole_shape = groups.count(mesh) > 1 and jax.default_backend() == "cpu"
+    if in_whole_shape:
+        state, asked, mask = _repeated(state, asked, mask, mesh)
     made = _stepped(merged(graph, weights), state, asked, mask, steps, drafter, max_draft, strict)
-    return jax.tree.map(lambda array_S: array_S[:own], made) if len(made[1]) > own else made
+    return jax.tree.map(lambda array_S: array_S[:own], made) if in_whole_shape else made
 
 
-def _in_whole_shape(state: DecodeState, asked: Asked, mask: Mask, mesh: AnyMesh) -> tuple[DecodeState, Asked, Mask]:
+def _repeated(state: DecodeState, asked: Asked, mask: Mask, mesh: AnyMesh) -> tuple[DecodeState, Asked, Mask]:
     """The slots of a group in the shape of those of all groups; the others are copies with nothing to do."""
     policy = Policy(groups.repeated(asked.policy.depth, mesh), asked.policy.costs)
     limits, filters, scored = groups.repeated((asked.limits, asked.filters, asked.scored), mesh)
