@@ -7,6 +7,10 @@ import re
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
+
+# Since jax 0.11 a kernel's lowering asks for the kind of device, inside `shard_map` that of the mesh.
+NAMED_DEVICES = jax.__version_info__ >= (0, 11)
 
 
 def lowered_for_cuda(jitted: Any, *args: Any, **options: Any) -> str:
@@ -15,11 +19,19 @@ def lowered_for_cuda(jitted: Any, *args: Any, **options: Any) -> str:
     def text() -> str:
         return jitted.trace(*args, **options).lower(lowering_platforms=("cuda",)).as_text()
 
-    if jax.__version_info__ < (0, 11):
+    if not NAMED_DEVICES:
         return text()
+    with jax.sharding.use_abstract_mesh(gpus()):
+        return text()
+
+
+def gpus(**axes: int) -> AbstractMesh:
+    """A mesh of these axes and sizes of GPUs that need not be there; without axes, one GPU."""
+    sizes, names = tuple(axes.values()), tuple(axes)
+    if not NAMED_DEVICES:
+        return AbstractMesh(sizes, names)
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        return text()
+    return AbstractMesh(sizes, names, abstract_device=device)
 
 
 def kernel_calls(text: str, name: str) -> int:

@@ -17,7 +17,7 @@ from small_models import shallow_model, text
 
 from ds4jax.cache import capacity
 from ds4jax.cache.capacity import cut
-from ds4jax.engine import engine as engine_module
+from ds4jax.engine import shape as shape_module
 from ds4jax.engine.chunk_state import ChunkState
 from ds4jax.engine.intake import Intake
 from ds4jax.engine.loaded import Loaded
@@ -71,7 +71,7 @@ def test_prompts_in_calls_of_two_widths(monkeypatch: pytest.MonkeyPatch) -> None
     def two(model: Loaded, shape: Shape, context: int, chunk: int | None) -> Shape:
         return dataclasses.replace(shape, widths=(CHUNK // 2, CHUNK))
 
-    monkeypatch.setattr(engine_module, "with_widths", two)
+    monkeypatch.setattr(shape_module, "with_widths", two)
     fields = {"max_new_tokens": 8, "ignore_eos": True}
     short, long = (text(0, length) for length in (CHUNK + CHUNK // 2 + 1, CHUNK + CHUNK // 2 + 14))
     with engine() as one:

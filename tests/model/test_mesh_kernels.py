@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from cuda import executed_calls, lowered_for_cuda
-from jax.sharding import AbstractMesh
+from cuda import executed_calls, gpus, lowered_for_cuda
 
 from ds4jax.config import Config
 from ds4jax.decode import loop as decode
@@ -42,8 +41,8 @@ REDUCTIONS = ("all_reduce", "reduce_scatter", "all_to_all", "collective_permute"
 
 def cut_model(devices: int, in_groups: int = 1) -> tuple[Graph, tuple[Any, ...]]:
     """The model over a mesh that needs no devices: so many of them, in each of so many groups."""
-    axes = ((in_groups, devices), (GROUPS, AXIS)) if in_groups > 1 else ((devices,), (AXIS,))
-    placement = Placement(AbstractMesh(*axes), cut_names(FLASH, devices))
+    axes = {GROUPS: in_groups, AXIS: devices} if in_groups > 1 else {AXIS: devices}
+    placement = Placement(gpus(**axes), cut_names(FLASH, devices))
     tensors = synthetic.checkpoint(FLASH, "flash-q2").tensors
     model = build(FLASH, ((tensor.name, placement.abstract(tensor.name, tensor.abstract)) for tensor in tensors))
     graph, weights = Graph.split(model)
