@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from cuda import exchanging
 from gguf_files import MAIN, MTP
 from numerics import GOLDEN
 
@@ -170,8 +170,7 @@ def lowered_call(model: LanguageModel) -> dict[str, Any]:
     asked, mask = slots.Asked.none(4, (1.0,) * (1 + model.max_draft)), Mask.none(4, model.config.vocab_size)
     options = {"drafter": shape.drafter, "max_draft": model.max_draft, "strict": False}
     text = slots.lower_call(model.graph, model.arrays, shapes(model, shape), asked, mask, **options).as_text()
-    members = re.findall(r"replica_groups = dense<(.*?)>", text)
-    return {"counts": {word: text.count(f'"stablehlo.{word}"') for word in EXCHANGES}, "members": sorted(set(members))}
+    return {"counts": {word: text.count(f'"stablehlo.{word}"') for word in EXCHANGES}, "members": sorted(exchanging(text))}
 
 
 def nbytes(arrays: Any, count: int) -> list[int]:
