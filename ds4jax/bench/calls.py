@@ -10,7 +10,8 @@ import numpy as np
 from ds4jax.bench.programs import FIRST_TOKEN
 from ds4jax.bench.whole_model import Note, Row, WholeModel
 from ds4jax.decode.module import merged
-from ds4jax.engine.generation import STREAM_BUDGET, Generation
+from ds4jax.engine.generation import Generation
+from ds4jax.engine.pace import PIECES
 from ds4jax.language_model import LanguageModel
 
 BUDGETS = (1, 8, 32)
@@ -47,7 +48,7 @@ def measured(built: WholeModel, capacity: int, tokens: int, note: Note) -> Row:
         "advance": advance,
         "call_ms": round(float(call_ms), 3),
         "step_ms": round(float(step_ms), 4),
-        "in_pieces": round(tokens / _seconds(stream(), tokens, STREAM_BUDGET), 2),
+        "in_pieces": round(tokens / _seconds(stream(), tokens, PIECES[0]), 2),
         "in_one_call": round(tokens / _seconds(stream(), tokens, tokens), 2),
     }
     note(line(made))
@@ -58,7 +59,7 @@ def line(made: Row) -> str:
     """One line with the figures."""
     return (
         f"a call costs {made['call_ms']:.2f} ms in addition to steps of {made['step_ms']:.3f} ms; "
-        f"{made['in_pieces']:.1f} tokens/s in pieces of {STREAM_BUDGET} tokens, {made['in_one_call']:.1f} in one call"
+        f"{made['in_pieces']:.1f} tokens/s in pieces of {PIECES[0]} tokens, {made['in_one_call']:.1f} in one call"
     )
 
 

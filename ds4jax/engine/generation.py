@@ -25,10 +25,10 @@ from ds4jax.engine.compile import begin, wait
 from ds4jax.engine.host_copy import HostCopy
 from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.options import Options, Result, Snapshot, require_drafter
+from ds4jax.engine.pace import piece
 from ds4jax.engine.prefill import Progress, buckets_here, chunk_here, nbytes
 from ds4jax.errors import InputError
 
-STREAM_BUDGET = 8
 FIRST_BUDGET = 1
 
 # Function of prompt ids int32 [T] and the needed capacity: a state whose cache has a prefix of the prompt, or None.
@@ -88,7 +88,7 @@ class Generation:
         self._capacity = self._state.tokens.shape[1] if self._state else capacity
         self.finish_reason, self._overtaken = "interrupted", False
         self._began, self._seconds = time.perf_counter(), resumed.seconds if resumed else 0.0
-        self._ready_to_run = False
+        self._ready_to_run, self._token_seconds = False, 0.0
         self._host = HostCopy(model.max_draft)
         if resumed and self._state:
             self._host.read(self._state)
@@ -253,14 +253,17 @@ class Generation:
         self._state, report = program(self._model.arrays, self._state, limits, self._filters, self._policy)
         host.read(self._state, report)
         self._ready += host.tokens[counted : host.count - host.stopped]
-        self._seconds += time.perf_counter() - began
+        took = time.perf_counter() - began
+        self._seconds += took
+        # The first call may wait for its program.
+        self._token_seconds = took / max(host.count - counted, 1) if counted else 0.0
 
     def __iter__(self) -> Iterator[list[int]]:
         # The first token is returned as soon as possible, the others in groups.
         budget = FIRST_BUDGET
         while self.finish_reason == "interrupted":
             new = self.advance(budget)
-            budget = STREAM_BUDGET
+            budget = piece(self._token_seconds)
             if new:
                 yield new
 

@@ -1,4 +1,4 @@
-"""How many steps a call of the loop makes: enough that the call itself costs little, and few enough for readers and newcomers."""
+"""How many tokens or steps a call of the loop makes: so many that it costs little itself, and so few that no reader waits long."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from __future__ import annotations
 PIECE_SECONDS = 0.045
 # A call's own cost is at most this share of its time, where the bound above allows it.
 OWN_SHARE = 0.03
+# Tokens of a piece of a stream. They are few numbers, because the device keeps an array for each.
+PIECES = (8, 16, 32)
 # Weight of the latest measurement.
 LATEST = 0.25
+
+
+def piece(seconds: float) -> int:
+    """Tokens of a stream's next piece: as many as come within `PIECE_SECONDS`.
+
+    Args:
+        seconds: time of a token; 0 if it is not known.
+    """
+    return max((size for size in PIECES if seconds and size * seconds <= PIECE_SECONDS), default=PIECES[0])
 
 
 class Pace:

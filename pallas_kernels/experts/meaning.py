@@ -5,17 +5,20 @@ Source: `Gate` and `Expert` of the reference inference code; gguf.md §6.
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formats import Quantized
-from pallas_kernels.linear.cut import Cut, completed, filled, own_part
+from pallas_kernels.linear.cut import Cut, completed, filled, own_part, rows_of
 from pallas_kernels.linear.meaning import Weight, as_float32, expert_dot
 
 # The weights of a row's experts are divided by their sum, but at least by this.
 MIN_WEIGHT_SUM = 2.0**-14
+# Values of a small stack. It is kept in float32 beside the stored one while a program runs.
+SMALL = 2**20
 
 Formats = tuple[type[Quantized], ...]
 
@@ -64,7 +67,8 @@ def gathered(
             the kernels.
         precision: of the float products.
     """
-    gate_TKFD, down_TKDF, up_TKFD = (filled(_take_chosen(stack, chosen_TK)) for stack in (gate, down, up))
+    stacks = (_small_in_float(stack, in_float) for stack in (gate, down, up))
+    gate_TKFD, down_TKDF, up_TKFD = (filled(_take_chosen(stack, chosen_TK)) for stack in stacks)
 
     def gate_or_up(weight: Weight) -> jax.Array:
         if _quantises(weight, in_float):
@@ -79,6 +83,18 @@ def gathered(
     down_TKDF = as_float32(down_TKDF)
     products = jnp.einsum("tkdf,tkf->tkd", down_TKDF, hidden_TKF, precision=precision, preferred_element_type=jnp.float32)
     return own_part(jnp.sum(products, axis=1), down)
+
+
+def _small_in_float(stack: Weight | Cut, in_float: Formats) -> Weight | Cut:
+    """A stack of a small model as float32, if its products are float32 ones; any other stack as it is.
+
+    A compiler takes the conversion of a whole stack out of a loop of decode steps, but not that of the chosen matrices.
+    """
+    rows = rows_of(stack)
+    if not isinstance(rows, Quantized) or _quantises(rows, in_float) or math.prod(rows.shape) > SMALL:
+        return stack
+    values = rows.dequantize()
+    return Cut(values, stack.devices) if isinstance(stack, Cut) else values
 
 
 def _take_chosen(stack: Weight | Cut, chosen_TK: jax.Array) -> Weight | Cut:

@@ -68,7 +68,15 @@ def quantized_dot(x: jax.Array, weight: Quantized) -> jax.Array:
     totals = jnp.sum(xq, axis=-1).reshape(m, groups, 1, blocks, count)
     sums, ws = _block_sums(dots.reshape(*dots.shape[:-1], blocks, count), totals, terms)
     xs = jnp.concatenate([xs] * (ws.shape[-1] // blocks), axis=-1)
-    return jnp.sum(sums * (ws[None] * xs[:, :, None, :]), axis=-1)
+    return _scaled_sum("...nb,...b->...n", sums * ws, xs)
+
+
+def _scaled_sum(spec: str, terms: jax.Array, xs: jax.Array) -> jax.Array:
+    """Sum of a weight's terms times the activations' scales: a library product for each row.
+
+    In loops a CPU compiler fuses products and sums differently for other numbers of rows, and runs short sums one by one.
+    """
+    return jnp.einsum(spec, terms, xs, precision="highest", preferred_element_type=jnp.float32)
 
 
 def _quantize_for(x: jax.Array, weight: Quantized) -> tuple[jax.Array, jax.Array]:
@@ -116,7 +124,4 @@ def expert_dot(x: jax.Array, weight: Quantized, *, add_up: bool = False) -> jax.
     dots = jnp.sum(xq * terms.values.astype(jnp.float32), axis=-1)
     sums, steps = _block_sums(dots, jnp.sum(xq, axis=-1), terms)
     xs = jnp.concatenate([xs] * (steps.shape[-1] // xs.shape[-1]), axis=-1)
-    # A library product for each row. In loops a CPU compiler fuses products and sums differently for other numbers of rows.
-    terms_NB = sums * steps
-    spec = "...enb,...eb->...n" if add_up else "...nb,...b->...n"
-    return jnp.einsum(spec, terms_NB, xs, precision="highest", preferred_element_type=jnp.float32)
+    return _scaled_sum("...enb,...eb->...n" if add_up else "...nb,...b->...n", sums * steps, xs)

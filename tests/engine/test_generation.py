@@ -9,6 +9,7 @@ from flax import nnx
 from numerics import arrays, golden_model, golden_transformer
 
 from ds4jax.decode.sampling import Sampling
+from ds4jax.engine import pace
 from ds4jax.engine.compile import programs
 from ds4jax.errors import InputError
 
@@ -139,3 +140,14 @@ def test_bad_options(options, said):
 def test_decode_from_outside_the_sequence(decode_from):
     with pytest.raises(InputError, match="decode-from"):
         golden_model().logits([1, 2, 3], decode_from=decode_from)
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(1e9, [1, 8, 32, 19]), (0.0, [1, 8, 8, 8, 8, 8, 8, 8, 3])])
+def test_a_stream_comes_in_pieces_of_a_bounded_time(monkeypatch, seconds, sizes):
+    monkeypatch.setattr(pace, "PIECE_SECONDS", seconds)
+    stream = golden_model().stream([3, 4], max_new_tokens=60, ignore_eos=True, draft=0)
+    assert [len(new) for new in stream] == sizes
+
+
+def test_pieces_by_the_time_of_a_token():
+    assert [pace.piece(seconds) for seconds in (0.0, 1e-4, 0.002, 0.004, 0.02)] == [8, 32, 16, 8, 8]
