@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ds4jax import bounds
-from ds4jax.bounds import SHIPPED
+from ds4jax.bounds import EXCHANGES, SHIPPED
 from ds4jax.decode.drafter import Drafter
 from ds4jax.engine import costs, session_state
 from ds4jax.engine.generation import Generation
@@ -117,7 +117,7 @@ class LanguageModel(Loaded):
             raise InputError("with_mtp_of: both models must have the same shape, with an MTP block")
         graph, _, *rest = nnx.split(nnx.merge(self.graph, self.weights), MTP_PARAMETERS, ...)
         model = nnx.merge(graph, nnx.state(other, MTP_PARAMETERS), *rest)
-        return LanguageModel(model, self.tokenizer, self.path, max_draft=self.max_draft)
+        return LanguageModel(model, self.tokenizer, self.path, max_draft=self.max_draft, exchange=self.exchange)
 
     def with_max_draft(self, max_draft: int) -> LanguageModel:
         """The same weights, not copied, with a decode loop for another maximum number of drafts.
@@ -126,7 +126,8 @@ class LanguageModel(Loaded):
             InputError: `max_draft` is more than the drafter can make.
         """
         model = nnx.merge(self.graph, self.weights)
-        return LanguageModel(model, self.tokenizer, self.path, max_draft=max_draft, no_mtp=self.no_mtp, drafter=self.drafter_name)
+        about: dict[str, Any] = {"no_mtp": self.no_mtp, "drafter": self.drafter_name, "exchange": self.exchange}
+        return LanguageModel(model, self.tokenizer, self.path, max_draft=max_draft, **about)
 
     def step_costs(self, capacity: int, *, strict: bool, drafter: Drafter | None = None) -> tuple[float, ...]:
         """Time (ms) of a decode step at each depth 0 to `max_draft`, from the package's table or measured once per program."""
@@ -145,6 +146,7 @@ def load(
     max_draft: int | None = None,
     devices: Devices = None,
     groups: int = 1,
+    exchange: str = EXCHANGES[0],
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a GGUF file, whole or split, or a checkpoint directory of the hub, tensor by tensor. Weights keep their stored format.
@@ -168,11 +170,14 @@ def load(
             them, and on a CPU the output has the same bits on any number.
         groups: divide the devices into so many equal groups, each with all weights and its part of an engine's slots. On a CPU
             replies have the same bits with any number.
+        exchange: how several devices exchange outputs in decode steps: by XLA's collectives ("collective") or, on GPUs of one
+            process, by direct stores into each other's memory ("mailbox"). "auto" is collectives until mailboxes are measured on
+            GPUs. No bit depends on it.
         progress: called after each tensor with the bytes read and the bytes of all tensors.
 
     Raises:
-        InputError: the files or devices cannot be used, the weights do not fit on the devices, or the model does not support the
-            cache. The message is one line. Everything that the headers show is checked before any weight is read.
+        InputError: the files, devices or exchange cannot be used, the weights do not fit on the devices, or the model does not
+            support the cache. The message is one line. Everything that the headers show is checked before any weight is read.
     """
     from ds4jax.loading import open_checkpoint
 
@@ -182,7 +187,14 @@ def load(
     checkpoint = open_checkpoint(path, side, dense=dense, drafter=drafter)
     checkpoint.log_note()
     return from_checkpoint(
-        checkpoint, qat=qat, cache=cache, max_draft=max_draft, devices=devices, groups=groups, progress=progress
+        checkpoint,
+        qat=qat,
+        cache=cache,
+        max_draft=max_draft,
+        devices=devices,
+        groups=groups,
+        exchange=exchange,
+        progress=progress,
     )
 
 
@@ -194,20 +206,23 @@ def from_checkpoint(
     max_draft: int | None = None,
     devices: Devices = None,
     groups: int = 1,
+    exchange: str = EXCHANGES[0],
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Read the weights of an opened model; arguments and errors as for `load`."""
-    from ds4jax.loading import placement
+    from ds4jax.loading import mailboxes, placement
     from ds4jax.loading.plan import require_fit
 
     found = placement.chosen(devices)
     groups = placement.checked_groups(groups, found)
     max_draft = bounds.max_draft_of(checkpoint.opened_with, checkpoint.config, max_draft)
     checkpoint = checkpoint.configured(qat=qat, cache=cache)
+    mailboxes.require(exchange, found, lambda: build(checkpoint.config, placement.abstract(checkpoint, found, groups)), groups)
     require_fit(checkpoint, len(found), groups)
     with placement.read(checkpoint, found, groups) as values:
         model = build(checkpoint.config, _named(checkpoint, values, progress))
-    about = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.opened_with}
+    way = mailboxes.chosen(exchange, found, model, groups)
+    about: dict[str, Any] = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.opened_with, "exchange": way}
     return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, **about)
 
 

@@ -100,6 +100,15 @@ def prompt_experts(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return rows
 
 
+def exchange(checkpoint: Checkpoint) -> dict[str, str]:
+    """How GPUs exchange outputs in a decode step, with the reasons: "auto" and "mailbox", each a way and a reason."""
+    weights = _weights(checkpoint)
+    blocks = [own for (block, _), own in weights.items() if block]
+    reason = paths.why_not_mailboxes(checkpoint.config, blocks, weights["", ""]["head"])
+    able = f"refused ({reason})" if reason else f"mailboxes, between {' or '.join(paths.PEERS)} of one process"
+    return {"auto": f"collectives ({reason or paths.UNMEASURED})", "mailbox": able}
+
+
 def _weights(checkpoint: Checkpoint) -> dict[tuple[str, str], dict[str, Any]]:
     """The abstract weights of each block, and of each stage of a DSpark drafter, by their dotted names."""
     weights: dict[tuple[str, str], dict[str, Any]] = {}

@@ -29,6 +29,8 @@ def model_text(found: dict[str, Any]) -> str:
         lines += ["", "origin", *(f"  {key:<34} {_value(value)}" for key, value in origin.items())]
     if "dispatch" in found:
         lines += ["", *_dispatch_lines(found["dispatch"]), "", *_expert_lines(found["prompt_experts"])]
+        lines += ["", "exchanges of a decode step between GPUs, by --exchange"]
+        lines += [f"  {name:<28} {way}" for name, way in found["exchange"].items()]
     return "\n".join(lines)
 
 

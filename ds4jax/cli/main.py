@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from ds4jax import runtime
 from ds4jax.cli.commands.version import Version
 from ds4jax.cli.options import parsers
-from ds4jax.errors import InputError
+from ds4jax.errors import ExchangeError, InputError
 
 EXAMPLES = """\
 examples:
@@ -119,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_stdout()
         return PIPE_CLOSED
+    except ExchangeError as error:
+        parser.exit(1, f"ds4jax: error: {error}\n")
     except OSError as error:
         _drop_stdout()
         parser.exit(1, f"ds4jax: error: {error}\n")

@@ -21,7 +21,7 @@ from flax import nnx
 from ds4jax.cache import state as caches
 from ds4jax.cache.state import Cache, Rows
 from ds4jax.config import Config
-from ds4jax.decode import groups
+from ds4jax.decode import exchange, groups
 from ds4jax.decode.accept import accept
 from ds4jax.decode.depth import Acceptance, Policy, choose_depth, shortened
 from ds4jax.decode.drafter import Drafter, Drafts, committed, taps_of
@@ -306,9 +306,11 @@ def run(
         strict: static; float32 products without Pallas kernels.
 
     Returns:
-        The state with the new tokens and their fingerprints appended, and its `report`, which the host reads in one transfer.
+        The state with the new tokens and their fingerprints appended, and its `report`, which the host reads in one transfer;
+        see `exchange.checked`.
     """
-    model = merged(graph, weights)
+    mail = exchange.mail_for(graph, weights, state.cache, drafter, max_draft, strict=strict)
+    model = merged(graph, weights, mail)
     goal_S = jnp.minimum(state.count + limits.budget, jnp.minimum(limits.maximum, state.tokens.shape[1]))
 
     def unfinished(state: DecodeState) -> jax.Array:
@@ -317,8 +319,8 @@ def run(
     def one(state: DecodeState) -> DecodeState:
         return step(model, state, goal_S, limits, filters, policy, drafter, max_draft, strict)[0]
 
-    state = jax.lax.while_loop(unfinished, one, state)
-    return state, report(state)
+    state, missing = exchange.repeated(mail, unfinished, one, state, lambda state: state.count)
+    return state, exchange.marked(report(state), missing)
 
 
 def report(state: DecodeState, size: int = REPORTED) -> jax.Array:

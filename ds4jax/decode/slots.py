@@ -17,7 +17,7 @@ from flax import nnx
 from ds4jax.bounds import NO_STOP
 from ds4jax.cache.state import Cache
 from ds4jax.config import Config
-from ds4jax.decode import groups, loop
+from ds4jax.decode import exchange, groups, loop
 from ds4jax.decode.depth import Policy
 from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.groups import SLOTS, WHOLE, AnyMesh
@@ -28,6 +28,7 @@ from ds4jax.decode.sampling import Filters, Sampling
 from ds4jax.decode.scores import Scores
 from ds4jax.model.transformer import Transformer
 from ds4jax.precision import precise
+from pallas_kernels.linear.mailbox_gather import Mail
 
 Carry = tuple[jax.Array, DecodeState, Scores]
 
@@ -207,17 +208,18 @@ def call(
         steps: int32 [], maximum number of steps; at most `max_steps(max_draft)` are made.
 
     Returns:
-        The state, its report with the latest `CALL_TOKENS` tokens of each slot, see `ds4jax.decode.loop.report`, and the scores
-        of the call's tokens.
+        The state, its report with the latest `CALL_TOKENS` tokens of each slot, see `ds4jax.decode.loop.report` and
+        `exchange.checked`, and the scores of the call's tokens.
 
     With groups, each makes its own steps: a group ends early when one of its own requests ends, or has none.
     """
+    mail = exchange.mail_for(graph, weights, state.cache, drafter, max_draft, strict=strict)
     mesh, own = getattr(graph, "mesh", None), state.count.shape[0]
     # A CPU computes steps of other numbers of slots with other code, which ends in other last bits.
     in_whole_shape = groups.count(mesh) > 1 and jax.default_backend() == "cpu"
     if in_whole_shape:
         state, asked, mask = _repeated(state, asked, mask, mesh)
-    made = _stepped(merged(graph, weights), state, asked, mask, steps, drafter, max_draft, strict)
+    made = _stepped(merged(graph, weights, mail), mail, state, asked, mask, steps, drafter, max_draft, strict)
     return jax.tree.map(lambda array_S: array_S[:own], made) if in_whole_shape else made
 
 
@@ -232,6 +234,7 @@ def _repeated(state: DecodeState, asked: Asked, mask: Mask, mesh: AnyMesh) -> tu
 
 def _stepped(
     model: Transformer,
+    mail: Mail | None,
     state: DecodeState,
     asked: Asked,
     mask: Mask,
@@ -259,8 +262,9 @@ def _stepped(
         return made + 1, state, scores
 
     scores = Scores.none(len(first_S), CALL_TOKENS, model.config.vocab_size)
-    _, state, scores = jax.lax.while_loop(more, one, (jnp.int32(0), state, scores))
-    return state, loop.report(state, CALL_TOKENS), scores
+    begun = jnp.int32(0), state, scores
+    (_, state, scores), missing = exchange.repeated(mail, more, one, begun, lambda carry: carry[1].count)
+    return state, exchange.marked(loop.report(state, CALL_TOKENS), missing), scores
 
 
 def max_steps(max_draft: int) -> int:

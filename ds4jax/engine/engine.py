@@ -170,6 +170,11 @@ class Engine:
         """Whether the engine takes requests."""
         return self._scheduler.alive
 
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the engine by itself, such as an `ExchangeError`."""
+        return self._scheduler.error
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A digest of everything that a reply's bits depend on, besides the request: 32 hexadecimal digits.
@@ -187,7 +192,8 @@ class Engine:
             "jax": jax.__version__,
             "device": f"{device.platform} {device.device_kind} {processor() if device.platform == 'cpu' else ''}",
             "environment": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "DS4JAX_NO_SHARE_WARP")},
-            # On a CPU they change no bit. On GPUs that is not shown for the prefill.
+            # On a CPU they change no bit. On GPUs that is not shown for the prefill. How they exchange outputs changes none: that
+            # only moves bits.
             **({"devices": mesh.size} if mesh and device.platform != "cpu" else {}),
             **({"groups": shape.groups} if shape.groups > 1 and device.platform != "cpu" else {}),
             "slots": shape.slots,

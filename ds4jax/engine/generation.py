@@ -144,7 +144,8 @@ class Generation:
             start, width, count = self._calls[0]
             (program,) = wait([self._prefill_program(width)])
             ids, following = padded(self.prompt_ids, start, width), padded(self.prompt_ids, start + 1, width)
-            cache, drafting = program(self._model.arrays, state.cache, state.drafting, ids, following, np.int32(count))
+            with self._model.exchange.alone:
+                cache, drafting = program(self._model.arrays, state.cache, state.drafting, ids, following, np.int32(count))
             self._state = dataclasses.replace(state, cache=cache, drafting=drafting)
             self._done += count
             del self._calls[0]
@@ -217,6 +218,7 @@ class Generation:
 
         Raises:
             InputError: a later continuation of the session has the cache, or the cache was lost.
+            ExchangeError: devices lost what they sent each other.
         """
         budget = bounds.BUDGET.checked("budget", budget)
         if self.finish_reason != "interrupted" or budget < 1:
@@ -250,7 +252,8 @@ class Generation:
         (program,) = wait([self._loop])
         limits = dataclasses.replace(self._limits, budget=_on_device(min(budget, self._max_count - counted)))
         # Kept before it is read: a Ctrl-C while the device works must not lose the cache.
-        self._state, report = program(self._model.arrays, self._state, limits, self._filters, self._policy)
+        with self._model.exchange.alone:
+            self._state, report = program(self._model.arrays, self._state, limits, self._filters, self._policy)
         host.read(self._state, report)
         self._ready += host.tokens[counted : host.count - host.stopped]
         took = time.perf_counter() - began

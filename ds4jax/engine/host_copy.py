@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from ds4jax.decode import loop as decode
+from ds4jax.decode.exchange import checked
 from ds4jax.decode.loop import DecodeState
 
 # Numbers of latest tokens for an additional reading; the first sufficient one is used. Each size is a small program.
@@ -43,6 +44,9 @@ class HostCopy:
         Args:
             state: of one sequence, read where the report does not reach back to the tokens that the host has.
             report: what the loop's call returned, see `ds4jax.decode.loop.report`; None takes one of the state. It is deleted.
+
+        Raises:
+            ExchangeError: devices lost what they sent each other.
         """
         news = _values(_report(state) if report is None else report)
         new = int(news[0]) - len(self.tokens)
@@ -67,7 +71,7 @@ def _values(report: jax.Array) -> np.ndarray:
 
     The next call then finds every buffer at the same address, and CUDA graphs need no update: 3 ms of a call on an H200.
     """
-    (values,) = np.array(report)
+    (values,) = checked(np.array(report))
     report.delete()
     return values
 

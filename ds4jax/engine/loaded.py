@@ -29,6 +29,7 @@ from ds4jax.engine.draft_arrays import draft_arrays, draft_positions
 from ds4jax.engine.prefill import Progress, buckets_here, chunk_here, nbytes
 from ds4jax.errors import InputError
 from ds4jax.loading import fingerprint
+from ds4jax.loading.mailboxes import COLLECTIVE, Exchange
 from ds4jax.loading.placement import everywhere
 from ds4jax.model.transformer import Transformer
 from ds4jax.text.prompt import Prompt, checked, encoded
@@ -49,7 +50,9 @@ class Loaded:
         drafter_name: the drafter that drafts unless another is passed: "mtp", "dspark", "ngram" or "none".
         max_draft: the maximum number of drafts per step that the loop is compiled for. Without drafts, 0 is the fastest.
         graph, weights: the static part and the arrays of the Flax module, for your own jitted functions.
-        arrays: the arrays of `weights` in one tuple; calls of compiled programs process it faster than the tree.
+        arrays: the arrays of `weights` in one tuple, and those of the exchange; calls of compiled programs process it faster than
+            the tree.
+        exchange: how its devices exchange outputs in a decode step.
         costs: times (ms) of a decode step, by program; see `ds4jax.engine.costs`.
     """
 
@@ -62,6 +65,7 @@ class Loaded:
         max_draft: int | None = None,
         no_mtp: str = "these weights have no MTP block",
         drafter: str | None = None,
+        exchange: Exchange = COLLECTIVE,
     ):
         self.config: Config = model.config
         self.tokenizer = tokenizer
@@ -69,8 +73,9 @@ class Loaded:
         self.no_mtp = "" if self.config.n_mtp else no_mtp
         self.drafter_name = drafter or bounds.own_drafter(self.config)
         self.max_draft = bounds.max_draft_of(self.drafter_name, self.config, max_draft)
-        self.graph, self.weights = Graph.split(model)
-        self.arrays = flat(self.weights)
+        self.exchange = exchange
+        self.graph, self.weights = Graph.split(model, words=exchange.words)
+        self.arrays = flat(self.weights, exchange.arrays)
         self.costs: dict[tuple[int, bool, Drafter | None], tuple[float, ...]] = {}
         self._shapes: dict[tuple[int, Drafter | None], DecodeState] = {}
 

@@ -1,4 +1,4 @@
-"""How many tokens or steps a call of the loop makes: so many that it costs little itself, and so few that no reader waits long."""
+"""How many tokens or steps a call of the loop makes: enough that it costs little itself, and so few that no reader waits."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from ds4jax.engine.pace import Pace
 from ds4jax.engine.prefix import PrefixCache
 from ds4jax.engine.request import Request
 from ds4jax.engine.slots import News, Slots
+from ds4jax.errors import ExchangeError
 
 # Calls without steps that measure a call's own cost.
 EMPTY_CALLS = 3
@@ -74,6 +75,11 @@ class Scheduler:
     def alive(self) -> bool:
         """Whether the thread takes requests."""
         return self._thread.is_alive() and not self._closing
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the thread by itself."""
+        return self._error
 
     def submit(self, request: Request) -> None:
         """Append a request to the queue.
@@ -247,6 +253,9 @@ class Scheduler:
     def _guarded(self, work: Callable[[], None], culprit: Request | None) -> None:
         try:
             work()
+        except ExchangeError:
+            # The devices stay as they are, so that no call can succeed.
+            raise
         except Exception as error:
             self._recover(error, culprit)
 

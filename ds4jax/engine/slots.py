@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from ds4jax.bounds import NO_STOP
 from ds4jax.cache.capacity import padded
 from ds4jax.decode import loop, slots
+from ds4jax.decode.exchange import checked
 from ds4jax.decode.groups import SLOTS
 from ds4jax.decode.loop import DecodeState
 from ds4jax.decode.masks import Mask
@@ -164,7 +165,8 @@ class Slots:
         program = self.compiled()[len(ids_C)]
         index = (np.int32(slot),) if self.shape.slots > 1 else ()
         state = self.state
-        cache, drafting = program(self.model.arrays, state.cache, state.drafting, ids_C, following_C, np.int32(count), *index)
+        with self.model.exchange.alone:
+            cache, drafting = program(self.model.arrays, state.cache, state.drafting, ids_C, following_C, np.int32(count), *index)
         self._state = dataclasses.replace(state, cache=cache, drafting=drafting)
         jax.block_until_ready(cache.length)
 
@@ -250,11 +252,15 @@ class Slots:
 
         Returns:
             The number of steps, and what is new in each of these slots.
+
+        Raises:
+            ExchangeError: devices lost what they sent each other.
         """
         program = self.compiled()[CALL]
         arguments = self.model.arrays, self.state, self._asked, self._mask, self._number(steps)
-        self._state, report, scores = program(*arguments)
-        numbers_SN = np.array(report)
+        with self.model.exchange.alone:
+            self._state, report, scores = program(*arguments)
+        numbers_SN = checked(np.array(report))
         tables = jax.tree.map(np.asarray, (scores.chosen, scores.top, scores.top_ids)) if self._scored else None
         # The next call then finds every buffer at the same address, and CUDA graphs need no update.
         report.delete()

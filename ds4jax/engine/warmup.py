@@ -18,6 +18,7 @@ from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.prefill import buckets_here, chunk_here, nbytes
 from ds4jax.errors import InputError
 from ds4jax.loading.checkpoint import Checkpoint
+from ds4jax.loading.mailboxes import COLLECTIVE
 from ds4jax.loading.placement import Devices, abstract, chosen
 from ds4jax.model.parameters import build
 
@@ -51,7 +52,7 @@ def without_weights(checkpoint: Checkpoint, *, max_draft: int | None = None, dev
     """
     model = build(checkpoint.config, abstract(checkpoint, chosen(devices)))
     about = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.opened_with}
-    return Loaded(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, **about)
+    return Loaded(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, exchange=COLLECTIVE, **about)
 
 
 def programs(model: Loaded, context: int, *, strict: bool, chunk: int | None = None) -> list[Program]:

@@ -55,6 +55,21 @@ def gathers(config: Config, devices: int) -> int:
     return sum(name.endswith(_GATHERED) and not name.startswith(("mtp", "dspark")) for name in cut_names(config, devices))
 
 
+def row_words(config: Config, devices: int) -> int:
+    """Maximum words of 32 bits that a device sends for a row of a decode step in one gather."""
+    # A device sends its guess of a row's embedding. Of the other gathers each device has an equal part: the hidden values of the
+    # experts and of the shared one, the outputs of both, those of the attention's low-rank projection, logits, and the input of
+    # the MTP block.
+    whole = (
+        (2 + config.n_active) * config.moe_dim,
+        2 * config.dim,
+        config.o_groups * config.o_lora_rank,
+        config.vocab_size,
+        (1 + config.hc_mult) * config.dim,
+    )
+    return max(config.dim, -(-max(whole) // devices))
+
+
 def undivided(config: Config, devices: int) -> tuple[str, ...]:
     """Kinds of parameters, such as `attn.wq_b`, that could be cut but do not divide among this many devices."""
     cut = cut_names(config, devices)

@@ -304,7 +304,7 @@ def _experts(
         mixing, [hidden] = launch(parts, warps=1, interpret=interpret)
         made = launch(shared_parts, warps=1, interpret=interpret)
     gate, up = itertools.chain(*made)
-    gate, up, hidden = _hidden(gate, up, hidden, weights)
+    gate, up, hidden = gathered_together([gate, up, hidden], weights[SHARED[0]])
     quantized: Activation | ActivationK
     if w2.BLOCK == BLOCK:
         shared = swiglu.swiglu(gate, up, type(shared_down), limit=limit, interpret=interpret)
@@ -318,16 +318,6 @@ def _experts(
     ]
     [routed], [output] = launch(parts, warps=1, interpret=interpret)
     return tuple(gathered_together([routed, output], weights[SHARED[1]])), mixing
-
-
-def _hidden(gate: jax.Array, up: jax.Array, hidden: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gate and up [T, F] of the shared expert and hidden values [T·K, F] of the routed ones, on all devices in one exchange."""
-    cut, rows = weights[SHARED[0]], len(gate)
-    if not isinstance(cut, Cut):
-        return gate, up, hidden
-    each = hidden.reshape(rows, -1, hidden.shape[1])
-    gate, up, *those = gathered_together([gate, up, *(each[:, k] for k in range(each.shape[1]))], cut)
-    return gate, up, jnp.stack(those, axis=1).reshape(len(hidden), -1)
 
 
 def logits(

@@ -53,9 +53,9 @@ class DSpark(nnx.Module):
         fn, scale, base = (getattr(self, f"hc_head_{name}").get_value() for name in ("fn", "scale", "base"))
         return hc.head(h_TND, fn, scale, base, eps=self.config.hc_eps, norm_eps=self.config.norm_eps)
 
-    def before(self, token_S: jax.Array) -> jax.Array:
-        """What a slot knows of the token before it, float32 [S, R]."""
-        return self.markov_w1(token_S)
+    def before(self, token_S: jax.Array, after: jax.Array | None = None) -> jax.Array:
+        """What a slot knows of the token before it, float32 [S, R]; `after` as in `ds4jax.model.layers.Embedding`."""
+        return self.markov_w1(token_S, after)
 
     def correction(self, before_SR: jax.Array, *, strict: bool) -> jax.Array:
         """What the token before a slot adds to its logits, float32 [S, V]."""

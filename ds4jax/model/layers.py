@@ -90,8 +90,9 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, dim: int, *, rngs: Rngs):
         self.weight = parameter(rngs, vocab_size, dim, scale=0.02)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: jax.Array, after: jax.Array | None = None) -> jax.Array:
+        """The rows; `after` as in `rows_taken`."""
         table = self.weight.get_value()
         if isinstance(table, Cut):
-            return rows_taken(table, ids)
+            return rows_taken(table, ids, after)
         return table.take(ids).dequantize() if isinstance(table, Quantized) else table[ids].astype(jnp.float32)

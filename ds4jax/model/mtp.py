@@ -13,6 +13,7 @@ from ds4jax.config import Config
 from ds4jax.model.block import Block
 from ds4jax.model.layers import Linear, RMSNorm, Rngs, parameter
 from ds4jax.model.tape import Record, ignore
+from pallas_kernels.linear.cut import gathered_together
 
 # Filter of `nnx.split` for the block's parameters.
 MTP_PARAMETERS = nnx.PathContains("mtp")
@@ -40,7 +41,10 @@ class MTP(Block):
             embedded_TD: float32 [T, D], embeddings of the tokens at t+1.
         """
         t, n, d = h_TND.shape
-        projected = self.h_proj(self.hnorm(h_TND).reshape(t * n, d), strict=rows.strict, decoding=rows.decoding).reshape(t, n, d)
-        mixed_TND = self.e_proj(self.enorm(embedded_TD), strict=rows.strict, decoding=rows.decoding)[:, None, :] + projected
+        streams = self.h_proj.part(self.hnorm(h_TND).reshape(t * n, d), strict=rows.strict, decoding=rows.decoding)
+        token = self.e_proj.part(self.enorm(embedded_TD), strict=rows.strict, decoding=rows.decoding)
+        # Equal matrices, so that both are cut or none is.
+        streams, token = gathered_together([streams, token], self.h_proj.weight.get_value())
+        mixed_TND = token[:, None, :] + streams.reshape(t, n, d)
         record("input", mixed_TND)
         return mixed_TND

@@ -45,6 +45,12 @@ MIN_WIDTH = {"dim": 256, "moe_dim": 256, "head_dim": 64, "index_dim": 32}
 MIN_COLUMNS = 16
 # Names in JAX of GPUs whose tensor cores take an operand from the registers of a warpgroup.
 HOPPER = ("H100", "H200", "GH200", "H800", "H20")
+# Names in JAX of GPUs of which all in one host store into each other's memory over NVLink.
+PEERS = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
+# Why mailboxes are used where they are asked for alone.
+UNMEASURED = "mailboxes are not measured on a GPU yet"
+# Drafters whose gathers follow each other: each depends on the one before.
+CHAINED = ("none", "mtp", "dspark", "ngram", "mtp+ngram", "dspark+ngram")
 # The kinds of calls, where they are the reason.
 PROMPT, STEP = "a chunk of a prompt", "a decode step"
 
@@ -203,3 +209,44 @@ def why_not_stored_experts(config: Config, stacks: Sequence[Weight], device_kind
         if width % BLOCK:
             return f"{name} is {width}, not a multiple of {BLOCK}"
     return None
+
+
+def why_not_mailboxes(config: Config, blocks: Iterable[Weights], head: Any) -> str | None:
+    """Why decode steps of a model cannot gather outputs by mailboxes; None when they can.
+
+    Mailboxes need gathers that follow each other, which those of the kernels do and those of the modules do not.
+
+    Args:
+        blocks: the layers' weights, those of the blocks that draft included.
+    """
+    reason = next((reason for weights in blocks if (reason := why_not_block(config, weights))), None)
+    return reason or why_not_head(config, head, STEP_ROWS, strict=False)
+
+
+def why_no_peers(kinds: Sequence[str], processes: int) -> str | None:
+    """Why devices cannot store into each other's memory; None when they can.
+
+    Args:
+        kinds: the devices' names in JAX.
+    """
+    if len(kinds) == 1:
+        return "there is one device"
+    if processes > 1:
+        return "there are several processes"
+    return next((f"{kind} is none of {', '.join(PEERS)}" for kind in kinds if kind not in PEERS), None)
+
+
+def why_not_mail(rows: int, drafter: str, *, strict: bool) -> str | None:
+    """Why a decode step of a model with mailboxes gathers by collectives; None when it uses them.
+
+    Args:
+        rows: rows of the step, of all sequences.
+        drafter: the drafter's name.
+    """
+    if strict:
+        return "strict"
+    if rows > STEP_ROWS:
+        return f"more than {STEP_ROWS} rows"
+    if drafter not in CHAINED:
+        return f"the gathers of {drafter} may not follow each other"
+    return opt_out()

@@ -196,7 +196,7 @@ class Runner:
         """Return when the engine's thread has ended by itself, or the model could not be loaded."""
         while self.state != "failed":
             if self._engine is not None and self.state in ("ready", "draining") and not self._engine.alive:
-                self.state, self.error = "failed", RuntimeError("the engine's thread has ended")
+                self.state, self.error = "failed", self._engine.error or RuntimeError("the engine's thread has ended")
                 break
             await asyncio.sleep(WATCH)
         await asyncio.sleep(LAST_WORDS)

@@ -4,6 +4,8 @@ A product of a cut weight makes the outputs of this device's rows, and its sums 
 gathered, which only moves them. A kernel of this package sums each output alone, so it multiplies the device's rows. A product of
 XLA may sum in another order when there are fewer outputs: on a CPU the bits of a product of 256 outputs differ from those of its
 four quarters. So XLA's products are computed in the shape of the whole, with zeros for the rows of the other devices.
+
+There are two ways to gather, XLA's collectives and, where a program has mailboxes, direct stores. Both only move bits.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.formats import Quantized
+from pallas_kernels.linear.mailbox_gather import Mail, gather
 
 # The name of the mesh's axis.
 AXIS = "devices"
@@ -29,10 +33,12 @@ class Cut:
     Attributes:
         rows: [..., N/P, K]; device i has the i-th part.
         devices: static; P.
+        mail: the mailboxes by which its outputs are gathered; None if XLA's collectives do it.
     """
 
     rows: jax.Array | Quantized
     devices: int = dataclasses.field(metadata={"static": True})
+    mail: Mail | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,7 +48,8 @@ class Cut:
 
     def take(self, index: jax.Array) -> Cut:
         """The same part of the matrices at `index` of a stack [E, N, K]."""
-        return Cut(self.rows.take(index) if isinstance(self.rows, Quantized) else self.rows[index], self.devices)
+        taken = self.rows.take(index) if isinstance(self.rows, Quantized) else self.rows[index]
+        return dataclasses.replace(self, rows=taken)
 
 
 def rows_of(weight: Any) -> Any:
@@ -90,24 +97,37 @@ def gathered(y: jax.Array, weight: Any) -> jax.Array:
     """Outputs [.., n] of all devices from each one's part [.., n/P]; `y` itself if the weight is not cut."""
     if not isinstance(weight, Cut):
         return y
-    whole: jax.Array = jax.lax.all_gather(y, AXIS, axis=y.ndim - 1, tiled=True)
+    if weight.mail:
+        [whole] = gather([y.reshape(-1, y.shape[-1])], weight.mail)
+        return whole.reshape(*y.shape[:-1], -1)
+    whole = jax.lax.all_gather(y, AXIS, axis=y.ndim - 1, tiled=True)
     return whole
 
 
 def gathered_together(parts: Sequence[jax.Array], weight: Any) -> list[jax.Array]:
-    """`gathered` of several outputs [T, n/P] in one exchange."""
+    """`gathered` of several outputs [T, n/P], of any numbers of rows T, in one exchange."""
     if not isinstance(weight, Cut):
         return list(parts)
-    all_PTn = jax.lax.all_gather(jnp.concatenate(parts, axis=1), AXIS)
-    ends = [sum(part.shape[1] for part in parts[: i + 1]) for i in range(len(parts))]
-    pieces = jnp.split(all_PTn, ends[:-1], axis=2)
-    return [jnp.moveaxis(piece, 0, 1).reshape(piece.shape[1], -1) for piece in pieces]
+    if weight.mail:
+        return gather(parts, weight.mail)
+    all_PN = jax.lax.all_gather(jnp.concatenate([part.reshape(-1) for part in parts]), AXIS)
+    ends = np.cumsum([part.size for part in parts])
+    pieces = zip(jnp.split(all_PN, ends[:-1], axis=1), parts, strict=True)
+    # Columns of one device stand next to those of the next one.
+    return [jnp.moveaxis(piece.reshape(-1, *part.shape), 0, 1).reshape(len(part), -1) for piece, part in pieces]
 
 
-def rows_taken(table: Cut, index_T: jax.Array) -> jax.Array:
-    """Rows float32 [T, K] of a cut table [V, K]: each device looks up its own, and the rows are gathered."""
+def rows_taken(table: Cut, index_T: jax.Array, after: jax.Array | None = None) -> jax.Array:
+    """Rows float32 [T, K] of a cut table [V, K]: each device looks up its own, and the rows are gathered.
+
+    Args:
+        after: what the gather before led to, if the index does not depend on it; mailboxes wait for it.
+    """
     size = table.rows.shape[0]
     place_T = jnp.clip(index_T - jax.lax.axis_index(AXIS) * size, 0, size - 1)
     rows = table.rows.take(place_T).dequantize() if isinstance(table.rows, Quantized) else table.rows[place_T]
-    found_PTK = jax.lax.all_gather(rows.astype(jnp.float32), AXIS)
-    return found_PTK[index_T // size, jnp.arange(len(index_T))]
+    rows, owner_T, count = rows.astype(jnp.float32), index_T // size, jnp.arange(len(index_T))
+    if table.mail:
+        [whole] = gather([rows], table.mail, after)
+        return whole.reshape(len(rows), table.devices, -1)[count, owner_T]
+    return jax.lax.all_gather(rows, AXIS)[owner_T, count]

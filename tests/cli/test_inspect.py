@@ -62,7 +62,7 @@ def parts(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def options(model: Path, mtp: Path | None = None) -> argparse.Namespace:
-    common = {"dense": None, "qat": None, "cache": "float32", "devices": None}
+    common = {"dense": None, "qat": None, "cache": "float32", "devices": None, "exchange": "auto"}
     return argparse.Namespace(model=model, drafter="auto", drafter_file=mtp, **common)
 
 

@@ -152,6 +152,7 @@ def _model(options: argparse.Namespace) -> dict[str, Any]:
     found |= {"decode_step": inspect_paths.decode_step(checkpoint), "costs": inspect_paths.costs(checkpoint)}
     if options.dispatch:
         found |= {"dispatch": inspect_paths.dispatch(checkpoint), "prompt_experts": inspect_paths.prompt_experts(checkpoint)}
+        found["exchange"] = inspect_paths.exchange(checkpoint)
     return found
 
 

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ds4jax import timing as startup
-from ds4jax.bounds import DENSE_FORMS, DRAFTERS, GROUP_COUNT, MAX_DRAFTS, SHIPPED, drafts_of, max_draft_of
+from ds4jax.bounds import DENSE_FORMS, DRAFTERS, EXCHANGES, GROUP_COUNT, MAX_DRAFTS, SHIPPED, drafts_of, max_draft_of
 from ds4jax.cli import options as cli_options
 from ds4jax.cli.progress import loading_bar
 from ds4jax.config import CACHES
@@ -25,7 +25,7 @@ LARGE = 1_000_000_000
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --drafter, --drafter-file, --dense, --qat, --cache and --devices."""
+    """Add --model, --drafter, --drafter-file, --dense, --qat, --cache, --devices and --exchange."""
     parser.add_argument(
         "--model", type=cli_options.model_path, metavar="PATH", help="a GGUF file or a checkpoint directory (the tiny model)"
     )
@@ -33,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_dense(parser)
     add_rounding(parser)
     add_devices(parser)
+    add_exchange(parser)
 
 
 def add_devices(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,17 @@ def add_groups(parser: argparse.ArgumentParser) -> None:
         default=1,
         metavar="N",
         help="divide the devices into so many groups, each with all weights and its part of the slots (1)",
+    )
+
+
+def add_exchange(parser: argparse.ArgumentParser) -> None:
+    """Add --exchange, for commands that decode."""
+    parser.add_argument(
+        "--exchange",
+        choices=EXCHANGES,
+        default=EXCHANGES[0],
+        help="how several devices exchange outputs in decode steps: by JAX's collectives or, on GPUs of one process, by direct "
+        "stores into each other's memory, which no GPU has run yet (auto: collectives)",
     )
 
 
@@ -206,8 +218,8 @@ def open_model(options: argparse.Namespace, *, max_draft: int | None = None, pro
         if checkpoint.note and sys.stderr:
             print(f"ds4jax: {checkpoint.path}: {checkpoint.note}", file=sys.stderr)
         startup.begin("load")
-        groups = options.groups if "groups" in options else 1
-        return from_checkpoint(checkpoint, max_draft=max_draft, devices=options.devices, groups=groups, progress=bar)
+        where = {"devices": options.devices, "groups": options.groups if "groups" in options else 1, "exchange": options.exchange}
+        return from_checkpoint(checkpoint, max_draft=max_draft, **where, progress=bar)
 
 
 def open_checkpoint(options: argparse.Namespace) -> Checkpoint:

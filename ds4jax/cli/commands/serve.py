@@ -94,6 +94,7 @@ def add_parser(commands: Any) -> None:
     models.add_rounding(parser)
     models.add_devices(parser)
     models.add_groups(parser)
+    models.add_exchange(parser)
     cli_processes.add_options(parser)
     models.add_strict(parser)
     models.add_chunk(parser)

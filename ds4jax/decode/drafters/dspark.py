@@ -138,7 +138,7 @@ def slots_of(
         base_SKV = model.scored(block, h_TND, strict).reshape(*x_SKD.shape[:2], -1)
     token_S = last_S
     for i in range(count):
-        before_SR = block.before(token_S)
+        before_SR = block.before(token_S, base_SKV)
         logits_SV = base_SKV[:, i] + block.correction(before_SR, strict=strict)
         token_S, q_SV = choose(i, logits_SV)
         # What the score learns in training leaves the drafts alone.
