@@ -168,8 +168,7 @@ def load(
             speculative decode give the same tokens within one such loop. Without drafts, a loop for 0 is the fastest.
         devices: a number of devices, "all", or a list of devices or of their indices; None is the first. The weights are cut over
             them, and on a CPU the output has the same bits on any number.
-        groups: divide the devices into so many equal groups, each with all weights and its part of an engine's slots. On a CPU
-            replies have the same bits with any number.
+        groups: divide the devices into so many groups, each with all weights and its part of an engine's slots. On a CPU, as above.
         exchange: how several devices exchange outputs in decode steps: by XLA's collectives ("collective") or, on GPUs of one
             process, by direct stores into each other's memory ("mailbox"). "auto" is collectives until mailboxes are measured on
             GPUs. No bit depends on it.
@@ -186,16 +185,8 @@ def load(
     path, side = Path(path) if path is not None else SHIPPED, drafter_file or mtp_file
     checkpoint = open_checkpoint(path, side, dense=dense, drafter=drafter)
     checkpoint.log_note()
-    return from_checkpoint(
-        checkpoint,
-        qat=qat,
-        cache=cache,
-        max_draft=max_draft,
-        devices=devices,
-        groups=groups,
-        exchange=exchange,
-        progress=progress,
-    )
+    where: dict[str, Any] = {"devices": devices, "groups": groups, "exchange": exchange}
+    return from_checkpoint(checkpoint, qat=qat, cache=cache, max_draft=max_draft, **where, progress=progress)
 
 
 def from_checkpoint(
