@@ -168,7 +168,7 @@ def load(
             speculative decode give the same tokens within one such loop. Without drafts, a loop for 0 is the fastest.
         devices: a number of devices, "all", or a list of devices or of their indices; None is the first. The weights are cut over
             them, and on a CPU the output has the same bits on any number.
-        groups: divide the devices into so many groups, each with all weights and its part of an engine's slots. On a CPU, as above.
+        groups: divide the devices into so many, each with all weights and its part of an engine's slots. For bits, as above.
         exchange: how several devices exchange outputs in decode steps: by XLA's collectives ("collective") or, on GPUs of one
             process, by direct stores into each other's memory ("mailbox"). "auto" is collectives until mailboxes are measured on
             GPUs. No bit depends on it.
