@@ -145,6 +145,7 @@ def load(
     cache: str = "float32",
     max_draft: int | None = None,
     devices: Devices = None,
+    groups: int = 1,
     exchange: str = EXCHANGES[0],
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
@@ -167,6 +168,7 @@ def load(
             speculative decode give the same tokens within one such loop. Without drafts, a loop for 0 is the fastest.
         devices: a number of devices, "all", or a list of devices or of their indices; None is the first. The weights are cut over
             them, and on a CPU the output has the same bits on any number.
+        groups: divide the devices into so many, each with all weights and its part of an engine's slots. For bits, as above.
         exchange: how several devices exchange outputs in decode steps: by XLA's collectives ("collective") or, on GPUs of one
             process, by direct stores into each other's memory ("mailbox"). "auto" is collectives until mailboxes are measured on
             GPUs. No bit depends on it.
@@ -183,9 +185,8 @@ def load(
     path, side = Path(path) if path is not None else SHIPPED, drafter_file or mtp_file
     checkpoint = open_checkpoint(path, side, dense=dense, drafter=drafter)
     checkpoint.log_note()
-    return from_checkpoint(
-        checkpoint, qat=qat, cache=cache, max_draft=max_draft, devices=devices, exchange=exchange, progress=progress
-    )
+    where: dict[str, Any] = {"devices": devices, "groups": groups, "exchange": exchange}
+    return from_checkpoint(checkpoint, qat=qat, cache=cache, max_draft=max_draft, **where, progress=progress)
 
 
 def from_checkpoint(
@@ -195,6 +196,7 @@ def from_checkpoint(
     cache: str | None = None,
     max_draft: int | None = None,
     devices: Devices = None,
+    groups: int = 1,
     exchange: str = EXCHANGES[0],
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
@@ -203,13 +205,14 @@ def from_checkpoint(
     from ds4jax.loading.plan import require_fit
 
     found = placement.chosen(devices)
+    groups = placement.checked_groups(groups, found)
     max_draft = bounds.max_draft_of(checkpoint.opened_with, checkpoint.config, max_draft)
     checkpoint = checkpoint.configured(qat=qat, cache=cache)
-    mailboxes.require(exchange, found, lambda: build(checkpoint.config, placement.abstract(checkpoint, found)))
-    require_fit(checkpoint, len(found))
-    with placement.read(checkpoint, found) as values:
+    mailboxes.require(exchange, found, lambda: build(checkpoint.config, placement.abstract(checkpoint, found, groups)), groups)
+    require_fit(checkpoint, len(found), groups)
+    with placement.read(checkpoint, found, groups) as values:
         model = build(checkpoint.config, _named(checkpoint, values, progress))
-    way = mailboxes.chosen(exchange, found, model)
+    way = mailboxes.chosen(exchange, found, model, groups)
     about: dict[str, Any] = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.opened_with, "exchange": way}
     return LanguageModel(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, **about)
 

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 # Since jax 0.11 a kernel's lowering asks for the kind of device, inside `shard_map` that of the mesh.
 NAMED_DEVICES = jax.__version_info__ >= (0, 11)
@@ -27,11 +27,19 @@ def lowered_for_cuda(jitted: Any, *args: Any, **options: Any) -> str:
 
 def gpus(**axes: int) -> AbstractMesh:
     """A mesh of these axes and sizes of GPUs that need not be there; without axes, one GPU."""
-    sizes, names = tuple(axes.values()), tuple(axes)
+    # As of a mesh of devices. Since jax 0.12 an abstract one has other types unless told.
+    sizes, names, types = tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes)
     if not NAMED_DEVICES:
-        return AbstractMesh(sizes, names)
+        return AbstractMesh(sizes, names, axis_types=types)
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
-    return AbstractMesh(sizes, names, abstract_device=device)
+    return AbstractMesh(sizes, names, axis_types=types, abstract_device=device)
+
+
+def exchanging(text: str) -> set[str]:
+    """Which devices of a lowered program exchange with each other: lists of them, or since jax 0.12 the axis of the mesh."""
+    listed = re.findall(r"replica_groups = dense<(.*?)>", text)
+    named = re.findall(r"replica_groups = #stablehlo\.replica_group_mesh_axes<.*?axes = \[(.*?)\]", text)
+    return {*listed, *(", ".join(re.findall(r'name = "(\w+)"', axes)) for axes in named)}
 
 
 def kernel_calls(text: str, name: str) -> int:

@@ -14,6 +14,7 @@ from ds4jax.config import Config
 from ds4jax.decode import loop as decode
 from ds4jax.decode.depth import Policy
 from ds4jax.decode.drafter import Drafter
+from ds4jax.decode.groups import GROUPS
 from ds4jax.decode.loop import Limits
 from ds4jax.decode.module import MAIL_SPECS, Graph, flat
 from ds4jax.decode.sampling import Filters, Sampling
@@ -28,9 +29,10 @@ from pallas_kernels.linear.cut import AXIS
 FLASH = dataclasses.replace(Config(), n_layers=3, n_hash_layers=1, compress_ratios=(0, 4, 128), n_mtp=0)
 
 
-def cut_model(devices: int, config: Config = FLASH, *, mail: bool = False) -> tuple[Graph, tuple[Any, ...]]:
-    """The model over a mesh that needs no devices, with mailboxes or without."""
-    placement = Placement(gpus(**{AXIS: devices}), cut_names(config, devices))
+def cut_model(devices: int, config: Config = FLASH, *, mail: bool = False, in_groups: int = 1) -> tuple[Graph, tuple[Any, ...]]:
+    """The model over a mesh that needs no devices, with mailboxes or without; so many devices in each of so many groups."""
+    axes = {GROUPS: in_groups, AXIS: devices} if in_groups > 1 else {AXIS: devices}
+    placement = Placement(gpus(**axes), cut_names(config, devices))
     tensors = synthetic.checkpoint(config, "flash-0731-q2" if config.n_dspark else "flash-q2").tensors
     model = build(config, ((tensor.name, placement.abstract(tensor.name, tensor.abstract)) for tensor in tensors))
     graph, weights = Graph.split(model, words=places(config, devices) if mail else 0)

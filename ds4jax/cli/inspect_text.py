@@ -97,7 +97,8 @@ def _device_line(device: dict[str, Any]) -> str:
     room += f", or for {slots if slots < (SLOTS.largest or 0) else 'any number of'} slots" if slots > 1 else ""
     size = f"{device['memory'] / 1e9:,.0f} GB"
     if device["modelled"]:
-        size = f"{device['cards']} x {size}, modelled, {_mb(device['needed'])} MB on each"
+        groups = f" in {device['groups']} groups" if device["groups"] > 1 else ""
+        size = f"{device['cards']} x {size}{groups}, modelled, {_mb(device['needed'])} MB on each"
         size += f" with all of {', '.join(device['whole'])}" if device["whole"] else ""
     if rate and device["gathers"]:
         rate += f" with {device['gathers']} exchanges, {device['exchange_ms']:g} ms"

@@ -51,6 +51,8 @@ def seat(options: argparse.Namespace) -> Seat | None:
         return None
     if options.devices not in (None, "all"):
         raise InputError(f"--devices {options.devices}: several processes use all their devices; leave it out")
+    if options.groups > 1:
+        raise InputError(f"--groups {options.groups}: several processes are one group; leave it out")
     options.devices = "all"
     return Seat.of(options.coordinator, options.process, options.processes, options.join_seconds)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from flax import nnx
 from ds4jax.cache import state as caches
 from ds4jax.cache.state import Cache, Rows
 from ds4jax.config import Config
-from ds4jax.decode import exchange
+from ds4jax.decode import exchange, groups
 from ds4jax.decode.accept import accept
 from ds4jax.decode.depth import Acceptance, Policy, choose_depth, shortened
 from ds4jax.decode.drafter import Drafter, Drafts, committed, taps_of
@@ -115,17 +115,23 @@ def start(
     )
 
 
-def lower_start(config: Config, capacity: int, sequences: int, *, drafter: Drafter | None, max_draft: int) -> jax.stages.Lowered:
-    """Lower `start` as one program, a function of int32 [S] alone, for S = `sequences`."""
-    make = functools.partial(start, config, capacity, drafter=drafter, max_draft=max_draft)
+def lower_start(
+    config: Config,
+    capacity: int,
+    sequences: int,
+    *,
+    drafter: Drafter | None,
+    max_draft: int,
+    mesh: groups.AnyMesh = None,
+) -> jax.stages.Lowered:
+    """Lower `start` as one program, a function of int32 [S] alone, for S = `sequences`; slots on the groups of `mesh`."""
+    make, last_S = functools.partial(start, config, capacity, drafter=drafter, max_draft=max_draft), _integers(sequences)
+    shardings = jax.tree.map(lambda shape: shape.sharding, groups.placed_shapes(jax.eval_shape(make, last_S), mesh))
     with LOWERING:
-        return jax.jit(make).lower(jax.ShapeDtypeStruct((sequences,), jnp.int32))
+        return jax.jit(make, out_shardings=shardings if mesh else None).lower(last_S)
 
 
-@precise
-@functools.partial(jax.jit, static_argnames=("graph", "drafter", "strict"), donate_argnames=("cache", "drafting"))
-@on_devices
-def prefill(
+def append(
     graph: nnx.GraphDef,
     weights: Weights,
     cache: Cache,
@@ -145,7 +151,7 @@ def prefill(
     Args:
         graph: static; the model's graph, see `ds4jax.decode.module`.
         weights: the model's arrays.
-        cache, drafting: fields of a `DecodeState`. They are donated, so the caller cannot read them again.
+        cache, drafting: fields of a `DecodeState`. `prefill` donates them, so the caller cannot read them again.
         ids_T: int32 [T]; the first `count` are tokens of the prompt, the others padding of any value.
         next_ids_T: int32 [T], the token after each.
         count: int32, at least 1.
@@ -162,6 +168,16 @@ def prefill(
     if drafter:
         drafting = committed(drafter, model, drafting, h_TND, means, next_ids_T, rows)
     return cache, drafting
+
+
+def as_prefill(program: Callable[..., tuple[Cache, Any]]) -> Callable[..., tuple[Cache, Any]]:
+    """A function with the arguments of `append` as a compiled program."""
+    # JAX names the program by it.
+    program.__name__ = "prefill"
+    return precise(jax.jit(program, static_argnames=("graph", "drafter", "strict"), donate_argnames=("cache", "drafting")))
+
+
+prefill = as_prefill(on_devices(append))
 
 
 def fingerprint(logits_WV: jax.Array) -> jax.Array:
@@ -329,6 +345,10 @@ def report(state: DecodeState, size: int = REPORTED) -> jax.Array:
     return jnp.concatenate([numbers, *drafts, rows_SR3.reshape(len(rows_SR3), -1)], axis=1)
 
 
+def _integers(count: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count,), jnp.int32)
+
+
 @precise
 def lower_prefill(
     graph: nnx.GraphDef,
@@ -338,13 +358,17 @@ def lower_prefill(
     *,
     drafter: Drafter | None,
     strict: bool,
+    program: Callable[..., tuple[Cache, Any]] = prefill,
 ) -> jax.stages.Lowered:
-    """Lower `prefill` for chunks of `width` rows. Weights and state may be `jax.ShapeDtypeStruct`."""
-    ids_T = jax.ShapeDtypeStruct((width,), jnp.int32)
+    """Lower `prefill`, or another program of its arguments, for chunks of `width` rows.
+
+    Weights and state may be `jax.ShapeDtypeStruct`.
+    """
+    ids_T = _integers(width)
     slot = (jnp.int32(0),) if state.count.shape[0] > 1 else ()
     arguments = (graph, weights, state.cache, state.drafting, ids_T, ids_T, jnp.int32(0), *slot)
     with LOWERING:
-        lowered: jax.stages.Lowered = prefill.__wrapped__.lower(  # type: ignore[attr-defined]
+        lowered: jax.stages.Lowered = program.__wrapped__.lower(  # type: ignore[attr-defined]
             *arguments, drafter=drafter, strict=strict
         )
     return lowered

@@ -14,6 +14,8 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ds4jax.decode import groups
+from ds4jax.decode.groups import WHOLE
 from ds4jax.model.transformer import Transformer
 from pallas_kernels.formats import Quantized
 from pallas_kernels.linear.cut import AXIS, Cut
@@ -21,7 +23,6 @@ from pallas_kernels.linear.mailbox_gather import Mail
 
 Weights = nnx.State | tuple[jax.Array, ...]
 Program = TypeVar("Program", bound=Callable[..., Any])
-WHOLE = PartitionSpec()
 # How the arrays of mailboxes lie on the mesh.
 MAIL_SPECS = (WHOLE, PartitionSpec(AXIS))
 
@@ -86,11 +87,14 @@ def _placed(arrays: list[jax.Array]) -> tuple[Mesh | AbstractMesh | None, tuple[
     return next((one.mesh for one in shardings if isinstance(one, NamedSharding)), None), specs
 
 
-def on_devices(program: Program) -> Program:
+def on_devices(program: Program, ins: Any = WHOLE, outs: Any = WHOLE) -> Program:
     """Run a program `(graph, weights, *arguments, **static)` of a cut model on every device of its mesh, under `jax.jit`.
 
-    All devices have the same arguments and results, and exchange what `pallas_kernels.linear.cut` gathers, so they make the same
-    decisions. A model on one device runs `program` as it is.
+    All devices of a group have the same arguments and results, and exchange what `pallas_kernels.linear.cut` gathers, so they
+    make the same decisions. A model on one device runs `program` as it is.
+
+    Args:
+        ins, outs: how arguments and results lie on groups, as for `groups.over_groups`; read if there are any.
     """
 
     @functools.wraps(program)
@@ -103,7 +107,8 @@ def on_devices(program: Program) -> Program:
 
         arrays = flat(weights)
         specs = (*graph.specs, *MAIL_SPECS)[: len(arrays)]
-        whole = jax.shard_map(on_each, mesh=graph.mesh, in_specs=(specs, WHOLE), out_specs=WHOLE, check_vma=False)
+        own, made = (ins, outs) if groups.count(graph.mesh) > 1 else (WHOLE, WHOLE)
+        whole = jax.shard_map(on_each, mesh=graph.mesh, in_specs=(specs, own), out_specs=made, check_vma=False)
         return whole(arrays, arguments)
 
     return run  # type: ignore[return-value]
@@ -147,7 +152,7 @@ def _with_cuts(state: nnx.State, mesh: Mesh | AbstractMesh, specs: Iterator[Part
     values, tree = jax.tree.flatten(state, is_leaf=lambda value: isinstance(value, Quantized))
     planes = [[next(specs) for _ in jax.tree.leaves(value)] for value in values]
     cut = [
-        Cut(value, mesh.size, mail) if any(AXIS in spec for spec in of) else value
+        Cut(value, mesh.shape[AXIS], mail) if any(AXIS in spec for spec in of) else value
         for value, of in zip(values, planes, strict=True)
     ]
     made: nnx.State = jax.tree.unflatten(tree, cut)

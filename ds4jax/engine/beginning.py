@@ -15,15 +15,25 @@ import numpy as np
 from ds4jax.config import Config
 from ds4jax.decode import loop, sampling
 from ds4jax.decode.drafter import Drafter
+from ds4jax.decode.groups import AnyMesh
 from ds4jax.decode.loop import DecodeState
 from ds4jax.decode.sampling import Filters, Numbers, Sampling
 from ds4jax.engine.compile import Lower, begin, wait
 
 
-def state(config: Config, capacity: int, last_S: Sequence[int], *, drafter: Drafter | None, max_draft: int) -> DecodeState:
-    """As `ds4jax.decode.loop.start`."""
-    lower = functools.partial(loop.lower_start, config, capacity, len(last_S), drafter=drafter, max_draft=max_draft)
-    made: DecodeState = _run(("state", config, capacity, len(last_S), drafter, max_draft), lower, np.array(last_S, np.int32))
+def state(
+    config: Config,
+    capacity: int,
+    last_S: Sequence[int],
+    *,
+    drafter: Drafter | None,
+    max_draft: int,
+    mesh: AnyMesh = None,
+) -> DecodeState:
+    """As `ds4jax.decode.loop.start`; slots on the groups of `mesh`, by default on one device."""
+    lower = functools.partial(loop.lower_start, config, capacity, len(last_S), drafter=drafter, max_draft=max_draft, mesh=mesh)
+    key = ("state", config, capacity, len(last_S), drafter, max_draft, *([mesh] if mesh else []))
+    made: DecodeState = _run(key, lower, np.array(last_S, np.int32))
     return made
 
 

@@ -74,7 +74,7 @@ class Engine:
         """Start the thread and compile the programs.
 
         Args:
-            slots: S, the number of requests that run at once.
+            slots: S, the number of requests that run at once; a multiple of the model's groups of devices.
             context: by default the smaller of 8,192 and the model's context.
             strict: float32 products without Pallas kernels.
             chunk: maximum rows of a call that appends a prompt, at least 32; by default as many as the device's memory allows
@@ -179,7 +179,7 @@ class Engine:
     def fingerprint(self) -> str:
         """A digest of everything that a reply's bits depend on, besides the request: 32 hexadecimal digits.
 
-        Weights, versions, kind and number of devices, slots, context, chunk, type of cache, strict and drafter. Equal
+        Weights, versions, kind and number of devices and groups, slots, context, chunk, type of cache, strict and drafter. Equal
         fingerprints and equal requests have equal replies.
         """
         return hashlib.sha256(json.dumps(self._mode(), sort_keys=True).encode()).hexdigest()[:32]
@@ -195,6 +195,7 @@ class Engine:
             # On a CPU they change no bit. On GPUs that is not shown for the prefill. How they exchange outputs changes none: that
             # only moves bits.
             **({"devices": mesh.size} if mesh and device.platform != "cpu" else {}),
+            **({"groups": shape.groups} if shape.groups > 1 and device.platform != "cpu" else {}),
             "slots": shape.slots,
             "capacity": shape.capacity,
             "widths": shape.widths,
@@ -217,10 +218,12 @@ def _require_fit(model: Loaded, shape: Shape, context: int) -> None:
         return
     kernels = jax.devices()[0].platform != "cpu"
     calls = call_bytes(model.config, shape.chunk, shape.capacity, kernels=kernels)
-    state = state_bytes(model, shape)
+    # Groups on a CPU share its memory.
+    parts = shape.groups if kernels else 1
+    state = state_bytes(model, shape) * shape.groups // parts
     if state + calls > free:
-        fitting = max(free - calls, 0) * shape.slots // state
+        fitting = max(free - calls, 0) * (shape.slots // parts) // state * parts
         raise InputError(
             f"slots: {shape.slots} with a context of {context:,} need {(state + calls) / GB:.2f} GB beside the weights, "
-            f"{free / GB:.2f} GB are free; {fitting} would fit"
+            f"{free / GB:.2f} GB are free; {fitting - fitting % shape.groups} would fit"
         )

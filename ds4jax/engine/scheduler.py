@@ -190,12 +190,20 @@ class Scheduler:
         with self._condition:
             if self._intake or not self._queue:
                 return
-            slot = next((slot for slot in range(self._slots.shape.slots) if slot not in self._running), None)
+            slot = self._free_slot()
             if slot is None:
                 return
             request = self._running[slot] = self._queue.popleft()
         request.start()
         self._intake = Intake(self._slots, self._prefix, slot, request)
+
+    def _free_slot(self) -> int | None:
+        """The first free slot of the group of devices with the fewest requests; None if there is none."""
+        shape = self._slots.shape
+        size = shape.slots // shape.groups
+        held = [sum(slot // size == group for slot in self._running) for group in range(shape.groups)]
+        free = (slot for slot in range(shape.slots) if slot not in self._running)
+        return min(free, key=lambda slot: (held[slot // size], slot), default=None)
 
     def _take_in(self) -> None:
         if self._intake and self._intake.turn():

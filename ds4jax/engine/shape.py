@@ -9,7 +9,7 @@ import jax
 
 from ds4jax import bounds
 from ds4jax.cache.capacity import PREFILL, capacity_for, needed, widths
-from ds4jax.decode import loop
+from ds4jax.decode import groups, loop
 from ds4jax.decode.drafter import Drafter
 from ds4jax.decode.loop import DecodeState
 from ds4jax.engine import beginning
@@ -38,6 +38,7 @@ class Shape:
         widths: rows of a prefill call, padding included, ascending. How a prompt is cut depends on them and its length alone.
         strict: float32 products without Pallas kernels.
         drafter: None at max_draft 0.
+        groups: groups of devices that the slots lie on, in equal parts and in order.
     """
 
     slots: int
@@ -45,6 +46,7 @@ class Shape:
     widths: tuple[int, ...]
     strict: bool
     drafter: Drafter | None
+    groups: int = 1
 
     @property
     def chunk(self) -> int:
@@ -70,7 +72,7 @@ class Shape:
         """The shape of an engine, and its context, from the options of `ds4jax.Engine`.
 
         Raises:
-            InputError: an option is outside its range, or the model has no drafter.
+            InputError: an option is outside its range, the model has no drafter, or its groups do not divide the slots.
         """
         options = Options(strict=strict, drafter=drafter, chunk=chunk)
         require_drafter(model, options)
@@ -81,28 +83,31 @@ class Shape:
         if options.chunk is not None and options.chunk < PREFILL[0]:
             raise InputError(f"chunk is {options.chunk}; an engine's chunk is at least {PREFILL[0]}")
         count = bounds.SLOTS.checked("slots", slots)
-        free = cls(count, capacity_for(context, most), (), options.strict, model.drafter(drafter))
+        parts = groups.count(model.graph.mesh)
+        if count % parts:
+            raise InputError(f"slots is {count}; {parts} groups of devices must divide it, so give a multiple of {parts}")
+        free = cls(count, capacity_for(context, most), (), options.strict, model.drafter(drafter), parts)
         return with_widths(model, free, context, options.chunk), context
 
 
 def fresh(model: Loaded, shape: Shape) -> DecodeState:
     """The state of free slots."""
-    last_S = [0] * shape.slots
-    state = beginning.state(model.config, shape.capacity, last_S, drafter=shape.drafter, max_draft=model.max_draft)
-    return model.placed(state)
+    mesh = model.graph.mesh if shape.groups > 1 else None
+    last_S, depth = [0] * shape.slots, model.max_draft
+    state = beginning.state(model.config, shape.capacity, last_S, drafter=shape.drafter, max_draft=depth, mesh=mesh)
+    return state if mesh else model.placed(state)
 
 
 def shapes(model: Loaded, shape: Shape) -> DecodeState:
     """Shapes and types of the state of the slots, without allocating it."""
     last_S = [0] * shape.slots
     empty = functools.partial(loop.start, model.config, shape.capacity, last_S, drafter=shape.drafter, max_draft=model.max_draft)
-    found: DecodeState = jax.eval_shape(empty)
-    return found
+    return groups.placed_shapes(jax.eval_shape(empty), model.graph.mesh)
 
 
 def state_bytes(model: Loaded, shape: Shape) -> int:
-    """Bytes of the state of the slots."""
-    return nbytes(shapes(model, shape))
+    """Bytes of the state of the slots on the devices that have the most: those of a group's slots, all without groups."""
+    return nbytes(shapes(model, shape)) // shape.groups
 
 
 def with_widths(model: Loaded, shape: Shape, context: int, chunk: int | None) -> Shape:

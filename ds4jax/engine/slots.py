@@ -9,15 +9,17 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from ds4jax.bounds import NO_STOP
 from ds4jax.cache.capacity import padded
 from ds4jax.decode import loop, slots
 from ds4jax.decode.exchange import checked
+from ds4jax.decode.groups import SLOTS
 from ds4jax.decode.loop import DecodeState
 from ds4jax.decode.masks import Mask
 from ds4jax.decode.sampling import Sampling
@@ -31,6 +33,8 @@ from ds4jax.engine.shape import Shape, fresh, shapes
 
 # The name of the loop's call among the programs; a prefill's is its width.
 CALL = "call"
+
+Arrays = TypeVar("Arrays")
 
 
 class News(NamedTuple):
@@ -62,6 +66,8 @@ class Slots:
     def __init__(self, model: Loaded, shape: Shape):
         """Start compiling. Nothing is allocated before the first use."""
         self.model, self.shape = model, shape
+        # The mesh of the small programs; those that hold weights know it by the graph.
+        self._mesh = model.graph.mesh if shape.groups > 1 else None
         self._numbers: dict[int, jax.Array] = {}
         self._empty()
         self._programs = {name: begin((*self._key(), name), lower) for name, lower in self._lowers().items()}
@@ -73,12 +79,20 @@ class Slots:
     def _empty(self) -> None:
         costs = engine_costs(self.model, strict=self.shape.strict, drafter=self.shape.drafter)
         self._state: DecodeState | None = None
-        self._asked = Asked.none(self.shape.slots, costs)
+        self._asked = self._placed(Asked.none(self.shape.slots, costs), slots.ASKED)
         self._counts, self._steps = [0] * self.shape.slots, [0] * self.shape.slots
         self._active: set[int] = set()
         self._scored: set[int] = set()
-        self._mask = Mask.none(self.shape.slots, self.model.config.vocab_size)
         self._masked: dict[int, np.ndarray] = {}
+        self._remask()
+
+    def _placed(self, arrays: Arrays, specs: Any = SLOTS) -> Arrays:
+        """Arrays over slots on the devices that keep them; as they are without groups."""
+        if not isinstance(self._mesh, Mesh):
+            return arrays
+        shardings = jax.tree.map(functools.partial(NamedSharding, self._mesh), specs)
+        placed: Arrays = jax.device_put(arrays, shardings)
+        return placed
 
     def release(self) -> None:
         """Give the state's memory back."""
@@ -91,6 +105,7 @@ class Slots:
     def _lowers(self) -> dict[int | str, Callable[[], jax.stages.Lowered]]:
         """What lowers each program: the prefill of each width, and the loop's call."""
         model, shape = self.model, self.shape
+        prefill = slots.prefill if shape.groups > 1 else loop.prefill
         arguments, drafter, strict = (model.graph, model.arrays, self.shapes()), shape.drafter, shape.strict
         return {
             # What takes the longest to compile is lowered first.
@@ -98,7 +113,7 @@ class Slots:
                 *arguments, self._asked, self._mask, drafter=drafter, max_draft=model.max_draft, strict=strict
             ),
             **{
-                width: functools.partial(loop.lower_prefill, *arguments, width, drafter=drafter, strict=strict)
+                width: functools.partial(loop.lower_prefill, *arguments, width, drafter=drafter, strict=strict, program=prefill)
                 for width in reversed(shape.widths)
             },
         }
@@ -158,7 +173,9 @@ class Slots:
     def taken(self, slot: int, start: int, width: int) -> ChunkState:
         """The state of the `width` rows from row `start` on, which have just been appended, on its way to the host."""
         state, options = self.state, {"config": self.model.config, "chunk": width}
-        found: ChunkState = chunk_state.taken(state.cache, state.drafting, np.int32(slot), np.int32(start), **options)
+        found: ChunkState = chunk_state.taken(
+            state.cache, state.drafting, np.int32(slot), np.int32(start), **options, mesh=self._mesh
+        )
         for leaf in jax.tree.leaves(found):
             leaf.copy_to_host_async()
         return found
@@ -166,7 +183,7 @@ class Slots:
     def chunk_shapes(self, width: int) -> ChunkState:
         """Shapes and types of `taken`."""
         state, number = self.shapes(), jax.ShapeDtypeStruct((), np.int32)
-        options = {"config": self.model.config, "chunk": width}
+        options = {"config": self.model.config, "chunk": width, "mesh": self._mesh}
         shapes: ChunkState = jax.eval_shape(
             functools.partial(chunk_state.taken, **options), state.cache, state.drafting, number, number
         )
@@ -183,7 +200,7 @@ class Slots:
     def _put(self, program: Callable[..., tuple[Any, Any]], slot: int, row: int, part: Any) -> None:
         state = self.state
         numbers = np.int32(slot), np.int32(row)
-        cache, drafting = program(state.cache, state.drafting, *numbers, part, config=self.model.config)
+        cache, drafting = program(state.cache, state.drafting, *numbers, part, config=self.model.config, mesh=self._mesh)
         self._state = dataclasses.replace(state, cache=cache, drafting=drafting)
 
     def insert(
@@ -208,7 +225,7 @@ class Slots:
         stops = np.array((*stop_ids, *(NO_STOP,) * (STOP_IDS - len(stop_ids))), np.int32)
         numbers = np.int32(slot), np.int32(last), np.int32(max_new_tokens), stops
         how = sampling.arrays(), np.int32(depth), np.bool_(scored)
-        self._asked, last_S = slots.insert(self._asked, self.state.last, *numbers, *how)
+        self._asked, last_S = slots.insert(self._asked, self.state.last, *numbers, *how, mesh=self._mesh)
         self._state = dataclasses.replace(self.state, last=last_S)
         self._active.add(slot)
         if scored:
@@ -228,7 +245,7 @@ class Slots:
         all_words, masked = np.array(mask.words), np.array(mask.masked)
         for masked_slot, own in self._masked.items():
             all_words[masked_slot], masked[masked_slot] = own, True
-        self._mask = Mask(jax.device_put(all_words), jax.device_put(masked))
+        self._mask = self._placed(Mask(jax.device_put(all_words), jax.device_put(masked)))
 
     def step(self, steps: int) -> tuple[int, list[News]]:
         """Run at most `steps` steps of all slots that take part, and wait for them. Ends early when a request ends.
@@ -270,7 +287,7 @@ class Slots:
         model, shape = self.model, self.shape
         self._state, self._asked = slots.clear(
             self.state, self._asked, np.int32(slot),
-            config=model.config, capacity=shape.capacity, drafter=shape.drafter, max_draft=model.max_draft,
+            config=model.config, capacity=shape.capacity, drafter=shape.drafter, max_draft=model.max_draft, mesh=self._mesh,
         )  # fmt: skip
         self._counts[slot] = self._steps[slot] = 0
         self._active.discard(slot)

@@ -57,10 +57,11 @@ class Exchange:
 COLLECTIVE = Exchange("collective", "asked for")
 
 
-def require(name: str, devices: Sequence[jax.Device], model: Callable[[], Transformer]) -> None:
+def require(name: str, devices: Sequence[jax.Device], model: Callable[[], Transformer], groups: int = 1) -> None:
     """Refuse an exchange before weights are read.
 
     Args:
+        groups: number of groups of the devices.
         model: makes the model without weights; called only where the answer depends on it.
 
     Raises:
@@ -68,22 +69,22 @@ def require(name: str, devices: Sequence[jax.Device], model: Callable[[], Transf
     """
     if name not in EXCHANGES:
         raise InputError(f"exchange is {name!r}; it must be one of {', '.join(EXCHANGES)}")
-    reason = (why_not(devices) or why_not_mailboxes(model())) if name == "mailbox" else None
+    reason = (why_not(devices, groups) or why_not_mailboxes(model())) if name == "mailbox" else None
     if reason:
         raise InputError(f"exchange is mailbox: {reason}; leave it out")
 
 
-def chosen(name: str, devices: Sequence[jax.Device], model: Transformer) -> Exchange:
-    """The exchange that a user names, or the one that "auto" means. Mailboxes are tried before they are used.
+def chosen(name: str, devices: Sequence[jax.Device], model: Transformer, groups: int = 1) -> Exchange:
+    """The exchange that a user names, or the one that "auto" means; arguments as for `require`. Mailboxes are tried before use.
 
     Raises:
         InputError: as `require`, or the trial failed.
     """
-    require(name, devices, lambda: model)
+    require(name, devices, lambda: model, groups)
     if name == "collective":
         return COLLECTIVE
     if name == "auto":
-        return Exchange("collective", why_not(devices) or why_not_mailboxes(model) or paths.UNMEASURED)
+        return Exchange("collective", why_not(devices, groups) or why_not_mailboxes(model) or paths.UNMEASURED)
     return between(devices, places(model.config, len(devices)))
 
 
@@ -101,8 +102,10 @@ def between(devices: Sequence[jax.Device], words: int) -> Exchange:
     return exchange
 
 
-def why_not(devices: Sequence[jax.Device]) -> str | None:
+def why_not(devices: Sequence[jax.Device], groups: int = 1) -> str | None:
     """Why these devices cannot have mailboxes, see `paths.why_no_peers`; None if they can."""
+    if groups > 1:
+        return "groups of devices exchange by collectives alone"
     return paths.why_no_peers([device.device_kind for device in devices], jax.process_count())
 
 

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ds4jax.bounds import DEVICE_COUNT
+from ds4jax.bounds import DEVICE_COUNT, GROUP_COUNT
 from ds4jax.config import Config
+from ds4jax.decode.groups import GROUPS, WHOLE
+from ds4jax.decode.groups import count as groups_of
 from ds4jax.errors import InputError
 from ds4jax.loading.checkpoint import Checkpoint
 from ds4jax.loading.cuts import cut_names
@@ -65,30 +67,44 @@ def _device(one: jax.Device | int, present: Sequence[jax.Device]) -> jax.Device:
     return present[one]
 
 
+def checked_groups(groups: int, devices: Sequence[jax.Device]) -> int:
+    """The number of equal groups that a user divides the devices into.
+
+    Raises:
+        InputError: the devices do not divide into so many groups, or there are several processes.
+    """
+    count = GROUP_COUNT.checked("groups", groups)
+    if len(devices) % count:
+        raise InputError(f"groups is {count}; it must divide the number of devices, {len(devices)}")
+    if count > 1 and jax.process_count() > 1:
+        raise InputError(f"groups is {count}; several processes are one group, so leave it out")
+    return count
+
+
 @contextlib.contextmanager
-def read(checkpoint: Checkpoint, devices: Sequence[jax.Device]) -> Iterator[Iterator[Value]]:
+def read(checkpoint: Checkpoint, devices: Sequence[jax.Device], groups: int = 1) -> Iterator[Iterator[Value]]:
     """Yield the parameters of a checkpoint in order, on the devices that keep them; see `tensor_reader.read_ahead`."""
     if len(devices) == 1:
         with read_ahead(tuple(tensor.start(None) for tensor in checkpoint.tensors)) as values:
             yield values
         return
-    placement = Placement.of(checkpoint.config, devices)
+    placement = Placement.of(checkpoint.config, devices, groups)
     parts = [(tensor, placement.parts(tensor.name, tensor.shape)) for tensor in checkpoint.tensors]
     readings = [dataclasses.replace(tensor.start(rows), device=device) for tensor, of in parts for device, rows in of]
     with read_ahead(readings) as values:
         yield (placement.joined(tensor.name, [next(values) for _ in of]) for tensor, of in parts)
 
 
-def abstract(checkpoint: Checkpoint, devices: Sequence[jax.Device]) -> Iterator[tuple[str, Any]]:
+def abstract(checkpoint: Checkpoint, devices: Sequence[jax.Device], groups: int = 1) -> Iterator[tuple[str, Any]]:
     """Yield names and values of a checkpoint's parameters on these devices, with `jax.ShapeDtypeStruct` in place of arrays."""
-    placement = Placement.of(checkpoint.config, devices)
+    placement = Placement.of(checkpoint.config, devices, groups)
     for tensor in checkpoint.tensors:
         yield tensor.name, tensor.abstract if len(devices) == 1 else placement.abstract(tensor.name, tensor.abstract)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh of several devices, and the parameters that are cut over it.
+    """A mesh of several devices, and the parameters that are cut over the devices of each of its groups.
 
     Attributes:
         cut: their names.
@@ -98,19 +114,22 @@ class Placement:
     cut: frozenset[str]
 
     @classmethod
-    def of(cls, config: Config, devices: Sequence[jax.Device]) -> Placement:
-        """The placement of a model on these devices."""
-        return cls(Mesh(np.array(devices), (AXIS,)), cut_names(config, len(devices)))
+    def of(cls, config: Config, devices: Sequence[jax.Device], groups: int = 1) -> Placement:
+        """The placement of a model on these devices, which are cut into groups in their order."""
+        array, size = np.array(devices), len(devices) // groups
+        mesh = Mesh(array, (AXIS,)) if groups == 1 else Mesh(array.reshape(groups, size), (GROUPS, AXIS))
+        return cls(mesh, cut_names(config, size))
 
     @property
     def devices(self) -> tuple[jax.Device, ...]:
-        """The devices in order."""
-        return tuple(self.mesh.devices.flat)
+        """The devices of the first group, in order."""
+        return tuple(self.mesh.devices.reshape(groups_of(self.mesh), -1)[0])
 
     def parts(self, name: str, shape: tuple[int, ...]) -> list[tuple[jax.Device, slice | None]]:
         """What this process reads of a parameter: devices, and the rows of the second axis from the end that each keeps.
 
-        A parameter that is whole on all devices is read once, onto the first of this process; its rows are None.
+        The first group reads, and the others get copies. A parameter that is whole on all devices is read once, onto the first of
+        this process; its rows are None.
         """
         own = [(i, device) for i, device in enumerate(self.devices) if device.process_index == jax.process_index()]
         if name not in self.cut:
@@ -119,7 +138,7 @@ class Placement:
         return [(device, slice(i * size, (i + 1) * size)) for i, device in own]
 
     def joined(self, name: str, values: Sequence[Value]) -> Value:
-        """The parameter on all devices, from what `parts` lists; no bytes of a cut one move."""
+        """The parameter on all devices, from what `parts` lists; without groups, no bytes of a cut one move."""
         if name not in self.cut:
             whole: Value = everywhere(values[0], self.mesh)  # type: ignore[arg-type]
             return whole
@@ -140,12 +159,13 @@ class Placement:
 
     def _plane(self, parts: Sequence[jax.Array], axis: int) -> jax.Array:
         shape = list(parts[0].shape)
-        shape[axis] *= self.mesh.size
+        shape[axis] *= self.mesh.shape[AXIS]
         sharding = NamedSharding(self.mesh, _spec(len(shape), axis))
+        if groups_of(self.mesh) > 1:
+            parts = [jax.device_put(part, to) for row in self.mesh.devices for part, to in zip(parts, row, strict=True)]
         return jax.make_array_from_single_device_arrays(tuple(shape), sharding, list(parts))
 
 
-WHOLE = PartitionSpec()
 Arrays = TypeVar("Arrays")
 
 

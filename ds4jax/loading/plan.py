@@ -303,19 +303,21 @@ def free_bytes() -> int | None:
 
 
 def share_bytes(checkpoint: Checkpoint, devices: int) -> int:
-    """Bytes of weights on each of several devices: its part of what is cut over them, and all of what is not."""
+    """Bytes of weights on each of several devices, of a group: its part of what is cut over them, and all of what is not."""
     cut = cut_names(checkpoint.config, devices)
     return sum(tensor.device_nbytes // (devices if tensor.name in cut else 1) for tensor in checkpoint.tensors)
 
 
-def require_fit(checkpoint: Checkpoint, devices: int = 1) -> None:
+def require_fit(checkpoint: Checkpoint, devices: int = 1, groups: int = 1) -> None:
     """Refuse a model with more bytes of weights than the default device has free, or of which a device's share does not fit.
+
+    Each group of devices has all weights.
 
     Raises:
         InputError: the message gives both numbers.
     """
     # While a tensor is split, the device also holds its stored bytes: all of a matrix, a few pieces of a stack.
-    needed = share_bytes(checkpoint, devices) + max(tensor.nbytes for tensor in checkpoint.tensors)
+    needed = share_bytes(checkpoint, devices // groups) + max(tensor.nbytes for tensor in checkpoint.tensors)
     # Devices of a CPU share its memory, those of this process.
     needed *= min(devices, jax.local_device_count()) if jax.default_backend() == "cpu" else 1
     free = free_bytes()

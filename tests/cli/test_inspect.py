@@ -126,6 +126,33 @@ def test_plan_of_two_cards(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"h200x2: 2 x 141 GB, modelled, {pair['needed'] / 1e6:,.1f} MB on each: fits" in output(capsys)
 
 
+def test_plan_of_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    """A card of two groups of four holds what one of four cards with half of the slots does. Others are left out."""
+    options = ("--json", "--context", "700")
+    (grouped,) = json.loads(output(capsys, *options, "--slots", "8", "--device", "h200x8", "--groups", "2"))["plan"]["devices"]
+    (group,) = json.loads(output(capsys, *options, "--slots", "4", "--device", "h200x4"))["plan"]["devices"]
+    assert (grouped.pop("name"), grouped.pop("cards"), grouped.pop("groups")) == ("h200x8", 8, 2)
+    assert (group.pop("name"), group.pop("cards"), group.pop("groups")) == ("h200x4", 4, 1)
+    assert grouped == group
+    devices = json.loads(output(capsys, *options, "--slots", "8", "--groups", "4"))["plan"]["devices"]
+    assert {device["cards"] for device in devices} == {4, 8, 16}
+    text = output(capsys, "--context", "700", "--slots", "8", "--device", "h200x8", "--groups", "2")
+    assert f"h200x8: 8 x 141 GB in 2 groups, modelled, {grouped['needed'] / 1e6:,.1f} MB on each: fits" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--slots 3 --groups 2", "slots is 3; 2 groups of cards must divide it, so give a multiple of 2"),
+        ("--slots 2 --groups 2 --device h200", "groups is 2; it must divide the number of cards, 1"),
+        ("--slots 3 --groups 3", "groups is 3; it must divide the number of cards, 1 or 2 or 4 or 8 or 16"),
+        ("--groups 0", "argument --groups: 0 is out of range"),
+    ],
+)
+def test_groups_that_cannot_be_planned(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(capsys, *words.split())
+
+
 def test_flavour_shards_and_types(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     told = json.loads(output(capsys, "--json"))
     assert (told["flavour"], told["shards"], told["drafter"]["kind"], told["drafter"]["where"]) == ("antirez", 1, "mtp", "inside")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import random
 import time
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,11 @@ import numpy as np
 import pytest
 from engines import CHUNK, CONTEXT, SLOTS, Case, alone, assert_same, engine, mixed
 from held_calls import held
+from jax.sharding import AbstractMesh
 from numerics import assert_bits_equal
 from small_models import shallow_model, text
 
+from ds4jax.decode.groups import GROUPS
 from ds4jax.decode.sampling import Sampling
 from ds4jax.engine.engine import Engine
 from ds4jax.engine.prefill import call_bytes
@@ -165,6 +170,34 @@ def test_an_engine_that_does_not_fit_says_what_would(monkeypatch: pytest.MonkeyP
         InputError, match=r"slots: 8 with a context of 1,000 need .* GB beside the weights, .* are free; 3 would fit"
     ):
         Engine(shallow_model(), slots=8, context=1000, chunk=CHUNK)
+
+
+@pytest.fixture
+def in_two_groups() -> Any:
+    """A model that says that its devices are two groups."""
+    model = copy.copy(shallow_model())
+    model.graph = types.SimpleNamespace(mesh=AbstractMesh((2, 1), (GROUPS, "devices")))  # type: ignore[assignment]
+    return model
+
+
+def test_slots_that_groups_do_not_divide_are_refused_in_one_line(in_two_groups: Any) -> None:
+    with pytest.raises(InputError, match="slots is 3; 2 groups of devices must divide it, so give a multiple of 2"):
+        Engine(in_two_groups, slots=3)
+
+
+@pytest.mark.parametrize(("kind", "free", "fitting"), [("cpu", 5, 4), ("gpu", 3, 6)])
+def test_what_fits_in_groups_is_a_multiple(
+    in_two_groups: Any, kind: str, free: int, fitting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU groups share the memory; elsewhere each has half of the slots on devices of its own."""
+    monkeypatch.setattr(in_two_groups, "drafter", lambda chosen: None)
+    state = state_bytes(in_two_groups, Shape(8, 1024, (CHUNK,), False, None, 2)) // 4
+    calls = call_bytes(shallow_model().config, CHUNK, 1024, kernels=kind == "gpu")
+    monkeypatch.setattr("ds4jax.engine.engine.free_bytes", lambda: calls + state * free + 100)
+    monkeypatch.setattr("ds4jax.engine.shape.with_widths", lambda model, shape, *_: dataclasses.replace(shape, widths=(CHUNK,)))
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform=kind)])
+    with pytest.raises(InputError, match=f"are free; {fitting} would fit"):
+        Engine(in_two_groups, slots=8, context=1000, chunk=CHUNK)
 
 
 def test_a_seed_is_drawn_where_none_was_given(shared: Engine) -> None:

@@ -25,7 +25,7 @@ from ds4jax.decode.module import MAIL_SPECS
 from ds4jax.errors import InputError
 from ds4jax.loading import mailboxes
 from ds4jax.loading.cuts import row_words
-from ds4jax.loading.mailboxes import Exchange, allotted, chosen, require_trial
+from ds4jax.loading.mailboxes import Exchange, allotted, chosen, require, require_trial
 from ds4jax.model import paths
 from ds4jax.model.parameters import build
 from ds4jax.model.transformer import Transformer
@@ -122,6 +122,12 @@ def test_what_is_refused_before_weights_are_read(options: dict[str, Any], messag
     with pytest.raises(InputError) as caught:
         load(**options)
     assert str(caught.value) == message
+
+
+def test_groups_have_none() -> None:
+    devices = jax.devices()[:1] * 4
+    with pytest.raises(InputError, match="exchange is mailbox: groups of devices exchange by collectives alone; leave it out"):
+        require("mailbox", devices, lambda: pytest.fail("a model was made"), groups=2)
 
 
 def test_the_option(capsys: pytest.CaptureFixture[str]) -> None:

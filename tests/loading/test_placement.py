@@ -17,7 +17,7 @@ from ds4jax.config import Config
 from ds4jax.errors import InputError
 from ds4jax.loading import open_checkpoint
 from ds4jax.loading.cuts import cut_names, undivided
-from ds4jax.loading.placement import chosen
+from ds4jax.loading.placement import checked_groups, chosen
 from ds4jax.loading.plan import share_bytes
 from ds4jax.random_models import checkpoint as synthetic
 from pallas_kernels.formats import Quantized
@@ -91,6 +91,28 @@ def test_devices_that_cannot_be_used(devices: Any, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         chosen(devices)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("devices", "groups", "message"),
+    [
+        (1, 2, "groups is 2; it must divide the number of devices, 1"),
+        (8, 3, "groups is 3; it must divide the number of devices, 8"),
+        (2, 4, "groups is 4; it must divide the number of devices, 2"),
+        (2, 0, "groups is 0; it must be at least 1"),
+        (2, True, "groups is True, which is no integer"),
+    ],
+)
+def test_groups_that_cannot_be_made(devices: int, groups: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        checked_groups(groups, jax.devices()[:1] * devices)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_processes_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="groups is 2; several processes are one group, so leave it out"):
+        checked_groups(2, jax.devices()[:1] * 2)
 
 
 @pytest.mark.parametrize(

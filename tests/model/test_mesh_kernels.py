@@ -10,15 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from cuda import executed_calls, gpus, kernel_calls, lowered_for_cuda
+from cuda import exchanging, executed_calls, gpus, kernel_calls, lowered_for_cuda
 from jax.sharding import NamedSharding
 from mesh_steps import FLASH, cut_model, lowered_step
 
 from ds4jax.bench.exchanges import CUT, chain_of, of_step
 from ds4jax.decode import loop as decode
+from ds4jax.decode import slots
 from ds4jax.decode.drafters.mtp import MTPDrafter
 from ds4jax.decode.drafters.ngram import NgramDrafter
+from ds4jax.decode.groups import placed_shapes
+from ds4jax.decode.masks import Mask
 from ds4jax.decode.module import MAIL_SPECS, Graph
+from ds4jax.decode.width import ROOM
 from ds4jax.loading.cuts import gathers
 from ds4jax.model.parameters import build
 from ds4jax.random_models import checkpoint as synthetic
@@ -40,6 +44,8 @@ class Foreign(NgramDrafter):
     """A drafter that the gate does not know."""
 
 
+# Two groups of two devices, each by itself, as `exchanging` says it.
+WITHIN = {"[[0, 1], [2, 3]]"}, {AXIS}
 REDUCTIONS = ("all_reduce", "reduce_scatter", "all_to_all", "collective_permute", "collective_broadcast")
 
 
@@ -107,6 +113,39 @@ def test_steps_that_go_by_collectives_all_the_same(how: dict[str, Any]) -> None:
     text = lowered_step(2, mail=True, **how)
     assert exchanges(text) > ENDS
     assert by_mail(text) == executed_calls(text, mailbox_gather.LOST_NAME) == 0
+
+
+@pytest.mark.parametrize("devices", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.long
+def test_a_call_of_slots_on_two_groups(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group makes the launches of its own two slots, and gathers among its own devices alone."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    graph, weights = cut_model(devices, in_groups=2)
+    empty = jax.eval_shape(lambda: decode.start(FLASH, 512, [0] * 4, drafter=None, max_draft=0))
+    state = placed_shapes(empty, graph.mesh)
+    arguments = (graph, weights, state, slots.Asked.none(4, (1.0,)), Mask.none(4, FLASH.vocab_size), jnp.int32(1))
+    text = lowered_for_cuda(slots.call.__wrapped__, *arguments, drafter=None, max_draft=0, strict=False)
+    expected = {experts.GATE_UP: 3, experts.DOWN: 3, attention.SPLIT_NAME: 3}
+    assert {name: executed_calls(text, name) for name in expected} == expected
+    assert exchanges(text) == (gathers(FLASH, devices) if devices > 1 else 0)
+    assert exchanging(text) in (WITHIN if devices > 1 else (set(),))
+    # The window's ring of two slots, in a program of four.
+    ring = rf"tensor<(\d)x{FLASH.window + ROOM}x{FLASH.head_dim}xf32>"
+    launches = [line for line in text.splitlines() if "@__gpu$xla.gpu.triton" in line]
+    assert {count for line in launches for count in re.findall(ring, line)} == {"2"}
+
+
+@pytest.mark.long
+def test_a_prefill_of_slots_on_two_groups() -> None:
+    """All groups compute the rows and gather as one group alone would; nothing crosses."""
+    graph, weights = cut_model(2, in_groups=2)
+    state = placed_shapes(jax.eval_shape(lambda: decode.start(FLASH, 1024, [0] * 2, drafter=None, max_draft=0)), graph.mesh)
+    ids = jax.ShapeDtypeStruct((512,), jnp.int32)
+    arguments = (graph, weights, state.cache, None, ids, ids, jnp.int32(512), jnp.int32(1))
+    text = lowered_for_cuda(slots.prefill.__wrapped__, *arguments, drafter=None, strict=False)
+    assert {name: executed_calls(text, name) for name in (grouped.GATE_UP, grouped.DOWN)} == {grouped.GATE_UP: 2, grouped.DOWN: 2}
+    assert exchanges(text) == (A_LAYER + 1) * 2 + 1
+    assert exchanging(text) in WITHIN
 
 
 @pytest.mark.long

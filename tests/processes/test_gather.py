@@ -137,6 +137,7 @@ def test_process_0_ends_while_others_wait() -> None:
         (["--coordinator", "a:1", "--process", "2", "--processes", "2"], "--process 2: of 2 processes, it must be 0 to 1"),
         (["--process", "1"], "--process: give --coordinator HOST:PORT, too"),
         (["--coordinator", "a:1", "--devices", "2"], "--devices 2: several processes use all their devices; leave it out"),
+        (["--coordinator", "a:1", "--groups", "2"], "--groups 2: several processes are one group; leave it out"),
         (["--processes", "1"], "argument --processes: 1 is out of range; it must be at least 2 and fit in 32 bits"),
     ],
 )

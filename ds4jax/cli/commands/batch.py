@@ -53,6 +53,7 @@ def add_parser(commands: Any) -> None:
     )
     add_slots(parser, usual=f"({SLOTS})")
     models.add_options(parser)
+    models.add_groups(parser)
     models.add_strict(parser)
     models.add_draft(parser)
     parser.add_argument(

@@ -42,6 +42,7 @@ def add_parser(targets: Any) -> None:
     parser.add_argument("--url", metavar="URL", help="measure the server at this address")
     parser.add_argument("--api-key-file", type=cli_options.existing_file, metavar="FILE", help="a file with that server's key")
     models.add_options(parser)
+    models.add_groups(parser)
     models.add_strict(parser)
     models.add_chunk(parser)
     parser.add_argument(

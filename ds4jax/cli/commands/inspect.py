@@ -34,7 +34,8 @@ it fits. Then what a decode step runs by kernels, and what it costs where it doe
 a file of any size. The name, type and shape of every tensor are checked against the configuration.
 
 Several cards (such as h200x2, to h200x16) are modelled: each holds its part of all large matrices, and small tensors, cache and
-working memory in whole. An exchange counts 18.5 us, as between two H200s; between more cards and hosts it takes longer.
+working memory in whole. An exchange counts 18.5 us, as between two H200s; between more cards and hosts it takes longer. With
+--groups, each group of cards has all weights and its part of the slots.
 
 The file of an MTP block is described, too, and --drafter-file without PATH describes any drafter's file.
 
@@ -49,6 +50,7 @@ examples:
   ds4jax inspect model.gguf --context 1048576 --cache narrow
   ds4jax inspect model.gguf --context 131072 --slots 8 --cache narrow --device h200
   ds4jax inspect model.gguf --drafter-file mtp.gguf --check
+  ds4jax inspect model.gguf --context 131072 --slots 16 --device h200x8 --groups 4
   ds4jax inspect model.gguf --dispatch
   ds4jax inspect --drafter-file dspark.gguf"""
 
@@ -84,6 +86,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--device", choices=tuple(DEVICES), help="the accelerator to plan for (this machine's and all known ones)"
     )
+    models.add_groups(parser)
     parser.add_argument("--check", action="store_true", help="check every stored value and print a verdict")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -144,7 +147,8 @@ def _model(options: argparse.Namespace) -> dict[str, Any]:
     # Imported once the files are known to be a model: it brings the model's modules.
     from ds4jax.cli import inspect_paths
 
-    found = summary(checkpoint) | {"plan": planned(checkpoint, options.context, options.device, options.slots)}
+    found = summary(checkpoint)
+    found |= {"plan": planned(checkpoint, options.context, options.device, options.slots, options.groups)}
     found |= {"decode_step": inspect_paths.decode_step(checkpoint), "costs": inspect_paths.costs(checkpoint)}
     if options.dispatch:
         found |= {"dispatch": inspect_paths.dispatch(checkpoint), "prompt_experts": inspect_paths.prompt_experts(checkpoint)}
@@ -247,30 +251,41 @@ def _shards(checkpoint: Checkpoint) -> int:
     return files.index(checkpoint.drafter_path) if checkpoint.drafter_path is not None else max(len(files), 1)
 
 
-def planned(checkpoint: Checkpoint, context: int | None = None, device: str | None = None, slots: int = 1) -> dict[str, Any]:
+def planned(
+    checkpoint: Checkpoint, context: int | None = None, device: str | None = None, slots: int = 1, groups: int = 1
+) -> dict[str, Any]:
     """The memory that the model needs and the devices on which it fits, in bytes.
 
     Args:
         device: a name in `DEVICES`; None takes this machine's device, if it reports its memory, and all of `DEVICES`.
         slots: requests at once, each with this context.
+        groups: divide the cards into so many groups, each with all weights and its part of the slots. Devices whose cards do not
+            divide are left out.
 
     Returns:
         context, slots, capacity (rows of each request's cache), cache_values and cache_bytes (that a token of context adds to
         it), classes (class → file, device, token: read by one decoded token), cache and cache_token, token (read in all), draft
-        (read by one draft), working (left free for programs), needed (on the device in all), and devices: name, cards, memory and
-        bandwidth of a card (bytes and bytes/s), modelled (several cards are, see `Plan.weights_on`), needed (on each card), whole
-        (kinds of matrices that the cards do not divide), gathers and exchange_ms (of the cards in a step), tokens_per_second
-        (at most, of one request without drafts), fits, largest_context (of each request), most_slots (with this context), chunk
-        (tokens of a prompt in one call).
+        (read by one draft), working (left free for programs), needed (on the device in all), and devices: name, cards, groups,
+        memory and bandwidth of a card (bytes and bytes/s), modelled (several cards are, see `Plan.weights_on`), needed (on each
+        card), whole (kinds of matrices that the cards do not divide), gathers and exchange_ms (of the cards in a step),
+        tokens_per_second (at most, of one request without drafts), fits, largest_context (of each request), most_slots (with this
+        context), chunk (tokens of a prompt in one call).
 
     Raises:
-        InputError: the context is longer than the model's.
+        InputError: the context is longer than the model's, or the groups do not divide the slots or the cards.
     """
     from ds4jax.loading import plan as plans
 
+    if slots % groups:
+        raise InputError(f"slots is {slots}; {groups} groups of cards must divide it, so give a multiple of {groups}")
     made = plans.plan(checkpoint, context, slots=slots)
     present = plans.present_device() if device is None else None
-    chosen = [DEVICES[name] for name in (DEVICES if device is None else (device,))]
+    named = [DEVICES[name] for name in (DEVICES if device is None else (device,))]
+    chosen = [one for one in ([present] if present else []) + named if one.cards % groups == 0]
+    if not chosen:
+        counts = sorted({str(one.cards) for one in named}, key=int)
+        raise InputError(f"groups is {groups}; it must divide the number of cards, {' or '.join(counts)}")
+    of_group = made if groups == 1 else plans.plan(checkpoint, context, slots=slots // groups)
     return {
         "context": made.context,
         "slots": made.slots,
@@ -284,27 +299,31 @@ def planned(checkpoint: Checkpoint, context: int | None = None, device: str | No
         "draft": made.draft,
         "working": bounds.WORKING_BYTES,
         "needed": made.needed,
-        "devices": [_on(made, checkpoint, one) for one in ([present] if present else []) + chosen],
+        "devices": [_on(of_group, checkpoint, one, groups) for one in chosen],
     }
 
 
-def _on(made: Plan, checkpoint: Checkpoint, device: Device) -> dict[str, Any]:
+def _on(made: Plan, checkpoint: Checkpoint, device: Device, groups: int) -> dict[str, Any]:
+    """A device of `planned`; `made` is the plan of one group."""
     from ds4jax.engine.prefill import chunk_for
     from ds4jax.loading import plan as plans
     from ds4jax.loading.cuts import undivided
 
-    bound, weights = made.bound(device), made.weights_on(device)
+    group = dataclasses.replace(device, cards=device.cards // groups)
+    bound, weights = made.bound(group), made.weights_on(group)
+    slots = groups * plans.most_slots(checkpoint, weights, device.memory, made.context)
     return {
         **dataclasses.asdict(device),
+        "groups": groups,
         "modelled": device.cards > 1,
-        "needed": made.needed_on(device),
-        "whole": undivided(checkpoint.config, device.cards),
-        "gathers": made.gathers[device.cards],
-        "exchange_ms": round(1e3 * made.exchange_seconds(device), 2),
+        "needed": made.needed_on(group),
+        "whole": undivided(checkpoint.config, group.cards),
+        "gathers": made.gathers[group.cards],
+        "exchange_ms": round(1e3 * made.exchange_seconds(group), 2),
         "tokens_per_second": round(bound, 1) if bound is not None else None,
-        "fits": made.needed_on(device) <= device.memory,
+        "fits": made.needed_on(group) <= device.memory,
         "largest_context": plans.largest_context(checkpoint, weights, device.memory, slots=made.slots),
-        "most_slots": plans.most_slots(checkpoint, weights, device.memory, made.context),
+        "most_slots": min(slots, bounds.SLOTS.largest or slots),
         "chunk": chunk_for(checkpoint.config, made.capacity, device.memory - weights - made.cache),
     }
 

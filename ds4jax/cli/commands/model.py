@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ds4jax import timing as startup
-from ds4jax.bounds import DENSE_FORMS, DRAFTERS, EXCHANGES, MAX_DRAFTS, SHIPPED, drafts_of, max_draft_of
+from ds4jax.bounds import DENSE_FORMS, DRAFTERS, EXCHANGES, GROUP_COUNT, MAX_DRAFTS, SHIPPED, drafts_of, max_draft_of
 from ds4jax.cli import options as cli_options
 from ds4jax.cli.progress import loading_bar
 from ds4jax.config import CACHES
@@ -43,6 +43,17 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
         type=cli_options.devices,
         metavar="N",
         help="cut the weights over so many devices, or over all (1)",
+    )
+
+
+def add_groups(parser: argparse.ArgumentParser) -> None:
+    """Add --groups, for commands with slots."""
+    parser.add_argument(
+        "--groups",
+        type=cli_options.integer(GROUP_COUNT),
+        default=1,
+        metavar="N",
+        help="divide the devices into so many groups, each with all weights and its part of the slots (1)",
     )
 
 
@@ -207,7 +218,7 @@ def open_model(options: argparse.Namespace, *, max_draft: int | None = None, pro
         if checkpoint.note and sys.stderr:
             print(f"ds4jax: {checkpoint.path}: {checkpoint.note}", file=sys.stderr)
         startup.begin("load")
-        where = {"devices": options.devices, "exchange": options.exchange}
+        where = {"devices": options.devices, "groups": options.groups if "groups" in options else 1, "exchange": options.exchange}
         return from_checkpoint(checkpoint, max_draft=max_draft, **where, progress=bar)
 
 

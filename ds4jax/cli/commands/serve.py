@@ -93,6 +93,7 @@ def add_parser(commands: Any) -> None:
     models.add_dense(parser)
     models.add_rounding(parser)
     models.add_devices(parser)
+    models.add_groups(parser)
     models.add_exchange(parser)
     cli_processes.add_options(parser)
     models.add_strict(parser)
