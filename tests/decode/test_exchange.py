@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from typing import Any
 
 import jax
@@ -69,12 +70,16 @@ def test_every_request_of_an_engine_says_it_and_the_engine_ends(monkeypatch: pyt
         slots = one._scheduler._slots
         programs = slots.compiled()
 
+        submitted = threading.Event()
+
         def failing(*arguments: Any) -> tuple[Any, jax.Array, Any]:
+            assert submitted.wait(60)
             state, report, scores = programs["call"](*arguments)
             return state, exchange.marked(report, jnp.array([5, 2], jnp.int32)), scores
 
         monkeypatch.setattr(slots, "compiled", lambda: programs | {"call": failing})
         requests = [one.submit(text(start, 40), max_new_tokens=20) for start in (0, 40, 60)]
+        submitted.set()
         for request in requests:
             with pytest.raises(ExchangeError, match=re.escape(MESSAGE)):
                 request.result(60)
