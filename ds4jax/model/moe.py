@@ -95,10 +95,9 @@ class Experts(nnx.Module):
 
         If w2 is cut, only the outputs of this device's rows are made, [T, D/P].
 
-        A decode step: each row reads its chosen experts. Strict computes one row at a time in float32, so that shapes and bits do
-        not depend on the number of rows. Otherwise weights of fewer than eight bits are multiplied by quantised activations. More
-        than eight rows are computed eight at a time, and formats without a kernel one row at a time: the decoded experts of one
-        row take 0.5 GB in V4-Flash.
+        A decode step: each row reads its chosen experts. Strict computes in float32; otherwise weights of fewer than eight bits are
+        multiplied by quantised activations. More than eight rows are computed eight at a time. Formats without a kernel, and in
+        strict mode all of a model that is not small, take one row at a time: its decoded experts take 0.5 GB in V4-Flash.
         A chunk of a prompt: on CUDA and not strict, rows are grouped by expert and multiplied in bfloat16; on Hopper the weights
         are read as they are stored. Otherwise every expert is computed for all rows.
 
@@ -128,8 +127,10 @@ class Experts(nnx.Module):
                 return one_by_one(x_TD, chosen_TK, weights_TK)
             y_TD: jax.Array = jax.lax.platform_dependent(x_TD, chosen_TK, weights_TK, cuda=grouped, default=one_by_one)
             return y_TD
-        stored = any(isinstance(rows_of(stack), Stored) for stack in stacks)
-        return _in_groups(gathered, (x_TD, chosen_TK, weights_TK), 1 if strict or stored else MAX_ROWS)
+        here = [rows_of(stack) for stack in stacks]
+        # Single rows in a loop only where memory asks for it: in a loop, XLA sums their products in another order on some CPUs.
+        alone = not all(map(meaning.small, here)) if strict else any(isinstance(rows, Stored) for rows in here)
+        return _in_groups(gathered, (x_TD, chosen_TK, weights_TK), 1 if alone else MAX_ROWS)
 
 
 def _in_groups(function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], size: int) -> jax.Array:

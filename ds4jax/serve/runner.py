@@ -13,6 +13,7 @@ import numpy as np
 
 from ds4jax.engine.engine import Engine
 from ds4jax.engine.request import Piece, Request, RequestResult
+from ds4jax.errors import ExchangeError
 from ds4jax.serve.errors import ApiError, bad, too_long, unavailable
 from ds4jax.serve.settings import Settings
 
@@ -196,7 +197,9 @@ class Runner:
         """Return when the engine's thread has ended by itself, or the model could not be loaded."""
         while self.state != "failed":
             if self._engine is not None and self.state in ("ready", "draining") and not self._engine.alive:
-                self.state, self.error = "failed", self._engine.error or RuntimeError("the engine's thread has ended")
+                ended = self._engine.error
+                known = isinstance(ended, ExchangeError)
+                self.state, self.error = "failed", ended if known else RuntimeError("the engine's thread has ended")
                 break
             await asyncio.sleep(WATCH)
         await asyncio.sleep(LAST_WORDS)

@@ -85,13 +85,18 @@ def gathered(
     return own_part(jnp.sum(products, axis=1), down)
 
 
+def small(rows: Weight) -> bool:
+    """Whether a stack, or a device's part of it, is that of a small model."""
+    return math.prod(rows.shape) <= SMALL
+
+
 def _small_in_float(stack: Weight | Cut, in_float: Formats) -> Weight | Cut:
     """A stack of a small model as float32, if its products are float32 ones; any other stack as it is.
 
     A compiler takes the conversion of a whole stack out of a loop of decode steps, but not that of the chosen matrices.
     """
     rows = rows_of(stack)
-    if not isinstance(rows, Quantized) or _quantises(rows, in_float) or math.prod(rows.shape) > SMALL:
+    if not isinstance(rows, Quantized) or _quantises(rows, in_float) or not small(rows):
         return stack
     values = rows.dequantize()
     return Cut(values, stack.devices) if isinstance(stack, Cut) else values

@@ -212,8 +212,8 @@ def test_drafts_that_stand_without_being_right_are_found(
 ) -> None:
     accept = decode.accept
 
-    def credulous(logits_SWV: jax.Array, drafts: Any, depth_S: jax.Array, *rest: Any) -> tuple[jax.Array, jax.Array]:
-        _, follower_S = accept(logits_SWV, drafts, depth_S, *rest)
+    def credulous(logits_SWV: jax.Array, drafts: Any, depth_S: jax.Array, *rest: Any, strict: bool) -> Any:
+        _, follower_S = accept(logits_SWV, drafts, depth_S, *rest, strict=strict)
         best_S = jnp.argmax(jnp.take_along_axis(logits_SWV, depth_S[:, None, None], axis=1)[:, 0], axis=1).astype(jnp.int32)
         return depth_S, jnp.where(depth_S > 0, best_S, follower_S)
 
