@@ -95,9 +95,9 @@ class Experts(nnx.Module):
 
         If w2 is cut, only the outputs of this device's rows are made, [T, D/P].
 
-        A decode step: each row reads its chosen experts. Strict computes in float32; otherwise weights of fewer than eight bits are
-        multiplied by quantised activations. More than eight rows are computed eight at a time. Formats without a kernel, and in
-        strict mode all of a model that is not small, take one row at a time: its decoded experts take 0.5 GB in V4-Flash.
+        A decode step: each row reads its chosen experts. Strict computes in float32; otherwise weights of fewer than eight bits
+        are multiplied by quantised activations. More than eight rows are computed eight at a time. Formats without a kernel, and
+        in strict mode all of a model that is not small, take one row at a time: its decoded experts take 0.5 GB in V4-Flash.
         A chunk of a prompt: on CUDA and not strict, rows are grouped by expert and multiplied in bfloat16; on Hopper the weights
         are read as they are stored. Otherwise every expert is computed for all rows.
 
