@@ -28,7 +28,7 @@ class Output:
             InputError: the file holds replies to other lines or with other options, is being written, or cannot be written.
         """
         try:
-            new = not path.exists()
+            self._path, self._new = path, not path.exists()
             self._stream = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
             open_regular(path).close()
         except OSError as error:
@@ -39,14 +39,17 @@ class Output:
         except BaseException:
             self._stream.close()
             raise
-        if new:
+        if self._new:
             _sync_folder(path)
 
     def __enter__(self) -> Output:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         os.fsync(self._stream.fileno())
+        # A run that failed before its first reply leaves nothing behind.
+        if kind and self._new and not os.fstat(self._stream.fileno()).st_size:
+            self._path.unlink(missing_ok=True)
         self._stream.close()
 
     def write(self, record: dict[str, Any]) -> None:

@@ -44,8 +44,10 @@ def bench(options: Options, note: Note, keep: Callable[[Row], None], before: Row
         raise InputError(f"devices is {devices}; there are {found['count']} {found['backend']} devices")
     if devices < 2:
         raise InputError(f"devices is {devices}; this measures at least 2")
-    content = _begun(options, devices, found, before)
-    for run in runs(options, devices):
+    content, planned = _begun(options, devices, found, before, note), runs(options, devices)
+    if not planned:
+        raise InputError("pieces is processes: it stands beside plain, on an even number of devices; name plain, too")
+    for run in planned:
         left = _left(run, content)
         spent = time.monotonic() - began
         limits = [options.limit_seconds or None, options.all_seconds - spent if options.all_seconds else None]
@@ -60,25 +62,37 @@ def good(content: Row) -> bool:
 
 
 def earlier(path: Path) -> Row | None:
-    """An earlier result; None if there is none that can be read."""
+    """An earlier result; None if there is no such file.
+
+    Raises:
+        InputError: the file is no result of this benchmark.
+    """
+    content: object
     try:
-        content: Row = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return None
-    return content if content.get("schema") == SCHEMA and "options" in content else None
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or "options" not in content:
+        raise InputError(f"{path}: is no result of this benchmark and version; remove it, or give another file")
+    return content
 
 
-def _begun(options: Options, devices: int, found: Row, before: Row | None) -> Row:
+def _begun(options: Options, devices: int, found: Row, before: Row | None, note: Note) -> Row:
     """A result without figures, or with those of an earlier run of the same."""
     asked = json.loads(json.dumps(dataclasses.asdict(options)))
     # Limits change no figure.
     asked = {name: value for name, value in asked.items() if not name.endswith("_seconds")}
     content = {"schema": SCHEMA, **found, "devices": devices, "options": asked}
     same = {name: value for name, value in content.items() if name not in ("command", "commit")}
-    if before is not None and all(before.get(name) == value for name, value in same.items()):
+    other = [name for name, value in same.items() if before and before.get(name) != value]
+    if before is not None and not other:
         content |= _finished(before)
     else:
         content |= {name: [] for name in LISTS.values()}
+    if other:
+        note(f"the earlier result has another {', '.join(other)}, so everything is measured again")
     return content | {"compared": compared(content["rows"]), "not_measured": [], "problems": []}
 
 

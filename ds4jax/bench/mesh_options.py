@@ -56,12 +56,15 @@ class Options:
     all_seconds: int = 0
 
     def __post_init__(self) -> None:
+        needed = {"context": ("plain", "drafts", "slots", PROCESSES), "long": ("long",), "prompt": ("prefill",)}
+        rows = {"context": self.context, "long": self.long_context, "prompt": self.prompt}
         for layout in self.layouts:
             end = synthetic.config_of(layout, self.layers).max_context
-            rows = {"context": self.context, "long": self.long_context, "prompt": self.prompt}
             for name, count in rows.items():
-                if count + self.steps > end:
-                    raise InputError(f"{name} is {count} and steps {self.steps}; {layout} ends at {end}")
+                if count + self.steps > end and set(needed[name]) & set(self.pieces):
+                    raise InputError(
+                        f"{name} is {count} and steps {self.steps}; {layout} ends at {end}, so give a smaller {name}"
+                    )
         if max(self.slots) > MOST_SLOTS:
             raise InputError(f"slots is {max(self.slots)}; a step has at most {MOST_SLOTS}")
 

@@ -32,15 +32,16 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 def integer(allowed: Integers) -> Callable[[str], int]:
     """A reader of the allowed integers. Without a maximum, they must fit in 32 bits."""
-    rule = allowed.rule if allowed.largest is not None else f"{allowed.rule} and fit in 32 bits"
 
     def read(word: str) -> int:
         try:
             value = int(word)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{word!r} is not an integer") from None
-        if not allowed.holds(value) or (allowed.largest is None and value > MAX_TOKENS):
-            raise argparse.ArgumentTypeError(f"{word} is out of range; {rule}")
+        if not allowed.holds(value):
+            raise argparse.ArgumentTypeError(f"{word} is out of range; {allowed.rule}")
+        if allowed.largest is None and value > MAX_TOKENS:
+            raise argparse.ArgumentTypeError(f"{word} is out of range; it must fit in 32 bits")
         return value
 
     return read

@@ -47,12 +47,15 @@ def seat(options: argparse.Namespace) -> Seat | None:
     """
     if options.coordinator is None:
         if options.process is not None or options.processes is not None:
-            raise InputError("--process: give --coordinator HOST:PORT, too")
+            name = "process" if options.process is not None else "processes"
+            raise InputError(f"--{name}: give --coordinator HOST:PORT, too")
         return None
     if options.devices not in (None, "all"):
         raise InputError(f"--devices {options.devices}: several processes use all their devices; leave it out")
     if options.groups > 1:
         raise InputError(f"--groups {options.groups}: several processes are one group; leave it out")
+    if options.exchange == "mailbox":
+        raise InputError("--exchange mailbox: several processes exchange by collectives; leave it out")
     options.devices = "all"
     return Seat.of(options.coordinator, options.process, options.processes, options.join_seconds)
 

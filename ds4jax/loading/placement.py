@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ds4jax.bounds import DEVICE_COUNT, GROUP_COUNT
+from ds4jax.bounds import DEVICE_COUNT, GROUP_COUNT, shown
 from ds4jax.config import Config
 from ds4jax.decode.groups import GROUPS, WHOLE
 from ds4jax.decode.groups import count as groups_of
@@ -32,7 +32,8 @@ def chosen(devices: Devices) -> tuple[jax.Device, ...]:
     """The devices that a user names: a number of them, "all", a list of devices or of their indices; None is the first.
 
     Raises:
-        InputError: there are not so many, they are of several kinds, or one is named twice. One device must be the first.
+        InputError: there are not so many, they are of several kinds, one is named twice, or processes have unlike
+            numbers of them. One device must be the first.
     """
     present = jax.devices()
     if isinstance(devices, str):
@@ -41,17 +42,21 @@ def chosen(devices: Devices) -> tuple[jax.Device, ...]:
         found = tuple(present)
     elif isinstance(devices, Sequence):
         found = tuple(_device(one, present) for one in devices)
-        if not found or len(set(map(id, found))) < len(found):
+        if not found:
+            raise InputError("devices names 0 devices; name at least one")
+        if len(set(map(id, found))) < len(found):
             raise InputError(f"devices names {len(found)} devices, {len(set(map(id, found)))} of them different; name each once")
     else:
         count = 1 if devices is None else DEVICE_COUNT.checked("devices", devices)
         if count > len(present):
-            raise InputError(f"devices is {count}; there are {len(present)} {present[0].platform} devices")
+            raise InputError(f"devices is {count}; there are {len(present)} {present[0].platform} devices, so name at most these")
         found = tuple(present[:count])
     if jax.process_count() > 1 and len(found) < len(present):
         raise InputError(
             f"devices is {len(found)} of {len(present)}; several processes use all their devices, so hide the others"
         )
+    if jax.process_count() > 1:
+        _require_equal_processes(present)
     if kinds := {one.device_kind for one in found} - {found[0].device_kind}:
         raise InputError(f"devices are of several kinds, {found[0].device_kind} and {min(kinds)}; take equal ones")
     if len(found) == 1 and found[0] is not present[0]:
@@ -59,9 +64,18 @@ def chosen(devices: Devices) -> tuple[jax.Device, ...]:
     return found
 
 
+def _require_equal_processes(present: Sequence[jax.Device]) -> None:
+    counts = [sum(one.process_index == index for one in present) for index in range(jax.process_count())]
+    other = next((index for index, count in enumerate(counts) if count != counts[0]), None)
+    if other is not None:
+        raise InputError(f"process {other} has {counts[other]} devices, process 0 has {counts[0]}; give each the same number")
+
+
 def _device(one: jax.Device | int, present: Sequence[jax.Device]) -> jax.Device:
-    if not isinstance(one, int):
+    if isinstance(one, jax.Device):
         return one
+    if not isinstance(one, int):
+        raise InputError(f"devices names {shown(one)}; it must list devices or their indices")
     if not 0 <= one < len(present):
         raise InputError(f"devices names device {one}; there are devices 0 to {len(present) - 1}")
     return present[one]
@@ -75,7 +89,7 @@ def checked_groups(groups: int, devices: Sequence[jax.Device]) -> int:
     """
     count = GROUP_COUNT.checked("groups", groups)
     if len(devices) % count:
-        raise InputError(f"groups is {count}; it must divide the number of devices, {len(devices)}")
+        raise InputError(f"groups is {count}; it must divide the number of devices, {len(devices)}; see --devices")
     if count > 1 and jax.process_count() > 1:
         raise InputError(f"groups is {count}; several processes are one group, so leave it out")
     return count

@@ -88,8 +88,12 @@ def _difference(index: int, count: Any, theirs: Facts, seat: Seat, facts: Facts,
         return f"--process {index}: there is such a process already; give each a number of its own"
     for name, value in facts.items():
         if theirs.get(name) != value:
-            return f"{name}: process {index} has {theirs.get(name)}, process 0 has {value}; start all with the same"
+            return f"{name}: process {index} has {_said(theirs.get(name))}, process 0 has {_said(value)}; start all with the same"
     return ""
+
+
+def _said(value: Any) -> Any:
+    return "none" if value is None else value
 
 
 def _refused(channels: Iterable[Channel], reason: str) -> InputError:

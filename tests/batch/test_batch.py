@@ -215,6 +215,15 @@ def killed_and_whole(folder: Path, count: int, kills: int, seed: int) -> tuple[b
     return out.read_bytes(), whole.read_bytes(), hits
 
 
+def test_a_command_that_fails_before_its_first_reply_leaves_no_file(tmp_path: Path) -> None:
+    requests, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    requests.write_text('{"id": "a", "prompt": "In the beginning"}\n')
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["batch", str(requests), "--out", str(out), "--devices", "99"])
+    assert ended.value.code == 2
+    assert not out.exists()
+
+
 @pytest.mark.long
 def test_a_command_that_is_killed_goes_on(tmp_path: Path) -> None:
     out, whole, hits = killed_and_whole(tmp_path, 24, 2, seed=1)

@@ -272,8 +272,11 @@ def test_what_was_found_is_kept_at_once_and_not_measured_again(monkeypatch: pyte
     cut = before | {"finished": before["finished"][:1]}
     again, kept = measured(monkeypatch, says(PLAIN, FINISHED, DONE), cut)
     assert (len(again["rows"]), kept) == (2, [2, 2, 2])
-    path.write_text("no")
-    assert mesh.earlier(path) is None
+    assert mesh.earlier(tmp_path / "none.json") is None
+    for text in ("no", "[1]", "{}"):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"mesh\.json: is no result of this benchmark"):
+            mesh.earlier(path)
 
 
 @pytest.mark.parametrize(
@@ -433,6 +436,7 @@ def test_names_of_its_files_have_the_number_of_devices(monkeypatch: pytest.Monke
         (["--exchange", ""], "argument --exchange: '' is not an exchange; give some of collective"),
         (["--slots", "65"], "slots is 65; a step has at most 64"),
         (["--long", "9000"], "long is 9000 and steps 3; small-q2 ends at 4096"),
+        (["--devices", "2", "--pieces", "processes"], "pieces is processes: it stands beside plain"),
         (["--layers", "7"], "layers is 7; small-q2 has 6"),
         (["--resume"], "--resume: give --json FILE, too"),
         (["--plot", "a.pdf"], "argument --plot: a.pdf: the figure is a PNG; end the name with .png"),

@@ -84,7 +84,8 @@ def test_devices() -> None:
         ("two", "devices is 'two'; it must be"),
         ([10**6], "devices names device 1000000; there are devices 0 to"),
         ([0, 0], "devices names 2 devices, 1 of them different"),
-        ([], "devices names 0 devices"),
+        ([], "devices names 0 devices; name at least one"),
+        (["a"], "devices names 'a'; it must list devices or their indices"),
     ],
 )
 def test_devices_that_cannot_be_used(devices: Any, message: str) -> None:

@@ -276,8 +276,6 @@ def planned(
     """
     from ds4jax.loading import plan as plans
 
-    if slots % groups:
-        raise InputError(f"slots is {slots}; {groups} groups of cards must divide it, so give a multiple of {groups}")
     made = plans.plan(checkpoint, context, slots=slots)
     present = plans.present_device() if device is None else None
     named = [DEVICES[name] for name in (DEVICES if device is None else (device,))]
@@ -285,6 +283,8 @@ def planned(
     if not chosen:
         counts = sorted({str(one.cards) for one in named}, key=int)
         raise InputError(f"groups is {groups}; it must divide the number of cards, {' or '.join(counts)}")
+    if slots % groups:
+        raise InputError(f"slots is {slots}; {groups} groups of cards must divide it, so give a multiple of {groups}")
     of_group = made if groups == 1 else plans.plan(checkpoint, context, slots=slots // groups)
     return {
         "context": made.context,
