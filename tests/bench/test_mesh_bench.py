@@ -51,6 +51,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("eight")
+@pytest.mark.long
 def test_one_and_two_devices_have_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mesh.json"
     options = ["--layers", "1", "--devices", "2", "--pieces", "plain", "--json", str(file)]

@@ -64,6 +64,7 @@ def test_a_continuation_raises_it() -> None:
     assert host.tokens == []
 
 
+@pytest.mark.long
 def test_every_request_of_an_engine_says_it_and_the_engine_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other faults end the requests of a call, see `test_engine.py`; this one also those that wait, and later ones."""
     with engine(slots=2) as one:
@@ -89,6 +90,7 @@ def test_every_request_of_an_engine_says_it_and_the_engine_ends(monkeypatch: pyt
             one.submit(text(0, 40), max_new_tokens=20)
 
 
+@pytest.mark.long
 def test_a_command_says_it_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def failing(report_SN: np.ndarray) -> np.ndarray:
         return exchange.checked(np.array(lost_report()))
