@@ -70,6 +70,7 @@ def measure(
     Raises:
         InputError: the devices cannot have mailboxes, or these failed in their trial.
     """
+    mailboxes.require(way, devices)
     sizes: dict[int, str] = {}
     for count in rows:
         for exchange in of_step(config, len(devices)):

@@ -16,7 +16,9 @@ from ds4jax.bench import environment, mesh_processes
 from ds4jax.bench.mesh_options import Options, Run, runs
 from ds4jax.bench.mesh_worker import Task
 from ds4jax.bench.whole_model import Note, Row
+from ds4jax.bounds import WAYS
 from ds4jax.errors import InputError
+from ds4jax.model import paths
 
 SCHEMA = 1
 # Lists of a result to which processes add, by the kind of what they say.
@@ -44,6 +46,9 @@ def bench(options: Options, note: Note, keep: Callable[[Row], None], before: Row
         raise InputError(f"devices is {devices}; there are {found['count']} {found['backend']} devices")
     if devices < 2:
         raise InputError(f"devices is {devices}; this measures at least 2")
+    if not options.exchanges:
+        able = paths.why_no_peers([found["device"]] * devices, 1) is None
+        options = dataclasses.replace(options, exchanges=WAYS if able else WAYS[:1])
     content, planned = _begun(options, devices, found, before, note), runs(options, devices)
     if not planned:
         raise InputError("pieces is processes: it stands beside plain, on an even number of devices; name plain, too")

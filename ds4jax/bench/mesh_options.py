@@ -23,7 +23,8 @@ class Options:
         layouts: names in `LAYOUT_NAMES`; the most important first.
         layers: number of first layers; None for all.
         devices: the largest number of devices; None for all that there are.
-        exchanges: names in `WAYS`. Each is measured in every model and in chains of its own.
+        exchanges: names in `WAYS`. Each is measured in every model and in chains of its own. Without any, those of `WAYS` that
+            the devices can have.
         pieces: names in `MESH_PIECES`.
         context, long_context: rows in the caches before the first step; the second for the piece "long".
         slots: numbers of sequences of the piece "slots".

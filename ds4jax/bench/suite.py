@@ -173,14 +173,9 @@ def mesh_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     """
     from ds4jax.bench import mesh, mesh_report, report
     from ds4jax.bench.mesh_options import Options
-    from ds4jax.bounds import WAYS
-    from ds4jax.model import paths
 
-    path, (kind, count) = out / f"{slug}-mesh.json", gpus()
-    ways = WAYS[:1] if paths.why_no_peers([kind] * count, 1) else WAYS
-    options = Options(
-        exchanges=ways, acceptance=ACCEPTANCE, per_step=PER_STEP, limit_seconds=MESH_LIMIT, all_seconds=MESH_SECONDS
-    )
+    path = out / f"{slug}-mesh.json"
+    options = Options(exchanges=(), acceptance=ACCEPTANCE, per_step=PER_STEP, limit_seconds=MESH_LIMIT, all_seconds=MESH_SECONDS)
     content = mesh.bench(options, note, lambda content: report.write(path, content), before=mesh.earlier(path))
     mesh_report.write_profile(out / f"{slug}-mesh-profile.txt", content)
     if importlib.util.find_spec("matplotlib") is None:

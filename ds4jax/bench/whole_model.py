@@ -17,7 +17,8 @@ from ds4jax.device import device_memory
 from ds4jax.engine.prefill import nbytes
 from ds4jax.loading import mailboxes
 from ds4jax.loading.checkpoint import Checkpoint
-from ds4jax.loading.placement import Devices, chosen
+from ds4jax.loading.placement import Devices, abstract, chosen
+from ds4jax.model.parameters import build
 from ds4jax.random_models import checkpoint as synthetic
 from ds4jax.random_models.layouts import LAYOUTS
 
@@ -58,6 +59,7 @@ class WholeModel:
         bandwidth = environment.copy_gbps() if jax.default_backend() == "gpu" else None
         config = synthetic.config_of(layout, layers)
         checkpoint = synthetic.checkpoint(config, layout)
+        mailboxes.require(exchange, present, lambda: build(config, abstract(checkpoint, present)))
         began = time.perf_counter()
         model = synthetic.synthetic(checkpoint, present)
         way = mailboxes.chosen(exchange, present, model)

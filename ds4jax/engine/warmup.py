@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -18,7 +19,6 @@ from ds4jax.engine.loaded import Loaded
 from ds4jax.engine.prefill import buckets_here, chunk_here, nbytes
 from ds4jax.errors import InputError
 from ds4jax.loading.checkpoint import Checkpoint
-from ds4jax.loading.mailboxes import COLLECTIVE
 from ds4jax.loading.placement import Devices, abstract, chosen
 from ds4jax.model.parameters import build
 
@@ -51,8 +51,8 @@ def without_weights(checkpoint: Checkpoint, *, max_draft: int | None = None, dev
         InputError: `max_draft` is outside 0 to 4, or `devices` cannot be used, as for `ds4jax.load`.
     """
     model = build(checkpoint.config, abstract(checkpoint, chosen(devices)))
-    about = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.opened_with}
-    return Loaded(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, exchange=COLLECTIVE, **about)
+    about: dict[str, Any] = {"no_mtp": checkpoint.no_mtp, "drafter": checkpoint.opened_with}
+    return Loaded(model, checkpoint.tokenizer, checkpoint.path, max_draft=max_draft, **about)
 
 
 def programs(model: Loaded, context: int, *, strict: bool, chunk: int | None = None) -> list[Program]:

@@ -57,30 +57,30 @@ class Exchange:
 COLLECTIVE = Exchange("collective", "asked for")
 
 
-def require(name: str, devices: Sequence[jax.Device], model: Callable[[], Transformer], groups: int = 1) -> None:
+def require(name: str, devices: Sequence[jax.Device], model: Callable[[], Transformer] | None = None, groups: int = 1) -> None:
     """Refuse an exchange before weights are read.
 
     Args:
+        model: makes the model without weights; called only where the answer depends on it. None asks about the devices alone.
         groups: number of groups of the devices.
-        model: makes the model without weights; called only where the answer depends on it.
 
     Raises:
         InputError: there is no such exchange, or this model cannot have mailboxes on these devices.
     """
     if name not in EXCHANGES:
         raise InputError(f"exchange is {name!r}; it must be one of {', '.join(EXCHANGES)}")
-    reason = (why_not(devices, groups) or why_not_mailboxes(model())) if name == "mailbox" else None
-    if reason:
+    if name != "mailbox":
+        return
+    if reason := why_not(devices, groups) or (why_not_mailboxes(model()) if model else None):
         raise InputError(f"exchange is mailbox: {reason}; leave it out")
 
 
 def chosen(name: str, devices: Sequence[jax.Device], model: Transformer, groups: int = 1) -> Exchange:
-    """The exchange that a user names, or the one that "auto" means; arguments as for `require`. Mailboxes are tried before use.
+    """The exchange that a user names, or the one that "auto" means; arguments as for `require`, which has let them pass.
 
     Raises:
-        InputError: as `require`, or the trial failed.
+        InputError: the trial of mailboxes failed.
     """
-    require(name, devices, lambda: model, groups)
     if name == "collective":
         return COLLECTIVE
     if name == "auto":
@@ -89,13 +89,11 @@ def chosen(name: str, devices: Sequence[jax.Device], model: Transformer, groups:
 
 
 def between(devices: Sequence[jax.Device], words: int) -> Exchange:
-    """Mailboxes between devices with places for `words` words of each, tried before they are used.
+    """Mailboxes between devices that can have them, with places for `words` words of each; tried before they are used.
 
     Raises:
-        InputError: the devices cannot have mailboxes, or the trial failed.
+        InputError: the trial failed.
     """
-    if reason := why_not(devices):
-        raise InputError(f"exchange is mailbox: {reason}; leave it out")
     mesh = Mesh(np.array(devices), (AXIS,))
     exchange = allotted(mesh, words)
     require_trial(exchange, mesh)

@@ -9,26 +9,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
 
-from ds4jax.bench import environment, mesh, mesh_processes, mesh_report, report, suite
+from ds4jax.bench import environment, mesh, mesh_processes, report, suite
 from ds4jax.bench.exchanges import of_step
 from ds4jax.bench.mesh_options import Options, Run, runs
 from ds4jax.bench.mesh_worker import Task
-from ds4jax.bounds import MESH_PIECES
+from ds4jax.bounds import MESH_PIECES, WAYS
 from ds4jax.cli import main as cli
 from ds4jax.errors import InputError
-from ds4jax.loading.cuts import cut_names
 from ds4jax.random_models import checkpoint as synthetic
-from pallas_kernels.formats import Quantized
 
 FAULTY = str(Path(__file__).parents[1] / "faulty_mesh_worker.py")
 SIZES = ["--context", "64", "--long", "600", "--prompt", "64", "--steps", "3", "--links", "2", "--slots", "2"]
 TINY = ["bench", "mesh", "--synthetic", "small-q2", *SIZES]
-DIGESTS = {"tokens_digest": "a", "step_digests": ["1", "2"]}
-WHERE = {"layout": "small-q2", "exchange": "collective", "processes": 1}
 
 
 def silent(message: str) -> None:
@@ -140,54 +134,6 @@ def test_a_whole_run(
     }
 
 
-@pytest.mark.parametrize("layout", ["small-q2", "small-ud-iq3-xxs"])
-def test_some_rows_have_the_values_of_the_whole(layout: str) -> None:
-    config = synthetic.config_of(layout, 1)
-    cut = cut_names(config, 2)
-    for tensor in synthetic.checkpoint(config, layout).tensors:
-        if tensor.name not in cut:
-            continue
-        size = tensor.shape[-2] // 2
-        half = slice(size, 2 * size)
-        whole, part = tensor.read(), tensor.start(half).value()
-        if isinstance(whole, Quantized):
-            expected: Any = whole.change_rows(lambda plane, axis: jax.lax.slice_in_dim(plane, size, 2 * size, axis=axis))  # noqa: B023
-        else:
-            expected = whole[..., half, :]
-        for one, other in zip(jax.tree.leaves(part), jax.tree.leaves(expected), strict=True):
-            assert np.asarray(one).tobytes() == np.asarray(other).tobytes(), tensor.name
-
-
-SHARES = """
-import json
-import jax
-import numpy as np
-from jax.sharding import Mesh
-from ds4jax.random_models import checkpoint
-from pallas_kernels.linear.cut import AXIS
-
-found = {}
-for form in ("MXFP4", "IQ2_XXS", "Q2_K", "Q8_0", "BF16"):
-    for count in (1, 8):
-        mesh = Mesh(np.array(jax.devices()[:count]), (AXIS,))
-        made = checkpoint._over.lower(mesh, form, (256, 2048, 4096), 0.01, np.uint32(1)).compile().memory_analysis()
-        found.setdefault(form, []).append([made.output_size_in_bytes, made.temp_size_in_bytes])
-print(json.dumps(found))
-"""
-
-
-@pytest.mark.usefixtures("eight")
-def test_no_device_makes_more_than_its_share() -> None:
-    """At the shape of V4-Flash's experts: what the program of a device leaves, and its temporary arrays."""
-    done = subprocess.run([sys.executable, "-c", SHARES], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    assert len(found) == 5
-    for form, [(whole, _), (part, temporary)] in found.items():
-        # Besides some bytes for the list of planes.
-        assert (whole // 8 <= part <= whole // 8 + 64, temporary < 64) == (True, True), form
-
-
 def test_the_most_important_comes_first() -> None:
     made = runs(Options(layouts=("mxfp4-layout", "flash-q2")), 4)
     assert [(run.layout, run.devices, run.processes) for run in made] == [
@@ -216,31 +162,13 @@ def test_every_exchange_is_measured() -> None:
     ]
 
 
-def row(devices: int, **other: Any) -> dict[str, Any]:
-    """A row of a result."""
-    return {**WHERE, "devices": devices, "piece": "plain", "name": "plain", **DIGESTS, **other}
-
-
-def test_a_differing_step_is_found() -> None:
-    found = mesh.compared([row(2, step_digests=["1", "3"]), row(1), row(2, processes=2, tokens_digest="b")])
-    assert [(one["devices"], one["processes"], one["equal"], one["first_differing_step"]) for one in found] == [
-        (2, 1, False, 1),
-        (2, 2, True, None),
-    ]
-    assert [one["against_devices"] for one in found] == [1, 1]
-    assert [one["equal_tokens"] for one in found] == [True, False]
-    content = {"problems": [], "compared": found}
-    assert not mesh.good(content)
-    assert mesh.good(content | {"compared": found[1:]})
-    assert not mesh.good(content | {"compared": [], "problems": ["it failed"]})
-
-
 def says(*lines: dict[str, Any], then: str = "") -> tuple[str, ...]:
     """A program that says this, and then runs some code."""
     printed = "".join(f"print({'ds4jax-mesh ' + json.dumps(line)!r}, flush=True);" for line in lines)
     return "-c", f"import sys, time; print('Gloo'); {printed}{then}"
 
 
+DIGESTS = {"tokens_digest": "a", "step_digests": ["1", "2"]}
 PLAIN = {"row": {"piece": "plain", "name": "plain", "ms_per_step": 2.0, "tokens_per_second": 500.0, **DIGESTS}}
 FINISHED = {"finished": {"piece": "plain"}}
 DONE = {"done": True}
@@ -352,60 +280,6 @@ def test_each_process_sees_its_part_of_the_devices(monkeypatch: pytest.MonkeyPat
     assert mesh_processes._share_of_devices(1, 2, 2)[mesh_processes.SHOWN] == "GPU-a"
 
 
-MODEL = {
-    **WHERE, "devices": 2, "copy_gbps": 4000.0, "whole_layers": 43, "layers": 8, "weight_bytes": 10**10,
-    "held_bytes": [6 * 10**9] * 2, "held_share": [0.6, 0.6], "made_peak_bytes": [6 * 10**9, 61 * 10**8], "made_seconds": 2.0,
-}  # fmt: skip
-TOTALS = {"program": "flash-q2, 2 devices: max_draft 0", "draft": 0, "kernels": 900.0, "kernel_ms": 5.0}
-KERNEL = {"name": "ncclDevKernel_AllGather", "calls": 174.0, "us": 3000.0, "share": 0.6, "bytes": None, "fraction": None}
-
-
-def content_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A result with one of everything."""
-    kernel = {**KERNEL, "kind": "library", "program": TOTALS["program"], "draft": 0}
-    gather = {**WHERE, "devices": 2, "name": "logits", "whole_bytes": 517_120, "us_per_gather": 20.0}
-    return {
-        "device": "A GPU", "jax": "1", "devices": 2, "rows": rows, "models": [MODEL], "problems": ["it failed"],
-        "gathers": [gather, gather | {"whole_bytes": 2 * 517_120}],
-        "profiled": [{"totals": {**TOTALS, "exchange_kernels": 174.0, "exchange_ms": 3.0}, "kernels": [kernel]}],
-        "compared": mesh.compared(rows), "not_measured": [{**WHERE, "devices": 1, "reason": "it needs more"}],
-    }  # fmt: skip
-
-
-def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [row(devices, ms_per_step=2.0, tokens_per_second=500.0) for devices in (1, 2)]
-    simulated = {"simulated": True, "simulated_tokens_per_second": 800.0, "tokens_per_second": None}
-    rows += [
-        row(2, name="2 drafts of mtp", ms_per_step=3.0, **simulated),
-        row(2, name="2 drafts", ms_per_step=3.0, tokens_per_second=None),
-    ]
-    rows += [row(2, processes=2, ms_per_step=4.0, tokens_per_second=250.0, step_digests=["1", "4"])]
-    content = content_of(rows)
-    mesh_report.show(content)
-    out = capsys.readouterr().out
-    for line in (
-        "a gather by collective of 517,120 bytes (logits): 20.00 µs",
-        "900 kernels a step, 5.000 ms, 174 of them exchanges, 3.000 ms",
-        "at most 6.00 GB (0.600) on a device, peak 6.10 GB while they were made",
-        "bits: 2 comparisons, 1 with differences",
-        "DIFFERENT: small-q2, plain, 2 devices, 2 processes against 1 device: 1 of 2 steps, first 1",
-        "not measured: small-q2, 1 device: it needs more",
-        "problem: it failed",
-        "a SLICE of 8 of 43 layers, not the model",
-        "3.00 ms, 800.0 (simulated)",
-    ):
-        assert line in " ".join(out.split()), line
-    mesh_report.plot(tmp_path / "mesh.png", content)
-    assert (tmp_path / "mesh.png").read_bytes()[1:4] == b"PNG"
-    mesh_report.write_profile(tmp_path / "profile.txt", content)
-    assert "ncclDevKernel_AllGather" in (tmp_path / "profile.txt").read_text()
-    empty = content_of([]) | {"gathers": [], "models": [], "profiled": []}
-    mesh_report.show(empty)
-    mesh_report.plot(tmp_path / "empty.png", empty)
-    mesh_report.write_profile(tmp_path / "none.txt", empty)
-    assert not (tmp_path / "none.txt").exists()
-
-
 @pytest.mark.usefixtures("two")
 def test_part_of_the_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every process says the same; those of the gathers, too."""
@@ -456,3 +330,15 @@ def test_one_device_is_no_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "probe", lambda: {"backend": "cpu", "count": 1})
     with pytest.raises(InputError, match="devices is 1; this measures at least 2"):
         mesh.bench(Options(), silent, lambda content: None)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("NVIDIA H200", WAYS), ("NVIDIA A100-SXM4-80GB", WAYS[:1])])
+def test_without_a_name_every_exchange_that_the_devices_can_have(
+    monkeypatch: pytest.MonkeyPatch, device: str, expected: tuple[str, ...]
+) -> None:
+    found = {"device": device, "jax": "1", "backend": "gpu", "count": 2, "command": ""}
+    monkeypatch.setattr(environment, "probe", lambda: found)
+    monkeypatch.setattr(mesh, "_follow", lambda *_: None)
+    options = Options(layouts=("flash-q2",), exchanges=(), pieces=("plain",))
+    content = mesh.bench(options, silent, lambda content: None)
+    assert content["options"]["exchanges"] == list(expected)
