@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ds4jax.bench import environment
 from ds4jax.bench.environment import ROOT
@@ -71,6 +72,14 @@ def _start_gpu() -> None:
     environment.require_gpu()
 
 
+def _draw(plot: Callable[[Path, Any], None], path: Path, content: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Draw a result, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        note("no figure: matplotlib is not installed")
+    else:
+        plot(path, content)
+
+
 def kernels_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     """Measure times and bits of the kernels on all products of V4-Flash. Writes `<slug>-kernels.json`, prints a table."""
     _start_gpu()
@@ -97,10 +106,7 @@ def decode_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     content = decode.bench(decode.Options(strict=True, acceptance=ACCEPTANCE), note)
     report.write(out / f"{slug}-decode.json", content)
     decode_report.write_profile(out / f"{slug}-decode-profile.txt", content)
-    if importlib.util.find_spec("matplotlib") is None:
-        note("no figure: matplotlib is not installed")
-    else:
-        decode_report.plot(out / f"{slug}-decode.png", content)
+    _draw(decode_report.plot, out / f"{slug}-decode.png", content, note)
     decode_report.show(content)
     return decode.good(content)
 
@@ -112,10 +118,7 @@ def batch_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
 
     content = batch.bench(batch.Options(), note)
     report.write(out / f"{slug}-batch.json", content)
-    if importlib.util.find_spec("matplotlib") is None:
-        note("no figure: matplotlib is not installed")
-    else:
-        batch.plot(out / f"{slug}-batch.png", content)
+    _draw(batch.plot, out / f"{slug}-batch.png", content, note)
     batch.show(content)
     return batch.good(content)
 
@@ -138,7 +141,7 @@ def prefill_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
 
     content = prefill.bench(prefill.Options(), note)
     report.write(out / f"{slug}-prefill.json", content)
-    prefill_report.plot(out / f"{slug}-prefill.png", content)
+    _draw(prefill_report.plot, out / f"{slug}-prefill.png", content, note)
     prefill_report.show(content)
     return prefill.good(content)
 
@@ -178,10 +181,7 @@ def mesh_part(out: Path, slug: str, note: Callable[[str], None]) -> bool:
     options = Options(exchanges=(), acceptance=ACCEPTANCE, per_step=PER_STEP, limit_seconds=MESH_LIMIT, all_seconds=MESH_SECONDS)
     content = mesh.bench(options, note, lambda content: report.write(path, content), before=mesh.earlier(path))
     mesh_report.write_profile(out / f"{slug}-mesh-profile.txt", content)
-    if importlib.util.find_spec("matplotlib") is None:
-        note("no figure: matplotlib is not installed")
-    else:
-        mesh_report.plot(out / f"{slug}-mesh.png", content)
+    _draw(mesh_report.plot, out / f"{slug}-mesh.png", content, note)
     mesh_report.show(content)
     return mesh.good(content)
 
