@@ -54,7 +54,7 @@ class Options:
     sequences: tuple[int, ...] = (1, 4, 8, 16, 32)
     context: int = 2048
     long_context: int | None = None
-    steps: int = 32
+    steps: int = 64
 
     def __post_init__(self) -> None:
         end = synthetic.config_of(self.layout, self.layers).max_context

@@ -67,7 +67,11 @@ class Intake:
 
     def _compute(self) -> None:
         start, (width, count) = self._rows, self._calls[self._done]
-        self._slots.prefill(self.slot, self.request.prompt_ids, start, width, count)
+        # The state of the call before goes to the host beside this one.
+        self._prefix.go_on()
+        # The first step follows the last call, and is prepared while the device runs it.
+        last = self._done + 1 == len(self._calls)
+        self._slots.prefill(self.slot, self.request.prompt_ids, start, width, count, wait=not last)
         key = self._keys[self._done] if self._done < len(self._keys) else None
         if key and width in self._slots.shape.kept and self._prefix.wants(key):
             self._prefix.put(key, self._slots.taken(self.slot, start, width))

@@ -159,7 +159,8 @@ class Scheduler:
         if self._slots.busy:
             self._guarded(self._decode, None)
         if not self._intake:
-            self._guarded(self._prefix.settle, None)
+            # After the first step of a prompt, whose reader would have waited for the copy.
+            self._guarded(self._prefix.go_on if self._running else self._prefix.settle, None)
 
     def _drop_cancelled(self) -> None:
         with self._condition:
@@ -217,9 +218,12 @@ class Scheduler:
         began = time.perf_counter()
         if self._called:
             self._pace.between(began - self._called)
+        # After a prompt's call, which may not have ended, the time says nothing about a step.
+        alone = self._called > 0
         steps, news = self._slots.step(self._pace.steps())
         self._called = time.perf_counter()
-        self._pace.called(self._called - began, steps)
+        if alone:
+            self._pace.called(self._called - began, steps)
         for one in news:
             self._pass_on(one)
 

@@ -33,6 +33,8 @@ from ds4jax.engine.shape import Shape, fresh, shapes
 
 # The name of the loop's call among the programs; a prefill's is its width.
 CALL = "call"
+# Runs of a program after which it is as fast as it gets on a GPU.
+RUNS_TO_GRAPH = 3
 
 Arrays = TypeVar("Arrays")
 
@@ -135,32 +137,52 @@ class Slots:
         return bool(self._active)
 
     def warm(self) -> None:
-        """Compile all programs, so that no request waits for those of another. Changes nothing."""
+        """Compile all programs, so that no request waits for those of another, and run the large ones. Changes nothing.
+
+        A GPU's program runs as fast as it can from its third run on, when its CUDA graph is made: on an H200 a call of 4,096 rows
+        takes 470, 361 and 320 ms. A CPU has no such graphs.
+        """
         for width in self.shape.kept:
             state: ChunkState = jax.device_get(self.taken(0, 0, width))
             self.put_rows(0, 0, state)
             self.put_rings(0, 0, state)
         self.insert(0, 0, max_new_tokens=1, sampling=Sampling(), depth=0, stop_ids=())
         self.free(0)
-        # Last: the small programs compile here while the large ones compile in their threads.
+        # Late: the small programs compile here while the large ones compile in their threads.
         self.compiled()
+        if jax.default_backend() == "gpu":
+            self._run_all()
 
-    def prefill(self, slot: int, ids_T: np.ndarray, start: int, width: int, count: int) -> None:
-        """Append `count` rows of a prompt from row `start` on to a slot that does not take part yet. Waits for the device.
+    def _run_all(self) -> None:
+        """Run the program of each width and the loop's so often that their CUDA graphs are made."""
+        for width in self.shape.widths:
+            for _ in range(RUNS_TO_GRAPH):
+                self.append(0, *np.zeros((2, width), np.int32), width)
+                self.free(0)
+        self.insert(0, 0, max_new_tokens=RUNS_TO_GRAPH, sampling=Sampling(), depth=0, stop_ids=())
+        for _ in range(RUNS_TO_GRAPH):
+            self.step(1)
+        self.free(0)
+
+    def prefill(self, slot: int, ids_T: np.ndarray, start: int, width: int, count: int, *, wait: bool = True) -> None:
+        """Append `count` rows of a prompt from row `start` on to a slot that does not take part yet.
 
         All tokens except the last are appended; the first step appends the last one.
 
         Args:
             width: of the call, at least `count`.
+            wait: as for `append`.
         """
-        self.append(slot, padded(ids_T, start, width), padded(ids_T, start + 1, width), count)
+        self.append(slot, padded(ids_T, start, width), padded(ids_T, start + 1, width), count, wait=wait)
 
-    def append(self, slot: int, ids_C: np.ndarray, following_C: np.ndarray, count: int) -> None:
-        """Append the rows of one call, int32 [C], to a slot. Waits for the device.
+    def append(self, slot: int, ids_C: np.ndarray, following_C: np.ndarray, count: int, *, wait: bool = True) -> None:
+        """Append the rows of one call, int32 [C], to a slot.
 
         Args:
             following_C: int32 [C], the token after each.
             count: rows that are no padding.
+            wait: until the device has done it. Without, the host prepares the next call meanwhile; not for several devices, whose
+                programs would wait for each other.
         """
         program = self.compiled()[len(ids_C)]
         index = (np.int32(slot),) if self.shape.slots > 1 else ()
@@ -168,16 +190,15 @@ class Slots:
         with self.model.exchange.alone:
             cache, drafting = program(self.model.arrays, state.cache, state.drafting, ids_C, following_C, np.int32(count), *index)
         self._state = dataclasses.replace(state, cache=cache, drafting=drafting)
-        jax.block_until_ready(cache.length)
+        if wait or isinstance(self.model.graph.mesh, Mesh):
+            jax.block_until_ready(cache.length)
 
     def taken(self, slot: int, start: int, width: int) -> ChunkState:
-        """The state of the `width` rows from row `start` on, which have just been appended, on its way to the host."""
+        """A copy on the device of the state of the `width` rows from row `start` on, which have just been appended."""
         state, options = self.state, {"config": self.model.config, "chunk": width}
         found: ChunkState = chunk_state.taken(
             state.cache, state.drafting, np.int32(slot), np.int32(start), **options, mesh=self._mesh
         )
-        for leaf in jax.tree.leaves(found):
-            leaf.copy_to_host_async()
         return found
 
     def chunk_shapes(self, width: int) -> ChunkState:

@@ -33,9 +33,9 @@ class LedSlots(Slots):
         self._job.meet()
         super().warm()
 
-    def append(self, slot: int, ids_C: np.ndarray, following_C: np.ndarray, count: int) -> None:
+    def append(self, slot: int, ids_C: np.ndarray, following_C: np.ndarray, count: int, *, wait: bool = True) -> None:
         self._job.order("append", [ids_C, following_C], slot=slot, count=count)
-        super().append(slot, ids_C, following_C, count)
+        super().append(slot, ids_C, following_C, count, wait=wait)
 
     def taken(self, slot: int, start: int, width: int) -> ChunkState:
         self._job.order("taken", slot=slot, start=start, width=width)

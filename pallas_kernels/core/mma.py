@@ -19,18 +19,18 @@ TILE_ROWS, TILE_COLUMNS, BLOCK = 16, 8, 4 * VALUES
 
 
 def _instruction(out: str, column: int, step: int) -> str:
-    """One instruction: 16 values along K of both operands. $8 to $15 are the tile's rows; the first step begins at zero."""
+    """One instruction: 16 values along K of both operands. $0 to $7 are results, $8 to $15 the tile's rows, $24 on sums."""
     rows = ", ".join(f"${8 + row + word}" for word in (2 * step, 2 * step + 1) for row in (0, 4))
     columns = f"${column + 2 * step}, ${column + 2 * step + 1}"
     made = ", ".join(f"{out}{i}" for i in range(4))
-    added = ", ".join("z" * 4) if step == 0 else made
+    first = 24 if out == "h" else 28
+    added = ", ".join(f"${first + i}" for i in range(4)) if step == 0 else made
     return f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{{made}}}, {{{rows}}}, {{{columns}}}, {{{added}}};"
 
 
 _STEPS = [_instruction(out, column, step) for step in (0, 1) for out, column in (("h", 16), ("l", 20))]
-# A tensor core cuts off what a sum has no room for. So a block's products are added to the sums apart, with rounding.
-_SUMS = [f"add.rn.f32 ${i}, ${24 + i}, {'h' if i < 4 else 'l'}{i % 4};" for i in range(8)]
-_CODE = " ".join(["{ .reg .f32 h<4>, l<4>, z; mov.f32 z, 0f00000000;", *_STEPS, *_SUMS, "}"])
+_MOVES = [f"mov.f32 ${i}, {'h' if i < 4 else 'l'}{i % 4};" for i in range(8)]
+_CODE = " ".join(["{ .reg .f32 h<4>, l<4>;", *_STEPS, *_MOVES, "}"])
 _CONSTRAINTS = ",".join(["=f"] * 8 + ["r"] * 16 + ["f"] * 8)
 
 

@@ -26,8 +26,9 @@ class FloatRows:
 
     @classmethod
     def of(cls, x: jax.Array) -> FloatRows:
-        """Split rows float32 [M, K] outside a kernel."""
-        return cls(x, jnp.stack(halves_of(x), axis=1))
+        """Split rows float32 [M, K] outside a kernel, where XLA would take x for its float16 value turned back to float32."""
+        high = jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
+        return cls(x, jnp.stack([high.astype(jnp.float16), _low(x, high)], axis=1))
 
 
 def halves_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -37,4 +38,8 @@ def halves_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x: float32.
     """
     high = x.astype(jnp.float16)
-    return high, ((x - high.astype(jnp.float32)) * LOW_SCALE).astype(jnp.float16)
+    return high, _low(x, high.astype(jnp.float32))
+
+
+def _low(x: jax.Array, high: jax.Array) -> jax.Array:
+    return ((x - high) * LOW_SCALE).astype(jnp.float16)

@@ -27,6 +27,7 @@ from ds4jax.engine.engine import Engine
 from ds4jax.engine.prefill import call_bytes
 from ds4jax.engine.scheduler import Closed, QueueFull
 from ds4jax.engine.shape import Shape, fresh, state_bytes
+from ds4jax.engine.slots import Slots
 from ds4jax.errors import InputError
 from ds4jax.evaluation import logprobs as evaluation
 
@@ -55,6 +56,17 @@ def test_a_free_slot_has_the_state_of_a_new_one(shared: Engine) -> None:
     slots = shared._scheduler._slots
     for used, new in zip(jax.tree.leaves(slots.state), jax.tree.leaves(fresh(shallow_model(), slots.shape)), strict=True):
         assert_bits_equal(used, new)
+
+
+def test_programs_that_have_run_leave_the_state_of_new_slots() -> None:
+    """A GPU's programs are run before the first request, which then finds them as fast as they get."""
+    with engine() as one:
+        slots = Slots(shallow_model(), one.shape)
+    new = [np.array(leaf) for leaf in jax.tree.leaves(slots.state)]
+    slots._run_all()
+    for actual, expected in zip(jax.tree.leaves(slots.state), new, strict=True):
+        assert_bits_equal(actual, expected)
+    assert not slots.busy
 
 
 def test_pieces_are_the_result(shared: Engine) -> None:

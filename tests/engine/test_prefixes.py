@@ -136,6 +136,25 @@ def test_a_folder_keeps_beginnings_for_the_next_process(tmp_path: Path, monkeypa
     said(lengths[1])
 
 
+def test_a_state_is_copied_to_the_host_while_others_work() -> None:
+    """Nobody waits for the copy but who needs the state, and then the device's arrays are let go."""
+    rings = np.arange(1000, dtype=np.int32)
+    state = ChunkState((), jax.device_put(rings))
+    prefix = PrefixCache(ahead=0, maximum=10**9)
+    prefix.put("one", state)
+    assert isinstance(prefix._states["one"].rings, jax.Array), "the copy has not begun"
+    prefix.go_on()
+    while isinstance(prefix._states["one"].rings, jax.Array):
+        time.sleep(0.001)
+        prefix.go_on()
+    assert_bits_equal(prefix._states["one"].rings, rings)
+    prefix.put("two", state)
+    found = prefix.get("two")
+    assert found is not None
+    assert isinstance(found.rings, np.ndarray), "it is waited for"
+    prefix.close()
+
+
 def test_the_least_recently_used_beginnings_go_first(tmp_path: Path) -> None:
     state = ChunkState((), np.zeros(1000, np.int32))
     prefix = PrefixCache(ahead=0, maximum=3 * state.nbytes)

@@ -51,7 +51,7 @@ def add_parser(targets: Any) -> None:
         help="the same for 8 sequences once more, 0 for none (32768 if the model's context allows it)",
     )
     parser.add_argument(
-        "--steps", type=cli_options.token_count, default=32, metavar="N", help="tokens of each sequence in a run (32)"
+        "--steps", type=cli_options.token_count, default=64, metavar="N", help="tokens of each sequence in a run (64)"
     )
     parser.add_argument("--json", type=cli_options.output_file, metavar="FILE", help="write the result to this file")
     parser.add_argument("--plot", type=cli_options.plot_file, metavar="FILE.png", help="draw tokens/s; needs matplotlib")
