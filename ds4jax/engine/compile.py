@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from ds4jax.engine import kept
+from ds4jax.engine.first_call import FirstCall
 from ds4jax.timing import WAITED
 
 HIT = "/jax/compilation_cache/cache_hits"
@@ -114,8 +115,12 @@ def begin(key: Hashable, lower: Lower) -> Future[Any]:
 
 def _made(key: Hashable, lower: Lower) -> Any:
     name = kept.name_of(key)
-    executable = kept.load(name)
-    return executable if executable is not None else kept.compiled(name, lower())[0]
+    executable, loaded = kept.load(name), True
+    if executable is None:
+        executable, loaded = kept.compiled(name, lower())
+    if name is None or not loaded:
+        return executable
+    return FirstCall(executable, functools.partial(kept.forget, name), lambda: kept.compiled(name, lower())[0])
 
 
 def programs() -> tuple[Hashable, ...]:

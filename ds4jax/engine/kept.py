@@ -5,13 +5,15 @@ which holds the machine code. So a change of the source that leaves a program as
 
 JAX's own persistent cache needs the lowered program, so it cannot save the trace. It does not hold these programs: XLA cannot
 serialise a CPU program that it has read from a file. The copy loads, and its first call fails, because functions are missing
-(jax 0.10.2).
+(jax 0.10.2). Nobody has tried it on a GPU, so a program that only JAX's cache holds is compiled once more there, too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib
 import os
 import pickle
 import stat
@@ -29,8 +31,8 @@ from ds4jax import runtime
 from ds4jax.engine.program_key import by_content, by_facts
 from ds4jax.files import temporary_name
 
-# Platforms on which loaded programs were tested. CUDA programs can be serialised, too, but no test has loaded one yet.
-PLATFORMS = ("cpu",)
+# As `jax.default_backend` names them.
+PLATFORMS = ("cpu", "gpu")
 FORMAT = "ds4jax program 1"
 LINK, CODE = "link", "code"
 DIGEST_BYTES = 32
@@ -49,7 +51,7 @@ def refusal() -> str | None:
     if not root or "://" in root or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return "JAX has no local cache folder"
     if jax.default_backend() not in PLATFORMS:
-        return f"no test has loaded a program for {jax.default_backend()} without tracing it"
+        return f"programs for {jax.default_backend()} were never loaded"
     return "there are several devices" if jax.device_count() > 1 else None
 
 
@@ -108,12 +110,32 @@ def _loaded(content: str) -> Any:
     if body is None:
         return None
     try:
+        _find_tools()
         code, arguments, results = pickle.loads(zlib.decompress(body))
         return deserialize_and_load(code, arguments, results, execution_devices=jax.devices())
     except Exception as error:
         # Pickle and XLA raise errors of many kinds. Whatever it is, the program is compiled again.
         _damaged(content, f"{type(error).__name__}: {error}")
         return None
+
+
+@functools.cache
+def _find_tools() -> None:
+    """Let a GPU's program that was not traced here find what its Mosaic kernels are assembled with.
+
+    That happens when it is loaded or first called, by environment variables that the import sets and a trace would have set.
+    """
+    if jax.default_backend() == "gpu":
+        with contextlib.suppress(ImportError):
+            importlib.import_module("jax.experimental.mosaic.gpu")
+
+
+def forget(name: str, reason: str) -> None:
+    """Remove a program that was loaded by its name by facts and cannot be used, and its machine code. Reported as `_damaged`."""
+    content = _read(name, LINK)
+    if content:
+        _damaged(content.decode(), reason)
+    _damaged(name, reason)
 
 
 def _head(name: str, kind: str) -> bytes:
@@ -163,7 +185,7 @@ def _write(name: str, kind: str, body: bytes) -> None:
 
 
 def _damaged(name: str, reason: str) -> None:
-    """Remove a damaged file. The first one of a process is reported in one line."""
+    """Remove a file that cannot be used. The first one of a process is reported in one line."""
     with contextlib.suppress(OSError):
         (folder() / name).unlink()
     if not _reported:

@@ -20,8 +20,10 @@ from typing import Any
 import flax
 import jax
 import numpy as np
+from jax._src.lib import xla_client  # type: ignore[attr-defined]
 from jaxlib.version import __version__ as jaxlib_version
 
+from ds4jax import nvidia
 from ds4jax.decode.module import Graph
 from ds4jax.device import processor
 from ds4jax.timing import process_began
@@ -35,6 +37,8 @@ _UNUSED = ("jax_compilation_cache_", "jax_persistent_cache_", "jax_log_", "jax_l
 # Environment variables that XLA or a gate of the kernels may read, and those that no program depends on.
 _PREFIXES = ("XLA_", "TF_", "DS4JAX_")
 _UNREAD = ("DS4JAX_CACHE", "DS4JAX_STRICT", "DS4JAX_WEIGHTS", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+# Those that say where CUDA's libraries and assembler are, and how they multiply.
+_CUDA = ("CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "LD_LIBRARY_PATH", "NVIDIA_TF32_OVERRIDE")
 
 
 class NotAFactError(Exception):
@@ -103,7 +107,19 @@ def _machine() -> list[str | int]:
     """Versions, and the device. XLA compiles for the features of the CPU, and divides work by the number of its cores."""
     device = jax.devices()[0]
     versions = [sys.version, jax.__version__, jaxlib_version, flax.__version__, np.__version__]
-    return [*versions, device.platform, device.device_kind, device.client.platform_version, processor(), os.cpu_count() or 1]
+    facts = [*versions, device.platform, device.device_kind, device.client.platform_version, processor(), os.cpu_count() or 1]
+    return facts if device.platform == "cpu" else [*facts, *_accelerator(device)]
+
+
+def _accelerator(device: jax.Device) -> list[str | int]:
+    """What XLA and kernels compile a GPU's program for and with.
+
+    All numbers of the GPU in XLA's description, by the digest that JAX's own cache uses, and its multiprocessors, among which
+    kernels divide their work; the driver, and the libraries of NVIDIA, which assemble the code and of which XLA chooses products.
+    """
+    described = xla_client.get_topology_for_devices([device]).fingerprint()
+    where = [f"{name}={os.environ.get(name, '')}" for name in _CUDA]
+    return [described, getattr(device, "core_count", 0), *where, *nvidia.installed()]
 
 
 def _fact(value: Any) -> Any:
