@@ -1,7 +1,8 @@
 """Measures the time from the start of a process to its first token, with an empty and with a filled compilation cache.
 
 Each run is a separate process that works like `generate`, with the tiny model or with random weights made on the device. Making
-the weights counts as load, and totals are also given without it, because loading has its own benchmark.
+the weights counts as load, and totals are also given without it, because loading has its own benchmark. After its first token
+each process goes on, and all must have the same bits: a warm process runs programs that another one compiled.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def measure(options: Options, note: Callable[[str], None]) -> Row:
 
     Returns:
         The options and `runs`: for each of `RUNS` the seconds of `ds4jax.timing.PARTS`, their total, and `without_load`; `cpu`,
-        the seconds of all cores; and how many programs were `traced`, and `compiled` or read from JAX's cache.
+        the seconds of all cores; how many programs were `traced`, and `compiled` or read from JAX's cache; and the `fingerprint`
+        of the logits of its `NEW_TOKENS` tokens.
 
     Raises:
         InputError: a process failed.
@@ -76,6 +78,11 @@ def measure(options: Options, note: Callable[[str], None]) -> Row:
     return {"schema": SCHEMA, **dataclasses.asdict(options), "runs": runs}
 
 
+def same_bits(content: Mapping[str, Any]) -> bool:
+    """Whether the processes agree in the logits of all tokens."""
+    return len({run["fingerprint"] for run in content["runs"].values()}) == 1
+
+
 def show(content: Mapping[str, Any]) -> None:
     """Print a line on stdout for each process."""
     layout = content["layout"] or "the tiny model"
@@ -85,10 +92,12 @@ def show(content: Mapping[str, Any]) -> None:
         print(f"  {name:<11} first token after {seconds['total']:.2f} s, {seconds['without_load']:.2f} without load: {parts}")
         counts = f"{seconds['traced']:.0f} programs traced, {seconds['compiled']:.0f} compiled or read from JAX's cache"
         print(f"  {'':<11} CPU time {seconds['cpu']:.2f} s; {counts}")
+    equal = "the same" if same_bits(content) else "not the same: FAILED"
+    print(f"  bits of {NEW_TOKENS} tokens in all processes: {equal}")
 
 
-def _once(options: Options) -> dict[str, float]:
-    """Seconds of the parts of this process's start. Making the weights counts as load."""
+def _once(options: Options) -> Row:
+    """Seconds of the parts of this process's start, and what it computed. Making the weights counts as load."""
     startup.watch()
     from ds4jax import runtime
 
@@ -114,7 +123,8 @@ def _once(options: Options) -> dict[str, float]:
     found = startup.current().seconds()
     found |= {"compile": found["compile"] - load["compile"], "load": found["load"] + load["compile"]}
     found |= {"cpu": time.process_time(), **{name: events[event] for name, event in COUNTED.items()}}
-    return {part: round(seconds, 4) for part, seconds in found.items()}
+    generation.advance(NEW_TOKENS)
+    return {part: round(seconds, 4) for part, seconds in found.items()} | {"fingerprint": generation.result().fingerprint}
 
 
 def _synthetic(options: Options) -> LanguageModel:

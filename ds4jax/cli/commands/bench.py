@@ -302,7 +302,7 @@ def run_reference(options: argparse.Namespace) -> int:
 
 
 def run_start(options: argparse.Namespace) -> int:
-    """Run `bench start`. Returns 0.
+    """Run `bench start`. Returns 0, or 1 if the processes differ in a bit.
 
     Raises:
         InputError: a process failed.
@@ -313,7 +313,7 @@ def run_start(options: argparse.Namespace) -> int:
     # The environment is described last: it starts JAX, and then this process holds the device's memory.
     measured = bench.measure(bench.Options(options.synthetic, options.layers, options.prompt, options.max_draft), notes())
     content = {**environment.describe(), **measured}
-    return ended(options, content, bench.show)
+    return ended(options, content, bench.show, bench.same_bits(content))
 
 
 def run_load(options: argparse.Namespace) -> int:
