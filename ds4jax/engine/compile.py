@@ -120,7 +120,7 @@ def _made(key: Hashable, lower: Lower) -> Any:
         executable, loaded = kept.compiled(name, lower())
     if name is None or not loaded:
         return executable
-    return FirstCall(executable, functools.partial(kept.forget, name), lambda: kept.compiled(name, lower())[0])
+    return FirstCall(executable, functools.partial(kept.refuse, name), lambda: kept.compiled(name, lower())[0])
 
 
 def programs() -> tuple[Hashable, ...]:

@@ -17,14 +17,14 @@ NO_MEMORY = "RESOURCE_EXHAUSTED"
 class FirstCall:
     """A program from a file, called like a compiled one, whose other attributes it has."""
 
-    def __init__(self, executable: Any, forget: Callable[[str], None], compiled: Callable[[], Any]):
+    def __init__(self, executable: Any, refuse: Callable[[str], None], compiled: Callable[[], Any]):
         """Nothing is called yet.
 
         Args:
-            forget: removes the file, for this reason.
+            refuse: lets no other process load it, for this reason.
             compiled: the same program, compiled.
         """
-        self._executable, self._forget, self._compiled = executable, forget, compiled
+        self._executable, self._refuse, self._compiled = executable, refuse, compiled
         self._trusted = False
 
     def __call__(self, *arguments: Any) -> Any:
@@ -43,7 +43,7 @@ class FirstCall:
             # XLA raises errors of many kinds, as in `kept.load`.
             if NO_MEMORY in str(error):
                 raise
-            self._forget(f"{type(error).__name__}: {error}")
+            self._refuse(f"{type(error).__name__}: {error}")
             if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(arguments)):
                 raise
             self._executable = self._compiled()

@@ -3,9 +3,9 @@
 A program has two names, see `ds4jax.engine.program_key`. A file of the name by facts is a link to a file of the name by content,
 which holds the machine code. So a change of the source that leaves a program as it is costs one trace, and no compilation.
 
-JAX's own persistent cache needs the lowered program, so it cannot save the trace. It does not hold these programs: XLA cannot
-serialise a CPU program that it has read from a file. The copy loads, and its first call fails, because functions are missing
-(jax 0.10.2). Nobody has tried it on a GPU, so a program that only JAX's cache holds is compiled once more there, too.
+JAX's own persistent cache needs the lowered program, so it cannot save the trace. It does not hold a CPU's programs: XLA cannot
+serialise one that it has read from a file. The copy loads, and its first call fails, because functions are missing (jax 0.10.2).
+It does hold a GPU's: one that cannot be loaded by its name, which no GPU has tried yet, is found there as without this module.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from ds4jax.files import temporary_name
 PLATFORMS = ("cpu", "gpu")
 FORMAT = "ds4jax program 1"
 LINK, CODE = "link", "code"
+# Body of a link that leads nowhere, see `refuse`.
+REFUSED = b""
 DIGEST_BYTES = 32
 # The folder may take this much; the files that were not used for the longest time go first. A program of V4-Flash takes 7 to
 # 25 MB on an H200, and `ds4jax warmup` for a long context makes some fifty.
@@ -80,20 +82,27 @@ def compiled(name: str | None, lowered: jax.stages.Lowered) -> tuple[Any, bool]:
     Returns:
         The executable, and whether it was loaded.
     """
-    if name is None:
+    if name is None or _read(name, LINK) == REFUSED:
         return lowered.compile(), False
     content = by_content(lowered)
     executable = _loaded(content)
     loaded = executable is not None
     if executable is None:
-        # JAX's cache takes no program that compiles in less time than this.
-        with jax_settings.persistent_cache_min_compile_time_secs(float("inf")):
-            executable = lowered.compile(_APART)
+        executable = _made(lowered)
         if not _keep(content, executable):
             return executable, False
     _write(name, LINK, content.encode())
     _remove_oldest()
     return executable, loaded
+
+
+def _made(lowered: jax.stages.Lowered) -> Any:
+    """The program, compiled; on a GPU by way of JAX's cache."""
+    if jax.default_backend() != "cpu":
+        return lowered.compile()
+    # JAX's cache takes no program that compiles in less time than this.
+    with jax_settings.persistent_cache_min_compile_time_secs(float("inf")):
+        return lowered.compile(_APART)
 
 
 def _keep(content: str, executable: Any) -> bool:
@@ -133,12 +142,12 @@ def _find_tools() -> None:
             importlib.import_module("jax.experimental.mosaic.gpu")
 
 
-def forget(name: str, reason: str) -> None:
-    """Remove a program that was loaded by its name by facts and cannot be used, and its machine code. Reported as `_damaged`."""
+def refuse(name: str, reason: str) -> None:
+    """Load no program by this name by facts any more, nor keep one: what was loaded by it cannot be called. Said in one line."""
     content = _read(name, LINK)
     if content:
         _damaged(content.decode(), reason)
-    _damaged(name, reason)
+    _write(name, LINK, REFUSED)
 
 
 def _head(name: str, kind: str) -> bytes:

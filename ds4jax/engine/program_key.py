@@ -116,8 +116,14 @@ def _accelerator(device: jax.Device) -> list[str | int]:
 
     All numbers of the GPU in XLA's description, by the digest that JAX's own cache uses, and its multiprocessors, among which
     kernels divide their work; the driver, and the libraries of NVIDIA, which assemble the code and of which XLA chooses products.
+
+    Raises:
+        NotAFactError: XLA does not describe such a device.
     """
-    described = xla_client.get_topology_for_devices([device]).fingerprint()
+    try:
+        described = xla_client.get_topology_for_devices([device]).fingerprint()
+    except jax.errors.JaxRuntimeError as error:
+        raise NotAFactError(str(error)) from error
     where = [f"{name}={os.environ.get(name, '')}" for name in _CUDA]
     return [described, getattr(device, "core_count", 0), *where, *nvidia.installed()]
 

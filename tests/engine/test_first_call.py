@@ -74,6 +74,9 @@ def test_a_loaded_program_that_fails_and_takes_its_buffers_is_not_loaded_again(m
     with pytest.raises(RuntimeError, match="INTERNAL"):
         results(executable)
     assert kept.load(kept.name_of(KEY)) is None
+    # Nor is it kept again: XLA might write the same file.
+    assert not kept.compiled(kept.name_of(KEY), lowered())[1]
+    assert kept.load(kept.name_of(KEY)) is None
 
 
 def test_a_loaded_program_stays_where_memory_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import pytest
-from kept_programs import KEY, filled, kept_in
+from kept_programs import KEY, filled, kept_in, lowered
 
 from ds4jax import nvidia
 from ds4jax.engine import kept, program_key
@@ -82,6 +82,17 @@ def test_the_facts_of_a_gpu_are_in_the_name(tmp_path: Path, monkeypatch: pytest.
         assert len(set(names)) == len(names)
 
 
+@pytest.mark.usefixtures("new_machine")
+def test_a_gpu_that_xla_does_not_describe_has_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(devices: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED")
+
+    client = types.SimpleNamespace(platform_version="cuda 12090")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", client=client)])
+    monkeypatch.setattr(program_key.xla_client, "get_topology_for_devices", refused)
+    assert kept.name_of(KEY) is None
+
+
 def test_mosaic_is_imported_before_a_program_of_a_gpu_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its import says where CUDA's assembler is, which a trace would have done."""
     name, _ = filled()
@@ -94,6 +105,25 @@ def test_mosaic_is_imported_before_a_program_of_a_gpu_is_loaded(monkeypatch: pyt
         patch.setattr(jax, "default_backend", lambda: "gpu")
         patch.setattr(kept, "deserialize_and_load", lambda *_, **__: list(imported))
         assert kept.load(name) == ["jax.experimental.mosaic.gpu"]
+
+
+def test_a_program_of_a_gpu_is_in_the_cache_of_jax_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that one that cannot be loaded by its name is not compiled in every process. A CPU's is not."""
+    asked: list[tuple[Any, float]] = []
+    compiled = jax.stages.Lowered.compile
+
+    def recorded(self: jax.stages.Lowered, options: Any = None) -> jax.stages.Compiled:
+        asked.append((options, jax.config.jax_persistent_cache_min_compile_time_secs))
+        return compiled(self, options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", recorded)
+    kept.compiled(kept.name_of(("on a CPU",)), lowered(0.25))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    kept.compiled(kept.name_of(("on a GPU",)), lowered(0.75))
+    (apart, most), (_, usual) = asked
+    assert apart is not None
+    assert (most, usual) == (float("inf"), 0)
+    assert asked[1][0] is None
 
 
 # A slice of V4-Flash with layers of every kind. What JAX does while the weights are made does not count.
