@@ -20,7 +20,7 @@ from ds4jax.model.layers import Linear, Rngs, constant, parameter, together
 from ds4jax.model.tape import Record, ignore
 from pallas_kernels.core.dispatch import opt_out
 from pallas_kernels.core.limits import MAX_ROWS
-from pallas_kernels.experts import meaning, prefill
+from pallas_kernels.experts import meaning, prefill, router
 from pallas_kernels.formats import Q8_0, Quantized
 from pallas_kernels.formats.stored import Stored
 from pallas_kernels.linear.cut import gathered, rows_of
@@ -48,7 +48,7 @@ class Router(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Expert ids int32 [T, K] and weights float32 [T, K] of rows float32 [T, D]. The bias affects the choice alone.
 
-        Of a chunk of a prompt, the product uses tensor cores on CUDA unless `strict`.
+        Of a chunk of a prompt, the product uses tensor cores on CUDA unless `strict`, and a kernel chooses.
         """
         weight_ED = self.weight.get_value().astype(jnp.float32)
 
@@ -56,17 +56,19 @@ class Router(nnx.Module):
             contract = (((1,), (1,)), ((), ()))
             return jax.lax.dot_general(x_TD, weight_ED, contract, precision=precision, preferred_element_type=jnp.float32)
 
-        if strict or decoding or opt_out():
-            logits_TE = product(x_TD)
-        else:
-            quick = functools.partial(product, precision=AS_FLOAT32)
-            logits_TE = jax.lax.platform_dependent(x_TD, cuda=quick, default=product)
-        scores_TE = meaning.scores(logits_TE)
+        plain = strict or decoding or opt_out()
+
+        def on_cuda(quick: Callable[..., Any], default: Callable[..., Any], *arguments: jax.Array) -> Any:
+            return default(*arguments) if plain else jax.lax.platform_dependent(*arguments, cuda=quick, default=default)
+
+        scores_TE = meaning.scores(on_cuda(functools.partial(product, precision=AS_FLOAT32), product, x_TD))
         if self.hashed:
             chosen_TK = self.tid2eid.get_value()[ids_T]
+            best_TK = meaning.scores_of(scores_TE, chosen_TK)
         else:
-            chosen_TK = meaning.choose(scores_TE, self.bias.get_value(), self.config.n_active)
-        weights_TK = meaning.weigh(scores_TE, chosen_TK, self.config.route_scale)
+            quick, default = (functools.partial(way, active=self.config.n_active) for way in (router.choose, meaning.choose))
+            chosen_TK, best_TK = on_cuda(quick, default, scores_TE, self.bias.get_value())
+        weights_TK = meaning.weigh(best_TK, self.config.route_scale)
         for name, value in (("scores", scores_TE), ("chosen", chosen_TK), ("weights", weights_TK)):
             record(name, value)
         return chosen_TK, weights_TK
