@@ -8,7 +8,7 @@ PIECE_SECONDS = 0.045
 OWN_SHARE = 0.03
 # Tokens of a piece of a stream. They are few numbers, because the device keeps an array for each. The report of a call holds the
 # largest, see `ds4jax.decode.loop.REPORTED`.
-PIECES = (8, 16, 32, 48, 64)
+PIECES = (8, 16, 24, 32, 48, 64)
 # Weight of the latest measurement.
 LATEST = 0.25
 

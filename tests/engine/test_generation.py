@@ -154,8 +154,8 @@ def test_a_stream_comes_in_pieces_of_a_bounded_time(monkeypatch, seconds, sizes)
 
 
 def test_pieces_by_the_time_of_a_token():
-    times = (0.0, 1e-4, 0.0009, 0.001, 0.002, 0.004, 0.02)
-    assert [pace.piece(seconds) for seconds in times] == [8, 64, 48, 32, 16, 8, 8]
+    times = (0.0, 1e-4, 0.0009, 0.001, 0.0018, 0.002, 0.004, 0.02)
+    assert [pace.piece(seconds) for seconds in times] == [8, 64, 48, 32, 24, 16, 8, 8]
 
 
 def test_the_largest_piece_with_its_drafts_is_read_in_one_transfer(monkeypatch):
