@@ -15,8 +15,10 @@ from ds4jax.bench.kernels import Row, row
 from ds4jax.config import Config
 from ds4jax.random_models.checkpoint import random_weight
 from pallas_kernels.core import timing
-from pallas_kernels.core.launch import Part, launch
-from pallas_kernels.experts.decode import DOWN, GATE_UP, ExpertTile, down_part, gate_up_part
+from pallas_kernels.core.launch import launch
+from pallas_kernels.experts import many_rows
+from pallas_kernels.experts.decode import DOWN, ExpertTile, down_part, gate_up
+from pallas_kernels.experts.many_rows import GATE_UP
 from pallas_kernels.formats import FORMATS, Quantized
 from pallas_kernels.linear.activation import Activation
 from pallas_kernels.linear.activation_k import ActivationK
@@ -64,6 +66,10 @@ class Product:
         """Stacks that a launch reads."""
         return 2 if self.kernel == GATE_UP else 1
 
+    def by_many_rows(self, rows: int) -> bool:
+        """Whether a step of M rows takes the kernel of many rows, which is cut in one way."""
+        return self.kernel == GATE_UP and many_rows.serves(rows, self.format, self.shape)
+
     def calls(self, rows: int) -> int:
         """Launches of a run. No two of them read the same expert, so that no weight is in the cache."""
         return self.experts // (rows * self.active)
@@ -74,14 +80,15 @@ class Product:
         x = jnp.sin(jax.lax.iota(jnp.float32, rows * width)).reshape(rows, width)
         return quantize_for(x, self.format, interpret=interpret)
 
-    def part(
+    def launched(
         self, x: Activation | ActivationK, chosen: jax.Array, share: jax.Array, stacks: Sequence[Quantized],
         *, tile: ExpertTile, interpret: bool,
-    ) -> Part:  # fmt: skip
-        """The launch part for chosen experts [M, K]."""
+    ) -> jax.Array:  # fmt: skip
+        """The result of a launch for chosen experts [M, K]."""
         if self.kernel == GATE_UP:
-            return gate_up_part(x, chosen, share, *stacks, limit=10.0, tile=tile, interpret=interpret)
-        return down_part(x, chosen, *stacks, tile=tile, interpret=interpret)
+            return gate_up(x, chosen, share, *stacks, limit=10.0, tile=tile, interpret=interpret)
+        [[y]] = launch([down_part(x, chosen, *stacks, tile=tile, interpret=interpret)], warps=1, interpret=interpret)
+        return y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +105,8 @@ def program(key: Launch, *, interpret: bool = False) -> Any:
 
     def run(chosen: jax.Array, share: jax.Array, stacks: Sequence[Quantized]) -> list[jax.Array]:
         x = key.product.activations(key.rows, interpret)
-        part = functools.partial(key.product.part, x, tile=key.tile, interpret=interpret)
-        made = (launch([part(one, share, stacks)], warps=1, interpret=interpret) for one in chosen)
-        return [y for [[y]] in made]
+        launched = functools.partial(key.product.launched, x, tile=key.tile, interpret=interpret)
+        return [launched(one, share, stacks) for one in chosen]
 
     return jax.jit(run)
 
@@ -123,8 +129,12 @@ def traffic(product: Product, rows: int) -> int:
 
 def programs(names: Sequence[str], rows: Sequence[int]) -> dict[Launch, tuple[Any, tuple[Any, ...]]]:
     """The function and the shapes of its arguments for each launch to time."""
+    products = [Product(kernel, name) for kernel in (GATE_UP, DOWN) for name in names]
     keys = [
-        Launch(Product(kernel, name), m, tile) for kernel in (GATE_UP, DOWN) for name in names for m in rows for tile in TILES
+        Launch(product, m, tile)
+        for product in products
+        for m in rows
+        for tile in (TILES[-1:] if product.by_many_rows(m) else TILES)
     ]
     return {key: (program(key), jax.eval_shape(functools.partial(arguments, key))) for key in keys}
 
@@ -161,7 +171,8 @@ def timed(compiled: Mapping[Launch, Any], copy_gbps: float) -> list[Row]:
         [samples] = timing.kernel_times([functools.partial(run, chosen, share, stacks)], product.kernel, calls, REPEATS)
         shape, read = "x".join(map(str, product.shape[1:])), traffic(product, key.rows)
         role, height = ("gate + up", key.tile.gate_up) if product.kernel == GATE_UP else ("down", key.tile.down)
-        name = f"{role} {product.name}, {height} rows, {key.tile.ahead} ahead"
+        cut = f"{many_rows.WARPS} warps" if product.by_many_rows(key.rows) else f"{height} rows, {key.tile.ahead} ahead"
+        name = f"{role} {product.name}, {cut}"
         extra = {"pairs": key.rows * product.active, "tile": dataclasses.asdict(key.tile), "weight_bytes": read}
         made_row = row(f"{product.stacks}x{shape}", name, "experts", key.rows, samples, read, copy_gbps)
         found.append({**made_row, **extra})

@@ -35,8 +35,8 @@ from ds4jax.precision import precise
 
 # Lower under a lock. Two threads tracing one function give programs that differ between processes, and the compile cache misses.
 LOWERING = threading.Lock()
-# Number of latest tokens in a call's report: enough for a streamed piece and its drafts.
-REPORTED = 40
+# Number of latest tokens in a call's report: enough for the largest piece of a stream and its drafts.
+REPORTED = 72
 
 
 @jax.tree_util.register_dataclass

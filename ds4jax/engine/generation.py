@@ -247,9 +247,10 @@ class Generation:
         if host.count >= self._max_count or host.stopped:
             return
         self.prefill()
+        # Neither the prompt nor a program that is still compiled is time of the loop.
         jax.block_until_ready(self._prepared().cache.length)
-        began, counted = time.perf_counter(), host.count
         (program,) = wait([self._loop])
+        began, counted = time.perf_counter(), host.count
         limits = dataclasses.replace(self._limits, budget=_on_device(min(budget, self._max_count - counted)))
         # Kept before it is read: a Ctrl-C while the device works must not lose the cache.
         with self._model.exchange.alone:
@@ -258,7 +259,7 @@ class Generation:
         self._ready += host.tokens[counted : host.count - host.stopped]
         took = time.perf_counter() - began
         self._seconds += took
-        # The first call may wait for its program.
+        # The first call of a process readies the program's memory.
         self._token_seconds = took / max(host.count - counted, 1) if counted else 0.0
 
     def __iter__(self) -> Iterator[list[int]]:

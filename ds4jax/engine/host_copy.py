@@ -12,7 +12,7 @@ from ds4jax.decode.exchange import checked
 from ds4jax.decode.loop import DecodeState
 
 # Numbers of latest tokens for an additional reading; the first sufficient one is used. Each size is a small program.
-SIZES = tuple(64 << shift for shift in range(0, 32, 2))
+SIZES = tuple(256 << shift for shift in range(0, 30, 2))
 
 
 class HostCopy:

@@ -33,7 +33,7 @@ class Result:
         text: the new tokens as text.
         finish_reason: "stop" (the model ended its text), "length" (maximum of new tokens or of the context) or "interrupted".
         seconds: time from the first prefill to the last token, with compilation.
-        tokens_per_second: new tokens per second of the decode loop.
+        tokens_per_second: new tokens per second of `decode_seconds`.
         draft: drafts per step, or "auto".
         drafter: the name of what drafted; "none" for a loop without drafts.
         strict: whether products were float32 without Pallas kernels.
@@ -41,7 +41,7 @@ class Result:
         tokens_per_step: committed tokens per step, with the stop token.
         tried: for each depth, the number of drafts whose earlier drafts of the same step were accepted.
         stood: for each depth, how many of these were accepted.
-        decode_seconds: time in the decode loop, with compilation.
+        decode_seconds: time in the decode loop, without the prompt and without waiting for the loop's program.
         fingerprints: uint32 [n, 2], for each new token and the stop token, if any: the sum and exclusive or over the bits of its
             logits.
     """

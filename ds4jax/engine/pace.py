@@ -6,8 +6,9 @@ from __future__ import annotations
 PIECE_SECONDS = 0.045
 # A call's own cost is at most this share of its time, where the bound above allows it.
 OWN_SHARE = 0.03
-# Tokens of a piece of a stream. They are few numbers, because the device keeps an array for each.
-PIECES = (8, 16, 32)
+# Tokens of a piece of a stream. They are few numbers, because the device keeps an array for each. The report of a call holds the
+# largest, see `ds4jax.decode.loop.REPORTED`.
+PIECES = (8, 16, 24, 32, 48, 64)
 # Weight of the latest measurement.
 LATEST = 0.25
 

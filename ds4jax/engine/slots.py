@@ -157,7 +157,7 @@ class Slots:
         """Run the program of each width and the loop's so often that their CUDA graphs are made."""
         for width in self.shape.widths:
             for _ in range(RUNS_TO_GRAPH):
-                self.append(0, *np.zeros((2, width), np.int32), width)
+                self.prefill(0, np.zeros(width, np.int32), 0, width, width)
                 self.free(0)
         self.insert(0, 0, max_new_tokens=RUNS_TO_GRAPH, sampling=Sampling(), depth=0, stop_ids=())
         for _ in range(RUNS_TO_GRAPH):

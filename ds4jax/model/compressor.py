@@ -83,8 +83,13 @@ class Compressor(nnx.Module):
 def closing_rows(rows: Rows, ratio: int) -> tuple[jax.Array, jax.Array]:
     """Rows of the call that close a block: indices [n], n the maximum that T rows can close, and which of them are real."""
     width = rows.position.shape[0]
+    if rows.single:
+        # Live rows are consecutive positions, so the first that closes a block says which others do.
+        index = (-1 - rows.position[0]) % ratio + jnp.arange(-(-width // ratio), dtype=jnp.int32) * ratio
+        real = index < jnp.sum(rows.end - rows.start)
+        return jnp.where(real, index, width - 1), real
     # Each sequence's rows close at most one block more than there are whole blocks among them.
-    count = -(-width // ratio) if rows.single else min(width, (width + rows.start.shape[0] * (ratio - 1)) // ratio)
+    count = min(width, (width + rows.start.shape[0] * (ratio - 1)) // ratio)
     closes = rows.live & ((rows.position + 1) % ratio == 0)
     index = jnp.nonzero(closes, size=count, fill_value=width)[0].astype(jnp.int32)
     return jnp.minimum(index, width - 1), index < width

@@ -31,6 +31,7 @@ from pallas_kernels.compressor import decode as compressor
 from pallas_kernels.core.launch import Part, launch
 from pallas_kernels.experts import decode as expert_kernels
 from pallas_kernels.experts import router, swiglu
+from pallas_kernels.experts.many_rows import MANY_ROWS
 from pallas_kernels.formats import BLOCK, Quantized
 from pallas_kernels.hyper_connections import decode as hyper_connections
 from pallas_kernels.hyper_connections.entered import Entered
@@ -48,9 +49,6 @@ if TYPE_CHECKING:
 
 # Post [T, N] and comb [T, N, N].
 Mixing = list[jax.Array]
-# Maximum rows with which the shared expert's products are in the launch of gate and up. All programs of a launch have the
-# registers of its largest part, and products of more rows take so many that few programs of gate and up run at once.
-TOGETHER = 4
 # Weights that multiply the input of a sub-layer.
 READERS = {"attn": ("attn.wq_a", "attn.wkv"), "ffn": ("ffn.experts.w1", SHARED[0], SHARED[2])}
 
@@ -293,16 +291,17 @@ def _experts(
     chosen, share = router.route(logits, active=config.n_active, scale=config.route_scale, **how, interpret=interpret)
     w1, w2, w3 = (rows_of(weights[f"ffn.experts.{name}"]) for name in ("w1", "w2", "w3"))
     x, limit, shared_down = entered.quantized_for(type(w1)), config.swiglu_limit, rows_of(weights[SHARED[1]])
+    routed_operands = x, chosen, share, w1, w3
     parts = [
         _mixing(config, weights, "ffn", entered),
-        expert_kernels.gate_up_part(x, chosen, share, w1, w3, limit=limit, interpret=interpret),
+        *_entered_parts(entered, [weights[SHARED[0]], weights[SHARED[2]]], interpret),
     ]
-    shared_parts = _entered_parts(entered, [weights[SHARED[0]], weights[SHARED[2]]], interpret)
-    if len(entered.x) <= TOGETHER:
-        mixing, [hidden], *made = launch([*parts, *shared_parts], warps=1, interpret=interpret)
+    if len(entered.x) < MANY_ROWS:
+        routed_part = expert_kernels.gate_up_part(*routed_operands, limit=limit, interpret=interpret)
+        mixing, [hidden], *made = launch([parts[0], routed_part, *parts[1:]], warps=1, interpret=interpret)
     else:
-        mixing, [hidden] = launch(parts, warps=1, interpret=interpret)
-        made = launch(shared_parts, warps=1, interpret=interpret)
+        hidden = expert_kernels.gate_up(*routed_operands, limit=limit, interpret=interpret)
+        mixing, *made = launch(parts, warps=1, interpret=interpret)
     gate, up = itertools.chain(*made)
     gate, up, hidden = gathered_together([gate, up, hidden], weights[SHARED[0]])
     quantized: Activation | ActivationK

@@ -20,7 +20,7 @@ from ds4jax.model.layers import Linear, Rngs, constant, parameter, together
 from ds4jax.model.tape import Record, ignore
 from pallas_kernels.core.dispatch import opt_out
 from pallas_kernels.core.limits import MAX_ROWS
-from pallas_kernels.experts import meaning, prefill
+from pallas_kernels.experts import meaning, prefill, router
 from pallas_kernels.formats import Q8_0, Quantized
 from pallas_kernels.formats.stored import Stored
 from pallas_kernels.linear.cut import gathered, rows_of
@@ -44,11 +44,15 @@ class Router(nnx.Module):
         self.config, self.hashed = config, hashed
 
     def __call__(
-        self, x_TD: jax.Array, ids_T: jax.Array, record: Record = ignore, *, strict: bool = True, decoding: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
+        self, x_TD: jax.Array, ids_T: jax.Array, record: Record = ignore, *, strict: bool = True, decoding: bool = False,
+        kernel: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         """Expert ids int32 [T, K] and weights float32 [T, K] of rows float32 [T, D]. The bias affects the choice alone.
 
         Of a chunk of a prompt, the product uses tensor cores on CUDA unless `strict`.
+
+        Args:
+            kernel: static; a kernel chooses on CUDA, with the bits of the modules, but without gradients.
         """
         weight_ED = self.weight.get_value().astype(jnp.float32)
 
@@ -64,9 +68,13 @@ class Router(nnx.Module):
         scores_TE = meaning.scores(logits_TE)
         if self.hashed:
             chosen_TK = self.tid2eid.get_value()[ids_T]
+            best_TK = meaning.scores_of(scores_TE, chosen_TK)
         else:
-            chosen_TK = meaning.choose(scores_TE, self.bias.get_value(), self.config.n_active)
-        weights_TK = meaning.weigh(scores_TE, chosen_TK, self.config.route_scale)
+            given = scores_TE, self.bias.get_value()
+            on_cuda, default = (functools.partial(way, active=self.config.n_active) for way in (router.choose, meaning.choose))
+            found = jax.lax.platform_dependent(*given, cuda=on_cuda, default=default) if kernel else default(*given)
+            chosen_TK, best_TK = found
+        weights_TK = meaning.weigh(best_TK, self.config.route_scale)
         for name, value in (("scores", scores_TE), ("chosen", chosen_TK), ("weights", weights_TK)):
             record(name, value)
         return chosen_TK, weights_TK
@@ -104,8 +112,7 @@ class Experts(nnx.Module):
         Args:
             decoding: static; as in `Rows`.
         """
-        stacks = tuple(stack.weight.get_value() for stack in (self.w1, self.w3, self.w2))
-        limit = self.config.swiglu_limit
+        stacks, limit = self._stacks(), self.config.swiglu_limit
 
         def grouped(x_TD: jax.Array, chosen_TK: jax.Array, weights_TK: jax.Array) -> jax.Array:
             if paths.why_not_stored_experts(self.config, stacks, jax.devices()[0].device_kind):
@@ -123,7 +130,7 @@ class Experts(nnx.Module):
             return meaning.gathered(x_TD, chosen_TK, weights_TK, *stacks, limit=limit, **how)
 
         if not decoding:
-            if paths.why_not_grouped_experts(self.config, stacks, decoding=decoding, strict=strict):
+            if self.why_not_grouped(strict=strict, decoding=decoding):
                 return one_by_one(x_TD, chosen_TK, weights_TK)
             y_TD: jax.Array = jax.lax.platform_dependent(x_TD, chosen_TK, weights_TK, cuda=grouped, default=one_by_one)
             return y_TD
@@ -131,6 +138,13 @@ class Experts(nnx.Module):
         # Single rows in a loop only where memory asks for it: in a loop, XLA sums their products in another order on some CPUs.
         alone = not all(map(meaning.small, here)) if strict else any(isinstance(rows, Stored) for rows in here)
         return _in_groups(gathered, (x_TD, chosen_TK, weights_TK), 1 if alone else MAX_ROWS)
+
+    def why_not_grouped(self, *, strict: bool, decoding: bool) -> str | None:
+        """Why the prefill kernels cannot run a call's experts; None when they can."""
+        return paths.why_not_grouped_experts(self.config, self._stacks(), decoding=decoding, strict=strict)
+
+    def _stacks(self) -> tuple[Any, ...]:
+        return tuple(stack.weight.get_value() for stack in (self.w1, self.w3, self.w2))
 
 
 def _in_groups(function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], size: int) -> jax.Array:
@@ -177,6 +191,7 @@ class MoE(nnx.Module):
         self, x_TD: jax.Array, ids_T: jax.Array, *, strict: bool = False, decoding: bool = False, record: Record = ignore
     ) -> jax.Array:
         how = {"strict": strict, "decoding": decoding}
-        chosen_TK, weights_TK = self.gate(x_TD, ids_T, record, **how)
+        kernel = self.experts.why_not_grouped(**how) is None
+        chosen_TK, weights_TK = self.gate(x_TD, ids_T, record, kernel=kernel, **how)
         y_TD = self.experts(x_TD, chosen_TK, weights_TK, **how) + self.shared_experts(x_TD, **how)
         return gathered(y_TD, self.shared_experts.w2.weight.get_value())

@@ -146,31 +146,32 @@ def round_to_int(x: jax.Array, *, interpret: bool) -> jax.Array:
 
 
 def exchange(x: jax.Array, distance: int, *, interpret: bool) -> jax.Array:
-    """Exchange x, float32 [32] with one value per lane: lane l gets the value of lane l ^ distance.
+    """Exchange x, float32 [32·W] with one value per lane of W warps: lane l of a warp gets the value of its lane l ^ distance.
 
     Raises:
         ValueError: x has another shape.
     """
-    if x.shape != (LANES,):
-        raise ValueError(f"x is {list(x.shape)}; a warp exchanges one value per lane, [{LANES}]")
+    if len(x.shape) != 1 or x.shape[0] % LANES:
+        raise ValueError(f"x is {list(x.shape)}; warps exchange one value per lane, [{LANES}·W]")
     if not interpret:
         return _asm("shfl.sync.bfly.b32", "=f,f", jnp.float32, x, after=f", {distance}, 0x1f, 0xffffffff")
-    return jnp.flip(x.reshape(-1, 2, distance), axis=1).reshape(LANES)
+    return jnp.flip(x.reshape(-1, 2, distance), axis=1).reshape(x.shape)
 
 
 def sum_lanes(values: Sequence[jax.Array], lane: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sum each of up to 32 arrays over the 32 lanes of a program's only warp.
+    """Sum each of up to 32 arrays over the 32 lanes of each of a program's warps.
 
     Each value is summed by a butterfly over the distances 16, 8, 4, 2, 1. As long as there are several values, half of the lanes
     continue with the first of two values and the other half with the second: 8 values need 9 exchanges instead of 40. The tree
     of additions of each value is the same as that of a single butterfly, so its bits do not depend on the number of values.
 
     Args:
-        values: float32 [32] each.
-        lane: int32 [32], each lane's own number.
+        values: float32 [32·W] each.
+        lane: int32 [32·W], each lane's own number in its warp.
 
     Returns:
-        float32 [32] sums; int32 [32], the index of the value that a lane has the sum of; bool [32], true in one lane per value.
+        float32 [32·W] sums; int32 [32·W], the index of the value that a lane has the sum of; bool [32·W], true in one lane of a
+        warp per value.
     """
     places = 1 << (len(values) - 1).bit_length()
     spread, distance, left = LANES // places, LANES // 2, list(values)

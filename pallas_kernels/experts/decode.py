@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.core import arithmetic, loads
 from pallas_kernels.core.arithmetic import LANES
 from pallas_kernels.core.launch import Part, launch
+from pallas_kernels.experts import many_rows
 from pallas_kernels.experts.swiglu import clamped
 from pallas_kernels.formats import Quantized
 from pallas_kernels.linear.activation import Activation
@@ -30,7 +31,7 @@ from pallas_kernels.linear.activation_k import ActivationK
 from pallas_kernels.linear.lane_row import LaneRow, Turn, codebook, lane_format, quantize_for, zeros
 from pallas_kernels.linear.lanes import Format
 
-GATE_UP, DOWN = "expert_gate_up", "expert_down"
+DOWN = "expert_down"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ def gate_up_part(
     rows, columns = tile.gate_up, k // format.width
     sizes: dict[str, Any] = {"columns": columns, "n": n, "active": active, "planes": len(planes)}
     return Part(
-        name=f"{GATE_UP}_{type(gate).__name__.lower()}_m{tokens}",
+        name=f"{many_rows.GATE_UP}_{type(gate).__name__.lower()}_m{tokens}",
         programs=pl.cdiv(n, rows) * tokens * active,
         body=functools.partial(
             _gate_up_body, format=format, limit=limit, rows=rows, ahead=tile.ahead, interpret=interpret, **sizes
@@ -141,6 +142,19 @@ def gate_up_part(
         # Counts every read, also if several rows choose the same expert and find it in the cache.
         traffic=2 * tokens * active * n * k // gate.BLOCK * gate.DEVICE_BYTES,
     )
+
+
+def gate_up(
+    x: Activation | ActivationK, chosen: jax.Array, share: jax.Array, gate: Quantized, up: Quantized, *, limit: float,
+    tile: ExpertTile | None = None, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """What `gate_up_part` computes, in a launch of its own, by the faster kernel for so many rows: float32 [M·K, F]."""
+    how: dict[str, Any] = {"limit": limit, "interpret": interpret}
+    if many_rows.serves(len(chosen), type(gate), gate.shape):
+        [[hidden]] = launch([many_rows.part(x, chosen, share, gate, up, **how)], warps=many_rows.WARPS, interpret=interpret)
+    else:
+        [[hidden]] = launch([gate_up_part(x, chosen, share, gate, up, tile=tile, **how)], warps=1, interpret=interpret)
+    return hidden
 
 
 def down_part(
@@ -196,8 +210,7 @@ def experts(
     Source: gguf.md §6; the meaning is `pallas_kernels.experts.meaning.gathered`.
     """
     quantized = quantize_for(x, type(gate), interpret=interpret)
-    part = gate_up_part(quantized, chosen, share, gate, up, limit=limit, tile=tile, interpret=interpret)
-    [[hidden]] = launch([part], warps=1, interpret=interpret)
+    hidden = gate_up(quantized, chosen, share, gate, up, limit=limit, tile=tile, interpret=interpret)
     quantized = quantize_for(hidden, type(weight), interpret=interpret)
     [[y]] = launch([down_part(quantized, chosen, weight, tile=tile, interpret=interpret)], warps=1, interpret=interpret)
     return y

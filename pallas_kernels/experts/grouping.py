@@ -72,18 +72,33 @@ def plan(chosen: jax.Array, experts: int, rows: int) -> Plan:
 class Spans:
     """Tiles as spans of one list of pairs sorted by expert. The tiles of an expert have about as many pairs each.
 
+    `placing` makes them by kernels.
+
     Every tile begins at a multiple of `ALIGNMENT`, so that an expert's pairs may be followed by some empty places.
 
     Attributes:
         pair: int32 [places], the pair of each place; 0 for an empty one. `rows` places can be read from any tile's first.
-        expert, first, count: int32 [tiles], expert, first place and number of pairs of each tile, the fullest first. Tiles with
-            count 0 are unused.
+        table: int32 [3, tiles], expert, first place and number of pairs of each tile, the fullest first. Tiles without pairs are
+            unused.
     """
 
     pair: jax.Array
-    expert: jax.Array
-    first: jax.Array
-    count: jax.Array
+    table: jax.Array
+
+    @property
+    def expert(self) -> jax.Array:
+        """The expert of each tile, int32 [tiles]."""
+        return self.table[0]
+
+    @property
+    def first(self) -> jax.Array:
+        """The first place of each tile, int32 [tiles]."""
+        return self.table[1]
+
+    @property
+    def count(self) -> jax.Array:
+        """The number of pairs of each tile, int32 [tiles]."""
+        return self.table[2]
 
 
 def spans(chosen: jax.Array, experts: int, rows: int) -> Spans:
@@ -96,18 +111,18 @@ def spans(chosen: jax.Array, experts: int, rows: int) -> Spans:
     first_tile = _first_tile(count, rows)
     owner, used = _owners(first_tile, max_tiles(chosen.size, experts, rows))
     tiles = jnp.maximum(first_tile[1:] - first_tile[:-1], 1)
-    each = _aligned(-(-count // tiles))
+    each = aligned(-(-count // tiles))
     done = (jnp.arange(owner.shape[0], dtype=jnp.int32) - first_tile[owner]) * each[owner]
     left = jnp.where(used, jnp.minimum(count[owner] - done, each[owner]), 0)
 
-    first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(_aligned(count), dtype=jnp.int32)])
+    first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(aligned(count), dtype=jnp.int32)])
     place = jnp.arange(places(chosen.size, experts, rows), dtype=jnp.int32)
     whose, there = _owners(first, place.shape[0])
     rank = place - first[whose]
     pair = jnp.where(there & (rank < count[whose]), in_order[jnp.minimum(start[whose] + rank, chosen.size - 1)], 0)
     # A processor takes tiles in turn, and gets about as much work as another if full tiles come first.
     by_size = jnp.argsort(-left)
-    return Spans(pair, owner[by_size], jnp.where(used, first[owner] + done, 0)[by_size], left[by_size])
+    return Spans(pair, jnp.stack([owner, jnp.where(used, first[owner] + done, 0), left])[:, by_size])
 
 
 def places(pairs: int, experts: int, rows: int) -> int:
@@ -118,7 +133,8 @@ def places(pairs: int, experts: int, rows: int) -> int:
     return -(-(pairs + min(pairs, experts) * (ALIGNMENT - 1) + rows) // ALIGNMENT) * ALIGNMENT
 
 
-def _aligned(count: jax.Array) -> jax.Array:
+def aligned(count: jax.Array) -> jax.Array:
+    """Counts rounded up to multiples of `ALIGNMENT`."""
     return (count + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
@@ -129,8 +145,9 @@ def _sorted(chosen: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
     if experts << bits > 1 << 31:
         raise ValueError(f"chosen is {list(chosen.shape)} among {experts} experts; their pairs cannot be numbered in 31 bits")
     pair = jnp.arange(pairs, dtype=jnp.int32)
-    # Expert and pair are packed into one number, so one sort of distinct numbers groups them.
-    in_order = jnp.sort((chosen.reshape(-1) << bits) | pair) & ((1 << bits) - 1)
+    # Expert and pair are packed into one number, so one sort of distinct numbers groups them. A stable sort
+    # would carry indices along.
+    in_order = jax.lax.sort((chosen.reshape(-1) << bits) | pair, is_stable=False) & ((1 << bits) - 1)
     every = jnp.arange(experts + 1, dtype=jnp.int32)
     # The compiler fuses the comparison with the sum, so no array of this size is stored.
     return in_order, jnp.sum(chosen.reshape(1, -1) < every[:, None], axis=1, dtype=jnp.int32)

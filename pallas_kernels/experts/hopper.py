@@ -22,7 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.experts.fragments import BLOCK, DECODERS, Decoder
-from pallas_kernels.experts.grouping import Spans, spans
+from pallas_kernels.experts.grouping import Spans
+from pallas_kernels.experts.placing import rows_of_pairs, spans
 from pallas_kernels.experts.swiglu import clamped
 from pallas_kernels.experts.warpgroup import decoded, filled, loaded_words, rows_of_threads, stored, uniform
 from pallas_kernels.formats import Quantized
@@ -153,20 +154,22 @@ def _launch(product: Product, x: jax.Array, operand: jax.Array, tiles: Spans, st
     decoder = DECODERS[type(stacks[0])]
     experts, n, length = stacks[0].shape
     planes = [[plane.reshape(experts, -1) for plane in jax.tree.leaves(stack)] for stack in stacks]
-    each, table = 1 if product.together else 2, jnp.asarray(decoder.table())
+    each, table = 1 if product.together else 2, decoder.table()
+    # One array for both: XLA would make an order that is 0 to 255 in a launch of its own, in every call.
+    numbers = jnp.asarray(np.concatenate([product.order, table]), jnp.int32)
     across = n // (ROWS * GROUPS * each)
 
-    def kernel(x_gmem: Any, operand_gmem: Any, tiles_gmem: Any, table_gmem: Any, order_gmem: Any, planes_gmem: Any, out_gmem: Any,
+    def kernel(x_gmem: Any, operand_gmem: Any, tiles_gmem: Any, numbers_gmem: Any, planes_gmem: Any, out_gmem: Any,
                table_smem: Any) -> None:  # fmt: skip
         group = lax.axis_index("wg")
-        filled(table_smem, table_gmem)
-        refs = x_gmem, operand_gmem, order_gmem, out_gmem, table_smem
+        filled(table_smem, numbers_gmem, BLOCK)
+        refs = x_gmem, operand_gmem, numbers_gmem, out_gmem, table_smem
         pipeline = _pipeline(_nothing, _nothing, length // BLOCK, tile.rows, tile)
         allocations = pipeline.get_allocations(x_gmem.at[pl.ds(0, tile.rows)])
 
         @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="wg")
         def _(allocations: Any) -> None:
-            @plgpu.nd_loop((tiles.expert.shape[0] * across,), collective_axes="sm")
+            @plgpu.nd_loop((tiles.table.shape[1] * across,), collective_axes="sm")
             def _(info: Any) -> None:
                 number, part = info.index[0] // across, info.index[0] % across
                 expert, first, count = (uniform(tiles_gmem[i, number]) for i in range(3))
@@ -183,10 +186,7 @@ def _launch(product: Product, x: jax.Array, operand: jax.Array, tiles: Spans, st
         kernel, out_type=product.out, grid=(processors,), grid_names=("sm",), num_threads=GROUPS + 1, thread_name="wg",
         kernel_name=product.name, scratch_types=[plgpu.SMEM(table.shape, jnp.int32)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(
-        x, operand, jnp.stack([tiles.expert, tiles.first, tiles.count]), table,
-        jnp.asarray(product.order, jnp.int32), planes,
-    )  # fmt: skip
+    )(x, operand, tiles.table, numbers, planes)  # fmt: skip
     return made
 
 
@@ -229,15 +229,6 @@ def down(hidden: jax.Array, tiles: Spans, weight: Quantized, pairs: int, *, tile
     return _launch(product, hidden, tiles.pair, tiles, (weight,), tile=tile, processors=processors)
 
 
-def reordered(x: jax.Array, order: np.ndarray) -> jax.Array:
-    """Columns of x, bfloat16 [T, K], in the order of a decoder, which exchanges the bits of a column's number but the lowest."""
-    bits = [int(order[1 << bit]).bit_length() - 1 for bit in range(BLOCK.bit_length() - 1)]
-    # Pairs of columns move as words; axis 2 + i is bit 7 − i of a column's number in its block.
-    pairs = jax.lax.bitcast_convert_type(x.reshape(x.shape[0], -1, 2), jnp.int32).reshape(x.shape[0], -1, *[2] * (len(bits) - 1))
-    moved = pairs.transpose(0, 1, *(1 + len(bits) - bit for bit in reversed(bits[1:])))
-    return jax.lax.bitcast_convert_type(moved, jnp.bfloat16).reshape(x.shape)
-
-
 @functools.partial(jax.jit, static_argnames=("limit", "tile", "processors"))
 def experts(
     x: jax.Array, chosen: jax.Array, share: jax.Array, gate: Quantized, up: Quantized, weight: Quantized, *, limit: float,
@@ -251,9 +242,9 @@ def experts(
     """
     (tokens, active), tile = chosen.shape, tile or Tile.of(chosen.size, gate.shape[0])
     processors = processors or jax.devices()[0].core_count
-    tiles = spans(chosen, gate.shape[0], tile.rows)
-    rows = reordered(x.astype(jnp.bfloat16), DECODERS[type(gate)].order)[tiles.pair // active]
-    shares, order = share.reshape(-1)[tiles.pair], DECODERS[type(weight)].order
+    tiles, shares = spans(chosen, share, gate.shape[0], tile.rows)
+    rows = rows_of_pairs(x.astype(jnp.bfloat16), tiles.pair, active, DECODERS[type(gate)].order)
+    order = DECODERS[type(weight)].order
     hidden = gate_up(rows, shares, tiles, gate, up, order, limit=limit, tile=tile, processors=processors)
     y = down(hidden, tiles, weight, chosen.size, tile=tile, processors=processors)
     return jnp.sum(y.reshape(tokens, active, -1), axis=1)

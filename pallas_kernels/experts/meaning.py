@@ -28,20 +28,25 @@ def scores(logits_TE: jax.Array) -> jax.Array:
     return jnp.sqrt(jax.nn.softplus(logits_TE))
 
 
-def choose(scores_TE: jax.Array, bias_E: jax.Array, active: int) -> jax.Array:
+def choose(scores_TE: jax.Array, bias_E: jax.Array, *, active: int) -> tuple[jax.Array, jax.Array]:
     """Choose the K = `active` experts with the largest score + bias, int32 [T, K]; of equal ones the lower number.
 
-    The bias changes the choice but not the weight. Hash-routed layers look the choice up in a table instead.
+    The bias changes the choice but not the scores of the chosen, float32 [T, K]. Hash-routed layers look the choice up in a table
+    instead.
     """
     _, chosen_TK = jax.lax.top_k(scores_TE + bias_E, active)
-    return chosen_TK
+    return chosen_TK, scores_of(scores_TE, chosen_TK)
 
 
-def weigh(scores_TE: jax.Array, chosen_TK: jax.Array, scale: float) -> jax.Array:
-    """Weights of the chosen experts, float32 [T, K]: scores [T, E] of the chosen, divided by their sum, times `scale`."""
-    weights_TK = jnp.take_along_axis(scores_TE, chosen_TK, axis=1)
-    total = jnp.maximum(jnp.sum(weights_TK, axis=1, keepdims=True), MIN_WEIGHT_SUM)
-    return weights_TK / total * scale
+def scores_of(scores_TE: jax.Array, chosen_TK: jax.Array) -> jax.Array:
+    """The scores of each row's chosen experts, float32 [T, K]."""
+    return jnp.take_along_axis(scores_TE, chosen_TK, axis=1)
+
+
+def weigh(best_TK: jax.Array, scale: float) -> jax.Array:
+    """Weights of the chosen experts, float32 [T, K]: their scores, divided by their sum, times `scale`."""
+    total = jnp.maximum(jnp.sum(best_TK, axis=1, keepdims=True), MIN_WEIGHT_SUM)
+    return best_TK / total * scale
 
 
 def swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:

@@ -69,20 +69,20 @@ def _in_quad(code: Code) -> Any:
     return code.masked(code.thread(), QUAD - 1)
 
 
-def filled(table_smem: Any, table_gmem: Any) -> None:
-    """Copy a table to shared memory. Every warpgroup writes the same values, and waits for its own."""
+def filled(table_smem: Any, numbers_gmem: Any, first: int) -> None:
+    """Copy a table to shared memory from number `first` on. Every warpgroup writes the same values, and waits for its own."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def fill(_: Any, target: Any, source: Any) -> None:
         code = Code()
         zero = code.constant(0)
-        for i in range(ir.MemRefType(source.type).shape[0] // THREADS):
+        for i in range(ir.MemRefType(target.type).shape[0] // THREADS):
             place = code.shift_left(code.plus(code.thread(), i * THREADS), 2)
-            [word] = code.loaded(code.address(_address(source), zero, 0, place), bits=32)
+            [word] = code.loaded(code.address(_address(source), zero, 0, code.plus(place, 4 * first)), bits=32)
             code.stored_in_table(_address(target), place, word)
         mgpu.utils.warpgroup_barrier()
 
-    fill(table_smem, table_gmem)
+    fill(table_smem, numbers_gmem)
 
 
 def uniform(number: jax.Array) -> jax.Array:
@@ -96,7 +96,7 @@ def uniform(number: jax.Array) -> jax.Array:
 
 
 def rows_of_threads(order_gmem: Any, first: jax.Array) -> jax.Array:
-    """The matrix row of each thread's first row, int32 [128]; `order` has the row at each position of a block of rows."""
+    """The matrix row of each thread's first row, int32 [128]; `order` begins with the row at each position of a block of rows."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _number()), return_type=_words(1))
     def rows(_: Any, order: Any, first: Any) -> Any:

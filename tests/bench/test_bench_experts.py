@@ -13,7 +13,8 @@ from cuda import kernel_calls, lowered_for_cuda
 from ds4jax.bench import experts
 from ds4jax.bench.experts import Launch, Product
 from pallas_kernels.core import timing
-from pallas_kernels.experts.decode import DOWN, GATE_UP, ExpertTile
+from pallas_kernels.experts.decode import DOWN, ExpertTile
+from pallas_kernels.experts.many_rows import GATE_UP
 
 SMALL = Product(DOWN, "Q2_K", experts=8, active=2, dim=512, hidden=256)
 

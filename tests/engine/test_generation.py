@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from numerics import arrays, golden_model, golden_transformer
 
+from ds4jax.bounds import MAX_DRAFTS
 from ds4jax.decode.sampling import Sampling
-from ds4jax.engine import pace
-from ds4jax.engine.compile import programs
+from ds4jax.engine import generation as generations
+from ds4jax.engine import host_copy, pace
+from ds4jax.engine.compile import programs, wait
 from ds4jax.errors import InputError
 
 TOKENS = 40
@@ -142,12 +146,44 @@ def test_decode_from_outside_the_sequence(decode_from):
         golden_model().logits([1, 2, 3], decode_from=decode_from)
 
 
-@pytest.mark.parametrize(("seconds", "sizes"), [(1e9, [1, 8, 32, 19]), (0.0, [1, 8, 8, 8, 8, 8, 8, 8, 3])])
+@pytest.mark.parametrize(("seconds", "sizes"), [(1e9, [1, 8, 64, 7]), (0.0, [1, *[8] * 9, 7])])
 def test_a_stream_comes_in_pieces_of_a_bounded_time(monkeypatch, seconds, sizes):
     monkeypatch.setattr(pace, "PIECE_SECONDS", seconds)
-    stream = golden_model().stream([3, 4], max_new_tokens=60, ignore_eos=True, draft=0)
+    stream = golden_model().stream([3, 4], max_new_tokens=80, ignore_eos=True, draft=0)
     assert [len(new) for new in stream] == sizes
 
 
 def test_pieces_by_the_time_of_a_token():
-    assert [pace.piece(seconds) for seconds in (0.0, 1e-4, 0.002, 0.004, 0.02)] == [8, 32, 16, 8, 8]
+    times = (0.0, 1e-4, 0.0009, 0.001, 0.0018, 0.002, 0.004, 0.02)
+    assert [pace.piece(seconds) for seconds in times] == [8, 64, 48, 32, 24, 16, 8, 8]
+
+
+def test_the_largest_piece_with_its_drafts_is_read_in_one_transfer(monkeypatch):
+    """A second reading is another program, and another wait for the device."""
+    monkeypatch.setattr(host_copy, "_report", lambda *_: pytest.fail("a second reading"))
+    generation = golden_model().stream([3, 4], max_new_tokens=pace.PIECES[-1] + MAX_DRAFTS + 1, ignore_eos=True, draft=0)
+    assert len(generation.advance(pace.PIECES[-1] + MAX_DRAFTS)) == pace.PIECES[-1] + MAX_DRAFTS
+
+
+def test_the_time_of_decoding_has_neither_prompt_nor_programs(monkeypatch):
+    """A clock that stands still but for these two."""
+    now, waits = [0.0], []
+
+    def waited(compiling):
+        waits.append(compiling)
+        now[0] += 10.0
+        return wait(compiling)
+
+    def read(done, total):
+        now[0] += 1.0
+
+    monkeypatch.setattr(generations, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(generations, "wait", waited)
+    generation = golden_model().stream([3, 4], max_new_tokens=4, ignore_eos=True, draft=0, progress=read)
+    generation.advance(2)
+    generation.advance(2)
+    result = generation.result()
+    # The loop was waited for, too.
+    assert any(generation._loop in compiling for compiling in waits)
+    assert result.seconds == 10 * len(waits) + 1
+    assert (result.decode_seconds, result.tokens_per_second) == (0.0, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -15,8 +16,10 @@ from kernels.harness import Op, check_meaning, check_poisoned_row, check_rows
 from numerics import assert_bits_equal
 from quantized import abstract_experts, random_blocks
 
-from pallas_kernels.experts import meaning
-from pallas_kernels.experts.decode import DOWN, GATE_UP, ExpertTile, experts
+from pallas_kernels.core.launch import launch
+from pallas_kernels.experts import many_rows, meaning
+from pallas_kernels.experts.decode import DOWN, ExpertTile, experts, gate_up, gate_up_part
+from pallas_kernels.experts.many_rows import GATE_UP
 from pallas_kernels.formats import IQ2_S, IQ2_XXS, IQ3_XXS, MXFP4, Q2_K, Q4_K, Q5_K, Q6_K, Q8_0, Quantized
 from pallas_kernels.linear import activation_k
 from pallas_kernels.linear import meaning as linear
@@ -132,3 +135,38 @@ def test_on_the_gpu(gate, down):
     arguments = case(gate, down, 4096, 2048)
     check_meaning(OP, arguments, interpret=False)
     check_rows(OP, arguments, (2, 3, 8), interpret=False)
+
+
+def gate_and_up(rows: int, hidden: int) -> tuple:
+    """Rows of K = 4096 for experts in IQ2_XXS, quantised, as both kernels of gate and up take them."""
+    x, chosen, share, gate, up, _ = case(IQ2_XXS, Q2_K, 4096, hidden)
+    return activation_k.quantize_k(x[:rows], IQ2_XXS, interpret=True), chosen[:rows], share[:rows], gate, up
+
+
+def one_warp(*operands: Any, interpret: bool) -> jax.Array:
+    [[hidden]] = launch([gate_up_part(*operands, limit=LIMIT, interpret=interpret)], warps=1, interpret=interpret)
+    return hidden
+
+
+@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.long)])
+def test_gate_and_up_of_many_rows_have_the_bits_of_few(rows: int) -> None:
+    operands = gate_and_up(rows, 256)
+    assert many_rows.serves(many_rows.MANY_ROWS, IQ2_XXS, operands[3].shape)
+    [[found]] = launch([many_rows.part(*operands, limit=LIMIT, interpret=True)], warps=many_rows.WARPS, interpret=True)
+    assert_bits_equal(found, one_warp(*operands, interpret=True))
+
+
+@pytest.mark.parametrize(("rows", "warps"), [(many_rows.MANY_ROWS - 1, 1), (many_rows.MANY_ROWS, many_rows.WARPS)])
+def test_which_kernel_takes_gate_and_up(rows: int, warps: int) -> None:
+    function = jax.jit(functools.partial(gate_up, limit=LIMIT, interpret=False))
+    text = lowered_for_cuda(function, *gate_and_up(rows, 256))
+    assert kernel_calls(text, GATE_UP) == 1
+    assert re.findall(r"num_warps = (\d+)", text) == [str(warps)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [5, 8])
+def test_gate_and_up_of_many_rows_on_the_gpu(rows: int) -> None:
+    operands = gate_and_up(rows, 2048)
+    found = jax.jit(functools.partial(gate_up, limit=LIMIT, interpret=False))(*operands)
+    assert_bits_equal(found, jax.jit(functools.partial(one_warp, interpret=False))(*operands))

@@ -103,9 +103,29 @@ def test_the_routers_choice_by_score():
     # Equal scores: the lower number is taken first.
     logits, bias = logits.at[3].set(0.5), bias.at[7].set(bias[11])
     chosen, share = router.route(logits, active=3, scale=1.5, bias=bias, interpret=True)
-    scores = meaning.scores(logits)
-    np.testing.assert_array_equal(chosen, meaning.choose(scores, bias, 3))
-    np.testing.assert_allclose(share, meaning.weigh(scores, chosen, 1.5), rtol=1e-6)
+    wanted, best = meaning.choose(meaning.scores(logits), bias, active=3)
+    np.testing.assert_array_equal(chosen, wanted)
+    np.testing.assert_allclose(share, meaning.weigh(best, 1.5), rtol=1e-6)
+
+
+def check_choice(rows: int, experts: int, active: int, *, interpret: bool) -> None:
+    """Experts and their scores are those of a sort, bit by bit, and of equal scores the lower number."""
+    random = np.random.default_rng(rows)
+    # A few values many times, so that scores are equal.
+    scores, bias = (random.integers(1, 40, size).astype(np.float32) / 7 for size in ((rows, experts), experts))
+    made = jax.jit(functools.partial(router.choose, active=active, interpret=interpret))(scores, bias)
+    wanted = jax.jit(functools.partial(meaning.choose, active=active))(scores, bias)
+    jax.tree.map(assert_bits_equal, made, wanted)
+
+
+@pytest.mark.parametrize(("experts", "active"), [(20, 3), (256, 6)])
+def test_a_prompts_choice_is_that_of_a_sort(experts, active):
+    check_choice(9, experts, active, interpret=True)
+
+
+@pytest.mark.gpu
+def test_a_prompts_choice_is_that_of_a_sort_on_a_gpu():
+    check_choice(4096, 256, 6, interpret=False)
 
 
 def test_the_routers_choice_by_table():
@@ -114,7 +134,7 @@ def test_the_routers_choice_by_table():
     ids = jnp.array([1, 8, 4], jnp.int32)
     chosen, share = router.route(logits, active=3, scale=1.5, ids=ids, table=table, interpret=True)
     np.testing.assert_array_equal(chosen, table[ids])
-    np.testing.assert_allclose(share, meaning.weigh(meaning.scores(logits), chosen, 1.5), rtol=1e-6)
+    np.testing.assert_allclose(share, meaning.weigh(meaning.scores_of(meaning.scores(logits), chosen), 1.5), rtol=1e-6)
 
 
 def test_swiglu_is_clamped_and_quantised():
@@ -165,5 +185,7 @@ def test_small_kernels_lower():
     check_lowers(route, (shape(4, 256),), {router.NAME: 1}, bias=shape(256))
     table = {"ids": shape(4, dtype="int32"), "table": shape(129280, 6, dtype="int32")}
     check_lowers(route, (shape(4, 256),), {router.NAME: 1}, **table)
+    choose = jax.jit(functools.partial(router.choose, active=6))
+    check_lowers(choose, (shape(4096, 256), shape(256)), {router.CHOICE: 1})
     call = jax.jit(functools.partial(swiglu.swiglu, limit=10.0))
     check_lowers(call, (shape(4, 2048), shape(4, 2048)), {swiglu.NAME: 1})

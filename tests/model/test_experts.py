@@ -7,13 +7,15 @@ import functools
 import jax
 import numpy as np
 import pytest
+from cuda import kernel_calls, lowered_for_cuda
 from flax import nnx
 from numerics import assert_bits_equal
 from quantized import as_float, random_blocks
 
 from ds4jax.config import Config
-from ds4jax.model.moe import Experts
+from ds4jax.model.moe import Experts, MoE
 from pallas_kernels.core.limits import MAX_ROWS
+from pallas_kernels.experts import router
 from pallas_kernels.formats import FORMATS, Q8_0
 
 CONFIG = Config(dim=512, moe_dim=256, n_experts=4, n_active=2, n_layers=1, compress_ratios=(0,), n_mtp=0, n_hash_layers=0)
@@ -144,3 +146,21 @@ def test_rows_without_a_kernel_share_their_memory() -> None:
         for count in (1, ROWS)
     )
     assert 1 << 20 < many < 1.5 * few
+
+
+@pytest.mark.parametrize(
+    ("kind", "strict", "hashed", "calls"),
+    [("MXFP4", False, False, 1), ("MXFP4", True, False, 0), ("MXFP4", False, True, 0), (None, False, False, 0)],
+)
+def test_a_kernel_chooses_a_prompts_experts_where_kernels_run_them(
+    kind: str | None, strict: bool, hashed: bool, calls: int
+) -> None:
+    """Not those of float weights, whose choice has gradients."""
+    module = nnx.eval_shape(lambda: MoE(CONFIG, hashed, rngs=nnx.Rngs(0)))
+    for stack in (module.experts.w1, module.experts.w2, module.experts.w3) if kind else ():
+        shape = stack.weight.get_value().shape
+        stack.weight.set_value(jax.eval_shape(FORMATS["MXFP4"].from_bytes, random_blocks(FORMATS["MXFP4"], shape)))
+    x, ids = jax.ShapeDtypeStruct((64, CONFIG.dim), "float32"), jax.ShapeDtypeStruct((64,), "int32")
+    graph, weights = nnx.split(module)
+    text = lowered_for_cuda(jax.jit(lambda weights, x, ids: nnx.merge(graph, weights)(x, ids, strict=strict)), weights, x, ids)
+    assert kernel_calls(text, router.CHOICE) == calls

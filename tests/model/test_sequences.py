@@ -42,6 +42,19 @@ def test_sequences_without_rows_close_no_block():
     np.testing.assert_array_equal(np.asarray(index)[closed], [0, 3])
 
 
+@pytest.mark.parametrize("ratio", [4, 128])
+@pytest.mark.parametrize(
+    ("start", "width", "count"), [(0, 1, 1), (3, 1, 0), (5, 10, 7), (127, 64, 1), (126, 64, 64), (130, 300, 270)]
+)
+def test_rows_of_one_sequence_close_the_blocks_of_their_positions(ratio, start, width, count):
+    rows = Rows.following(np.array([9, start], np.int32), width, count, slot=1)
+    index, closed = jax.jit(closing_rows, static_argnums=1)(rows, ratio)
+    assert index.shape == (-(-width // ratio),)
+    wanted = [row for row in range(count) if (start + row + 1) % ratio == 0]
+    np.testing.assert_array_equal(np.asarray(index)[closed], wanted)
+    assert (np.asarray(index)[~np.asarray(closed)] == width - 1).all()
+
+
 def prompt(sequence: int, length: int) -> np.ndarray:
     """Tokens of a sequence, different for each sequence."""
     return np.roll(arrays("golden")["ids"], 37 * sequence)[:length].astype(np.int32)

@@ -48,7 +48,8 @@ temperature 1 without filters. They are computed at the end, by scoring prompt a
 
 With --stats, stderr also shows the time from the start of the process to the first token, in parts that add up: import, plan
 (headers, and starting the device), load, compile (tracing, and compiling or reading programs from the cache), prefill, decode
-(the first step) and other. With --json, start holds these parts in seconds.
+(the first step) and other. With --json, start holds these parts in seconds. The time of decoding, and tokens_per_second, contain
+neither the prompt nor waiting for programs.
 
 --save FILE saves text and cache; --restore FILE continues them. With a prompt, the start that it shares with the saved text is
 not computed again. Without a prompt, the text continues from its end, and figures and --json cover only the added part. The same
@@ -270,8 +271,8 @@ def _stats(model: Loaded, result: Result, first_token: dict[str, float]) -> str:
     accepted = ", ".join(f"{stood} of {tried} ({stood / tried:.2f})" for stood, tried in drafts if tried)
     by = "" if result.drafter == "none" else f" by {result.drafter}"
     return (
-        f"{len(result.prompt_ids)} prompt tokens, {len(result.ids)} new tokens in {result.seconds:.2f} s, "
-        f"{result.tokens_per_second:.1f} tokens/s while decoding, ended by: {result.finish_reason}\n"
+        f"{len(result.prompt_ids)} prompt tokens, {len(result.ids)} new tokens in {result.decode_seconds:.2f} s of decoding, "
+        f"{result.tokens_per_second:.1f} tokens/s, ended by: {result.finish_reason}\n"
         f"draft {result.draft}{by}: {result.tokens_per_step:.2f} tokens a step of {result.ms_per_step:.2f} ms"
         + (f", accepted by depth: {accepted}" if accepted else "")
         + (f"\ntimes of a step by depth: {_costs(model, result)}" if result.draft == "auto" else "")
