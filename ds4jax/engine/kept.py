@@ -5,7 +5,7 @@ which holds the machine code. So a change of the source that leaves a program as
 
 JAX's own persistent cache needs the lowered program, so it cannot save the trace. It does not hold a CPU's programs: XLA cannot
 serialise one that it has read from a file. The copy loads, and its first call fails, because functions are missing (jax 0.10.2).
-It does hold a GPU's: one that cannot be loaded by its name, which no GPU has tried yet, is found there as without this module.
+It does hold a GPU's: one that cannot be loaded by its name is found there as without this module.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ GATE_UP = "expert_gate_up"
 # and the shared expert's products of more rows take so many that few programs of gate and up run at once.
 MANY_ROWS = 5
 # Warps of a program, rows of gate and of up that each of them multiplies, and how many parts of these rows it loads ahead.
-WARPS, ROWS, AHEAD = 8, 4, 1
+WARPS, ROWS, AHEAD = 4, 4, 1
 # Weights of 32 lanes, and planes of activations of a lane.
 CHUNK, PLANES = 4096, 8
 PATTERNS = 256
