@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.core import arithmetic, loads
 from pallas_kernels.core.arithmetic import LANES
 from pallas_kernels.core.launch import Part, launch
-from pallas_kernels.experts import many_rows
+from pallas_kernels.experts import many_rows, neighbours
 from pallas_kernels.experts.swiglu import clamped
 from pallas_kernels.formats import Quantized
 from pallas_kernels.linear.activation import Activation
@@ -64,13 +64,14 @@ def _split(refs: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
 
 def _gate_up_body(
     program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
-    *, format: Format, columns: int, n: int, active: int, rows: int, ahead: int, limit: float, planes: int, interpret: bool,
+    *, format: Format, columns: int, n: int, active: int, size: int, rows: int, ahead: int, limit: float, planes: int,
+    interpret: bool,
 ) -> None:  # fmt: skip
     chosen_ref, share_ref, table_ref, *refs = inputs
     x_refs, gate, up = _split(refs, len(refs) - 2 * planes, planes, planes)
-    [out_ref], tiles = outputs, pl.cdiv(n, rows)
-    first, pair = program % tiles * rows, program // tiles
-    expert = chosen_ref[pair]
+    [out_ref] = outputs
+    pair, tile = neighbours.place(program, chosen_ref.shape[0], size)
+    first, expert = tile * rows, chosen_ref[pair]
     turns, x_row = [], pair // active
     for r in range(rows):
         real = first + r < n if n % rows else None
@@ -88,13 +89,13 @@ def _gate_up_body(
 
 def _down_body(
     program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
-    *, format: Format, columns: int, n: int, active: int, rows: int, ahead: int, planes: int, interpret: bool,
+    *, format: Format, columns: int, n: int, active: int, size: int, rows: int, ahead: int, planes: int, interpret: bool,
 ) -> None:  # fmt: skip
     chosen_ref, table_ref, *refs = inputs
     x_refs, down = _split(refs, len(refs) - planes, planes)
-    [out_ref], tiles = outputs, pl.cdiv(n, rows)
-    first, token = program % tiles * rows, program // tiles
-    row = LaneRow(format, x_refs, table_ref, columns, interpret)
+    [out_ref] = outputs
+    token, tile = neighbours.place(program, chosen_ref.shape[0] // active, size)
+    first, row = tile * rows, LaneRow(format, x_refs, table_ref, columns, interpret)
     pairs = [token * active + k for k in range(active)]
     experts = [chosen_ref[pair] for pair in pairs]
     real = [first + r < n if n % rows else None for r in range(rows)]
@@ -108,6 +109,12 @@ def _down_body(
     stored = loads.all_of(owner, column < n)
     assert stored is not None
     plt.store(out_ref.at[token, jnp.where(stored, column, n)], total, mask=stored)
+
+
+def _piece(tokens: int, tiles: int, rows: int, weight: Quantized) -> int:
+    """Tiles that the programs of one row take one after the other: all for few rows, which hardly share experts."""
+    row_bytes = weight.shape[-1] // weight.BLOCK * weight.DEVICE_BYTES
+    return neighbours.piece(tiles, rows * row_bytes) if tokens >= many_rows.MANY_ROWS else tiles
 
 
 def gate_up_part(
@@ -130,10 +137,12 @@ def gate_up_part(
     (_, n, k), (tokens, active), planes = gate.shape, chosen.shape, jax.tree.leaves(gate)
     tile, format = tile or ExpertTile.of(interpret), lane_format(type(gate), interpret)
     rows, columns = tile.gate_up, k // format.width
-    sizes: dict[str, Any] = {"columns": columns, "n": n, "active": active, "planes": len(planes)}
+    tiles = pl.cdiv(n, rows)
+    size = _piece(tokens, tiles, rows, gate)
+    sizes: dict[str, Any] = {"columns": columns, "n": n, "active": active, "size": size, "planes": len(planes)}
     return Part(
         name=f"{many_rows.GATE_UP}_{type(gate).__name__.lower()}_m{tokens}",
-        programs=pl.cdiv(n, rows) * tokens * active,
+        programs=tiles * tokens * active,
         body=functools.partial(
             _gate_up_body, format=format, limit=limit, rows=rows, ahead=tile.ahead, interpret=interpret, **sizes
         ),
@@ -174,10 +183,12 @@ def down_part(
     (_, n, k), (tokens, active), planes = weight.shape, chosen.shape, jax.tree.leaves(weight)
     tile, format = tile or ExpertTile.of(interpret), lane_format(type(weight), interpret)
     rows, columns = tile.down, k // format.width
-    sizes: dict[str, Any] = {"columns": columns, "n": n, "active": active, "planes": len(planes)}
+    tiles = pl.cdiv(n, rows)
+    size = _piece(tokens, tiles, rows, weight)
+    sizes: dict[str, Any] = {"columns": columns, "n": n, "active": active, "size": size, "planes": len(planes)}
     return Part(
         name=f"{DOWN}_{type(weight).__name__.lower()}_m{tokens}",
-        programs=pl.cdiv(n, rows) * tokens,
+        programs=tiles * tokens,
         body=functools.partial(_down_body, format=format, rows=rows, ahead=tile.ahead, interpret=interpret, **sizes),
         inputs=(chosen.reshape(-1), codebook(type(weight)), *jax.tree.leaves(x), *planes),
         outputs=(jax.ShapeDtypeStruct((tokens, n), jnp.float32),),

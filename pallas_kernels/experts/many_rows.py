@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.core import arithmetic
 from pallas_kernels.core.arithmetic import LANES
 from pallas_kernels.core.launch import Part
+from pallas_kernels.experts import neighbours
 from pallas_kernels.experts.swiglu import clamped
 from pallas_kernels.formats import IQ2_XXS, Quantized
 from pallas_kernels.formats.iq2_xxs import selectors
@@ -92,15 +93,14 @@ class Codebook:
 
 def _body(
     program: jax.Array, inputs: Sequence[Any], outputs: Sequence[Any],
-    *, n: int, chunks: int, active: int, warps: int, rows: int, ahead: int, limit: float, interpret: bool,
+    *, n: int, chunks: int, size: int, active: int, warps: int, rows: int, ahead: int, limit: float, interpret: bool,
 ) -> None:  # fmt: skip
     chosen_ref, share_ref, table_ref, quants_ref, x_scales_ref, _, *planes = inputs
     [out_ref] = outputs
-    tiles = n // (warps * rows)
-    pair = program // tiles
+    pair, tile = neighbours.place(program, chosen_ref.shape[0], size)
     thread = jnp.arange(warps * LANES, dtype=jnp.int32)
     lane = thread % LANES
-    first = program % tiles * (warps * rows) + thread // LANES * rows
+    first = tile * (warps * rows) + thread // LANES * rows
     expert, x_row = jnp.full_like(thread, chosen_ref[pair]), jnp.full_like(thread, pair // active)
     matrices = planes[:4], planes[4:]
     word = jax.lax.broadcasted_iota(jnp.int32, (warps * LANES, 4), 1)
@@ -163,10 +163,13 @@ def part(
 ) -> Part:  # fmt: skip
     """As `pallas_kernels.experts.decode.gate_up_part`, to the last bit, by programs of `WARPS` warps."""
     (_, n, k), (tokens, active) = gate.shape, chosen.shape
-    sizes: dict[str, Any] = {"n": n, "chunks": k // CHUNK, "active": active, "warps": WARPS, "rows": ROWS, "ahead": AHEAD}
+    tiles = n // (WARPS * ROWS)
+    size = neighbours.piece(tiles, WARPS * ROWS * k // gate.BLOCK * gate.DEVICE_BYTES)
+    cut: dict[str, Any] = {"size": size, "warps": WARPS, "rows": ROWS, "ahead": AHEAD}
+    sizes: dict[str, Any] = {"n": n, "chunks": k // CHUNK, "active": active, **cut}
     return Part(
         name=f"{GATE_UP}_{type(gate).__name__.lower()}_m{tokens}",
-        programs=n // (WARPS * ROWS) * tokens * active,
+        programs=tiles * tokens * active,
         body=functools.partial(_body, limit=limit, interpret=interpret, **sizes),
         inputs=(
             chosen.reshape(-1), share.reshape(-1), table(), *jax.tree.leaves(x), *jax.tree.leaves(gate), *jax.tree.leaves(up),
