@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.core import batches
 from pallas_kernels.core.dispatch import DECODE_ROWS, choose
 from pallas_kernels.core.launch import Part, launch
 from pallas_kernels.core.limits import MAX_ROWS
@@ -187,7 +186,7 @@ def product_parts(
     m, _, blocks = x.scales.shape
     device_kind = "" if interpret else jax.devices()[0].device_kind
     sizes = tuple(weight.shape[0] // groups for weight in q8)
-    tile = tile_for(sizes, blocks * BLOCK, groups, batches.rows_of(m), device_kind)
+    tile = tile_for(sizes, blocks * BLOCK, groups, m, device_kind)
     return [q8_part(x, q8, tile=tile, groups=groups, interpret=interpret)]
 
 

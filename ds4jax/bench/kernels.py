@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax.bench import bits
-from pallas_kernels.core import batches, timing
+from pallas_kernels.core import timing
 from pallas_kernels.core.tiles import tile_for
 from pallas_kernels.formats import BLOCK
 from pallas_kernels.linear import activation
@@ -135,7 +135,7 @@ class Bench:
         device = jax.devices()[0].device_kind
         every = dict.fromkeys([*self.rows, *(bits.EVERY_M if self.check_bits else ())])
         sizes = product.sizes, product.k, product.groups
-        return [Launch(product, m, tile_for(*sizes, batches.rows_of(m), device)) for m in every]
+        return [Launch(product, m, tile_for(*sizes, m, device)) for m in every]
 
     def jobs(self) -> dict[Any, tuple[Any, tuple[Any, ...]]]:
         """All programs to compile, the slow ones first."""

@@ -47,11 +47,13 @@ def read(path: Path) -> Table:
 
 
 def write(path: Path, device_kind: str, chosen: Mapping[str, Mapping[int, Tile]]) -> None:
-    """Write tiles by shape key and M under a device kind. Other entries of the file stay. The file changes atomically."""
+    """Write tiles by shape key and M under a device kind. Other entries of the file and other M stay. It changes atomically."""
     table = read(path) if path.exists() else {}
     shapes = table.setdefault(device_kind, {})
     for key, tiles in chosen.items():
-        shapes[key] = {str(m): [tile.rows, tile.unroll, int(tile.chained)] for m, tile in sorted(tiles.items())}
+        measured = {int(m): entry for m, entry in shapes.get(key, {}).items()}
+        measured |= {m: [tile.rows, tile.unroll, int(tile.chained)] for m, tile in tiles.items()}
+        shapes[key] = {str(m): measured[m] for m in sorted(measured)}
     devices = []
     for device, entries in sorted(table.items()):
         lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in sorted(entries.items()))
@@ -72,9 +74,9 @@ def _shipped() -> Table:
 def tile_for(sizes: tuple[int, ...], k: int, groups: int, m: int, device_kind: str) -> Tile:
     """The tile of a launch.
 
-    tiles.json has measured tiles. An M that was not measured uses the tile of the next larger measured M. Without an entry, a
-    program loads four chunks before it multiplies the first. They come from up to four rows, which share the activations, and
-    from fewer rows if there would otherwise be too few programs.
+    tiles.json has measured tiles. An M that was not measured uses the tile of the next larger measured M, or of the largest.
+    Without an entry, a program loads four chunks before it multiplies the first. They come from up to four rows, which share the
+    activations, and from fewer rows if there would otherwise be too few programs.
 
     Args:
         sizes: rows of each weight.

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.core import tiles, timing
+from pallas_kernels.core import batches, tiles, timing
 from pallas_kernels.core.arithmetic import LANES
 from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.formats import BLOCK, HALF, Q8_0, WORDS
@@ -148,7 +148,7 @@ def candidates(product: Product, m: int) -> list[Tile]:
         for rows in POWERS
         for unroll in POWERS
         for chained in (False, True)
-        if rows <= heights and unroll < 2 * chunks and rows * (unroll * (WORDS + 1) + m) <= MAX_REGISTERS
+        if rows <= heights and unroll < 2 * chunks and rows * (unroll * (WORDS + 1) + batches.rows_of(m)) <= MAX_REGISTERS
     ]
 
 
@@ -174,6 +174,14 @@ def select(names: str) -> tuple[Product, ...]:
     return tuple(known[name] for name in dict.fromkeys(names.split(",")))
 
 
+def row_counts(numbers: str) -> tuple[int, ...]:
+    """A comma-separated list of numbers of rows; an argparse type."""
+    found = {int(number) if number.isdecimal() else 0 for number in numbers.split(",")}
+    if not all(1 <= number <= STEP_ROWS for number in found):
+        raise argparse.ArgumentTypeError(f"{numbers!r} must be numbers from 1 to {STEP_ROWS}, separated by commas")
+    return tuple(sorted(found))
+
+
 class _Bar:
     """A progress bar on stderr if it is a terminal. `ds4jax.cli.progress` cannot be imported here."""
 
@@ -188,10 +196,11 @@ class _Bar:
             print(f"\r[{'#' * filled}{'.' * (BAR - filled)}] {self.count}/{self.total}", end=end, file=sys.stderr, flush=True)
 
 
-def tune(products: Sequence[Product], tick: Callable[[], None]) -> dict[str, dict[int, Tile]]:
+def tune(products: Sequence[Product], counts: Sequence[int], tick: Callable[[], None]) -> dict[str, dict[int, Tile]]:
     """Measure every candidate for every product, and print a line for each M.
 
     Args:
+        counts: numbers of rows M, ascending.
         tick: called after each compilation and after each product.
 
     Returns:
@@ -203,13 +212,13 @@ def tune(products: Sequence[Product], tick: Callable[[], None]) -> dict[str, dic
     chosen = {}
     print("µs per tile (rows x unroll, c for chained), fastest first")
     for product in products:
-        launches = [Launch(product, m, tile) for m in TUNED_ROWS for tile in candidates(product, m)]
+        launches = [Launch(product, m, tile) for m in counts for tile in candidates(product, m)]
         programs, failed = compile_all({launch: job(launch) for launch in launches}, tick)
-        if {launch.m for launch in programs} != set(TUNED_ROWS):
+        if {launch.m for launch in programs} != set(counts):
             raise RuntimeError(f"{product.key}: no tile compiles: {next(iter(failed.values()))}")
         medians = {launch: statistics.median(us) for launch, us in times(programs, Data(product)).items()}
         chosen[product.key] = best(medians)
-        for m in TUNED_ROWS:
+        for m in counts:
             order = sorted((launch for launch in medians if launch.m == m), key=medians.__getitem__)
             cells = "  ".join(f"{launch.tile} {medians[launch]:.2f}" for launch in order)
             print(f"{product.key:16} M={m}  {cells}" + ("  (some failed)" if len(order) < len(candidates(product, m)) else ""))
@@ -226,12 +235,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shapes", type=select, default=FLASH, metavar="NAME,...", help="measure only these products, such as q_b,head (all)"
     )
+    parser.add_argument(
+        "--rows", type=row_counts, default=TUNED_ROWS, metavar="M,...",
+        help=f"measure only these rows of activations; the others keep their tiles ({','.join(map(str, TUNED_ROWS))})",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     if jax.default_backend() != "gpu":
         print(f"tune: jax runs on {jax.default_backend()} here; tiles are measured on a GPU", file=sys.stderr)
         return 2
-    bar = _Bar(sum(1 + sum(len(candidates(product, m)) for m in TUNED_ROWS) for product in options.shapes))
-    chosen = tune(options.shapes, bar.tick)
+    bar = _Bar(sum(1 + sum(len(candidates(product, m)) for m in options.rows) for product in options.shapes))
+    chosen = tune(options.shapes, options.rows, bar.tick)
     device = jax.devices()[0].device_kind
     tiles.write(options.device_table, device, chosen)
     print(f"{options.device_table.name}: {len(chosen)} shapes of {device}")

@@ -23,7 +23,7 @@ def test_measured_tiles_come_from_the_table() -> None:
     assert {product.key for product in FLASH} <= set(shapes)
     for product in FLASH:
         entries = shapes[product.key]
-        assert set(entries) == {str(m) for m in tune.TUNED_ROWS}
+        assert set(entries) >= {str(m) for m in tune.TUNED_ROWS}
         for m, measured in {**{m: m for m in tune.TUNED_ROWS}, 5: 8, 6: 8, 7: 8}.items():
             found = tiles.tile_for(product.sizes, product.k, product.groups, m, H100)
             assert [found.rows, found.unroll, found.chained] == entries[str(measured)]
@@ -64,7 +64,7 @@ def test_writing_keeps_what_is_there(tmp_path: Path) -> None:
     tiles.write(path, "another", {"8x64": {4: Tile(4, 4)}})
     tiles.write(path, "a device", {"16x64": {8: Tile(4, 2), 2: Tile(1, 2, True)}})
     assert json.loads(path.read_text()) == {
-        "a device": {"8x64": {"1": [1, 1, 0]}, "16x64": {"2": [1, 2, 1], "8": [4, 2, 0]}},
+        "a device": {"8x64": {"1": [1, 1, 0]}, "16x64": {"1": [2, 1, 0], "2": [1, 2, 1], "8": [4, 2, 0]}},
         "another": {"8x64": {"4": [4, 4, 0]}},
     }
     assert [entry.name for entry in tmp_path.iterdir()] == ["tiles.json"]
@@ -106,6 +106,18 @@ def test_select_takes_short_names() -> None:
     assert tune.select(",".join(map(tune.short_name, FLASH))) == FLASH
     with pytest.raises(argparse.ArgumentTypeError, match=r"unknown shape 'q_c'; known: q_a-kv, q_b"):
         tune.select("head,q_c")
+
+
+def test_numbers_of_rows_are_checked() -> None:
+    assert tune.row_counts("32,16,16") == (16, 32)
+    for numbers in ("0", "65", "8,", "two"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{numbers!r} must be numbers from 1 to 64"):
+            tune.row_counts(numbers)
+
+
+def test_more_rows_than_a_program_takes_have_the_registers_of_a_batch() -> None:
+    wide = Product("", (4096,), 8192)
+    assert tune.candidates(wide, 32) == tune.candidates(wide, 8) != tune.candidates(wide, 4)
 
 
 def test_candidates_fit_the_shape_and_the_registers() -> None:
