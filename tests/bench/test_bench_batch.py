@@ -102,8 +102,8 @@ def test_one_number_of_sequences_compares_nothing() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"context": 4096}, "context is 4096 and steps 32; small-q2 ends at 4096"),
-        ({"long_context": 8000}, "long_context is 8000 and steps 32; small-q2 ends at 4096"),
+        ({"context": 4096}, "context is 4096 and steps 64; small-q2 ends at 4096"),
+        ({"long_context": 8000}, "long_context is 8000 and steps 64; small-q2 ends at 4096"),
         ({"sequences": (1, 65)}, "sequences is 65; a step has at most 64"),
     ],
 )

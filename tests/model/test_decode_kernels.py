@@ -38,7 +38,7 @@ from pallas_kernels.compressor import decode as compressor
 from pallas_kernels.core.dispatch import OPT_OUT
 from pallas_kernels.core.limits import MAX_ROWS
 from pallas_kernels.experts import decode as experts
-from pallas_kernels.experts import router, swiglu
+from pallas_kernels.experts import many_rows, router, swiglu
 from pallas_kernels.hyper_connections import decode as hyper_connections
 from pallas_kernels.indexer import decode as indexer
 from pallas_kernels.linear import matrices
@@ -238,7 +238,7 @@ def expected_calls(config: Config, blocks: int, heads: int) -> dict[str, int]:
     """Launches of a step, those of MTP projections aside: `blocks` are run in all, and the head so often."""
     compressed, indexed = (sum(map(wanted, config.layer_ratios)) for wanted in (bool, (4).__eq__))
     each = (
-        qkv.NAME, attention.SPLIT_NAME, attention.COMBINE_NAME, router.NAME, experts.GATE_UP, experts.DOWN,
+        qkv.NAME, attention.SPLIT_NAME, attention.COMBINE_NAME, router.NAME, many_rows.GATE_UP, experts.DOWN,
         swiglu.NAME,
     )  # fmt: skip
     return {

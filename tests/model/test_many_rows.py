@@ -26,6 +26,7 @@ from ds4jax.random_models import checkpoint as synthetic
 from ds4jax.random_models import layouts
 from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.experts import decode as experts
+from pallas_kernels.experts import many_rows
 from pallas_kernels.linear.q8_matmul import NAME as SHARE_WARP
 
 CAPACITY = 512
@@ -105,7 +106,7 @@ def test_a_loop_of_sixteen_sequences_runs_by_kernels(monkeypatch: pytest.MonkeyP
     jitted = jax.jit(fresh, static_argnums=0, static_argnames=("strict", "drafter", "max_draft"))
     options = {"strict": False, "drafter": None, "max_draft": 0}
     text = lowered_for_cuda(jitted, graph, weights, state, *arguments(program, 1, 0), **options)
-    expected = {SHARE_WARP: 6 * 3 + 1, experts.GATE_UP: 3}
+    expected = {SHARE_WARP: 6 * 3 + 1, many_rows.GATE_UP: 3}
     assert {name: executed_calls(text, name) for name in expected} == expected
     assert set(re.findall(rf"{SHARE_WARP}\w*?_m(\d+)", text)) == {"16"}
 
@@ -133,5 +134,5 @@ def test_a_layer_of_v4_flash_lowers(rows: int) -> None:
         return decode_kernels.layers(config, blocks, h_TND, start, Rows.step(start, 1, jnp.ones_like(start)), held)
 
     text = lowered_for_cuda(jax.jit(layers), weights, h_TND, numbers, held)
-    expected = {SHARE_WARP: 6, experts.GATE_UP: 1, experts.DOWN: 1}
+    expected = {SHARE_WARP: 6, many_rows.GATE_UP: 1, experts.DOWN: 1}
     assert {name: executed_calls(text, name) for name in expected} == expected

@@ -29,6 +29,7 @@ from ds4jax.random_models import checkpoint as synthetic
 from pallas_kernels.attention import decode as attention
 from pallas_kernels.core.limits import STEP_ROWS
 from pallas_kernels.experts import decode as experts
+from pallas_kernels.experts import many_rows
 from pallas_kernels.experts import prefill as grouped
 from pallas_kernels.linear import mailbox_gather
 from pallas_kernels.linear.cut import AXIS
@@ -72,7 +73,7 @@ def gathered_values(text: str) -> list[int]:
 @pytest.mark.long
 def test_a_step_of_two_gpus(devices: int) -> None:
     text = lowered_step(devices, mail=False)
-    expected = {experts.GATE_UP: 3, experts.DOWN: 3, attention.SPLIT_NAME: 3}
+    expected = {many_rows.GATE_UP: 3, experts.DOWN: 3, attention.SPLIT_NAME: 3}
     assert {name: executed_calls(text, name) for name in expected} == expected
     assert exchanges(text) == gathers(FLASH, devices) == A_LAYER * FLASH.n_layers + ENDS
     assert by_mail(text) == executed_calls(text, mailbox_gather.LOST_NAME) == 0
@@ -125,7 +126,7 @@ def test_a_call_of_slots_on_two_groups(devices: int, monkeypatch: pytest.MonkeyP
     state = placed_shapes(empty, graph.mesh)
     arguments = (graph, weights, state, slots.Asked.none(4, (1.0,)), Mask.none(4, FLASH.vocab_size), jnp.int32(1))
     text = lowered_for_cuda(slots.call.__wrapped__, *arguments, drafter=None, max_draft=0, strict=False)
-    expected = {experts.GATE_UP: 3, experts.DOWN: 3, attention.SPLIT_NAME: 3}
+    expected = {many_rows.GATE_UP: 3, experts.DOWN: 3, attention.SPLIT_NAME: 3}
     assert {name: executed_calls(text, name) for name in expected} == expected
     assert exchanges(text) == (gathers(FLASH, devices) if devices > 1 else 0)
     assert exchanging(text) in (WITHIN if devices > 1 else (set(),))
