@@ -106,16 +106,20 @@ class PrefixCache:
         """Begin to copy the state that is on the device, or keep it where it has arrived. Does not wait."""
         if self._copy is not None and self._copy.done():
             self.settle()
-        elif self._coming is not None and self._copy is None:
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        if self._coming is not None and self._copy is None:
             self._copy = self._copier.submit(jax.device_get, self._coming[1])
 
     def settle(self) -> None:
         """Wait for the state that is on its way, and let go of the device's arrays."""
-        if self._coming is None:
+        self._begin()
+        if self._coming is None or self._copy is None:
             return
-        copy = self._copy or self._copier.submit(jax.device_get, self._coming[1])
-        (key, _), self._coming, self._copy = self._coming, None, None
-        state: ChunkState = copy.result()
+        (key, _), copy, self._coming, self._copy = self._coming, self._copy, None, None
+        state = copy.result()
         if key in self._states:
             self._states[key] = state
         if self._store is not None:
